@@ -1,0 +1,199 @@
+"""Which entries of a parameter array form one weight vector: the `axes` argument.
+
+A parameter array holds many weight vectors. The `axes` argument, which every
+function of normax that speaks of weight vectors takes, names the array axes
+that a norm is summed over; the other axes count the vectors.
+
+=========== ===================================================================
+value       one weight vector is
+=========== ===================================================================
+`"unit"`    all axes but the last: the weights into one output unit of a Flax
+            kernel, `(in, out)` or `(height, width, in, out)`
+`"layer"`   the whole array
+tuple       exactly these axes: `(1,)` for embedding rows or for a stack of
+            kernels `(layers, in, out)`
+`"none"`    nothing: the array is left alone
+=========== ===================================================================
+
+or a pytree *prefix* of the parameters with such values at its leaves. A word
+that stands for the whole tree or a part of it concerns arrays of rank two and
+higher only, so that biases and gains are left alone; `"layer"` on one array
+inside a tree means that array, whatever its rank.
+"""
+
+import numbers
+import operator
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+
+Axes: TypeAlias = Any  # a word, a tuple of ints, or a pytree prefix of them
+PyTree: TypeAlias = Any
+VectorAxes: TypeAlias = tuple[int, ...] | None  # of one array; None: left alone
+
+_WORDS = ("unit", "layer", "none")
+
+
+def _is_axes_leaf(node: Any) -> bool:
+    return type(node) is tuple and all(
+        isinstance(axis, numbers.Integral) for axis in node
+    )
+
+
+def _has_no_leaves(node: Any) -> bool:
+    return not jax.tree.leaves(node)
+
+
+def _names(path: tuple[Any, ...]) -> tuple[str, ...]:
+    # Names, not key objects: a plain dict of axes then fits the attributes of
+    # a dataclass and the variables of an NNX state.
+    return tuple(jax.tree_util.keystr((key,), simple=True) for key in path)
+
+
+def check_axes(axes: Axes) -> Axes:
+    """Return `axes` if all its leaves are words or tuples of ints.
+
+    Args:
+      axes: The argument as the user wrote it.
+
+    Returns:
+      The same object.
+
+    Raises:
+      ValueError: A leaf is neither a known word nor a tuple of distinct ints.
+    """
+    for path, leaf in jax.tree_util.tree_leaves_with_path(axes, _is_axes_leaf):
+        if not (_is_axes_leaf(leaf) or (isinstance(leaf, str) and leaf in _WORDS)):
+            raise ValueError(
+                f"axes{jax.tree_util.keystr(path)} must be one of "
+                f"{', '.join(map(repr, _WORDS))} or a tuple of ints, got {leaf!r}; "
+                "a single axis is written as a tuple, (0,)."
+            )
+    return axes
+
+
+def _axes_of_array(
+    value: str | tuple[int, ...], array: Any, explicit: bool, name: str
+) -> VectorAxes:
+    if value == "none":
+        return None
+    shape, dtype = jnp.shape(array), jax.dtypes.result_type(array)
+    if jnp.issubdtype(dtype, jnp.complexfloating):
+        raise ValueError(
+            f"weight vectors must be real, but {name} has dtype {dtype}; leave it "
+            'alone with axes "none", or hold its real and imaginary parts as two '
+            "arrays."
+        )
+    if not jnp.issubdtype(dtype, jnp.floating):
+        return None
+    rank = len(shape)
+    if isinstance(value, str):
+        if value == "unit":
+            return tuple(range(rank - 1)) if rank >= 2 else None
+        return tuple(range(rank)) if rank >= 2 or (explicit and rank) else None
+    axes = [operator.index(axis) for axis in value]
+    if not axes:
+        raise ValueError(
+            f"a weight vector spans at least one axis, but axes is () for {name} of "
+            f'shape {shape}; leave the array alone with "none".'
+        )
+    if not all(-rank <= axis < rank for axis in axes):
+        raise ValueError(
+            f"axes must lie within the array's rank, but axes is {value} for {name} "
+            f"of shape {shape}, whose axes are 0 to {rank - 1}; give the arrays of "
+            "other rank their own entry in a pytree of axes."
+        )
+    axes = sorted(axis % rank for axis in axes)
+    if len(set(axes)) < len(axes):
+        raise ValueError(
+            f"axes must be distinct, but axes {value} for {name} of shape {shape} "
+            "name one axis twice."
+        )
+    return tuple(axes)
+
+
+def resolve_axes(axes: Axes, params: PyTree) -> list[VectorAxes]:
+    """Find the axes of the weight vectors of every array.
+
+    Args:
+      axes: A word, a tuple of ints, or a pytree prefix of `params` with such
+        leaves.
+      params: Pytree of arrays. Parts without arrays (None, optax's
+        `MaskedNode`) are passed over, whatever `axes` says of them.
+
+    Returns:
+      For each leaf of `params`, in the order of `jax.tree.leaves`, the sorted,
+      non-negative axes that one weight vector spans, or None where the array
+      holds no weight vectors.
+
+    Raises:
+      ValueError: `axes` is malformed, is no prefix of `params`, or does not fit
+        the shape of an array; or an array is complex.
+    """
+    check_axes(axes)
+    flat = jax.tree_util.tree_leaves_with_path(axes, is_leaf=_is_axes_leaf)
+    values = {_names(path): value for path, value in flat}
+    nodes = jax.tree_util.tree_leaves_with_path(params, is_leaf=_has_no_leaves)
+    used, resolved = set(), []
+    for path, node in nodes:
+        names = _names(path)
+        prefix = next(
+            (names[:n] for n in range(len(names) + 1) if names[:n] in values), None
+        )
+        if _has_no_leaves(node):
+            used.update(key for key in values if key[: len(names)] == names)
+            used.add(prefix)
+            continue
+        name = f"params{jax.tree_util.keystr(path)}"
+        if prefix is None:
+            raise ValueError(
+                f"axes must be a prefix of the parameters, but has no entry for "
+                f'{name}; add one, "none" to leave the array alone.'
+            )
+        used.add(prefix)
+        # An NNX variable is a node whose only child is called "value".
+        explicit = prefix != () and names[len(prefix) :] in ((), ("value",))
+        resolved.append(_axes_of_array(values[prefix], node, explicit, name))
+    unused = [list(key) for key in values if key not in used]
+    if unused:
+        raise ValueError(
+            "axes must be a prefix of the parameters, but the parameters have nothing "
+            f"at {', '.join(map(str, unused))}; remove these entries."
+        )
+    return resolved
+
+
+def map_vectors(
+    fn: Callable[..., Any],
+    axes: Axes,
+    params: PyTree,
+    *trees: PyTree,
+    otherwise: Callable[..., Any] = lambda *leaves: None,
+) -> PyTree:
+    """Map a function over the arrays that hold weight vectors.
+
+    Args:
+      fn: Called as `fn(vector_axes, array, *others)`.
+      axes: See `resolve_axes`.
+      params: Pytree of arrays.
+      *trees: Pytrees with the structure of `params`; a None in the place of a
+        weight array (optax's sign for "no gradient") makes the result None.
+      otherwise: Called as `otherwise(array, *others)` for the arrays that are
+        left alone.
+
+    Returns:
+      Pytree with the structure of `params`.
+    """
+    leaves, treedef = jax.tree.flatten(params)
+    columns = [treedef.flatten_up_to(tree) for tree in trees]
+    results = []
+    for vector_axes, *row in zip(resolve_axes(axes, params), leaves, *columns):
+        if vector_axes is None:
+            results.append(otherwise(*row))
+        elif any(leaf is None for leaf in row):
+            results.append(None)
+        else:
+            results.append(fn(vector_axes, *row))
+    return treedef.unflatten(results)

@@ -1,0 +1,45 @@
+"""Checks of arguments that cannot be right; each names the fix."""
+
+from typing import Any
+
+import jax
+import numpy as np
+
+
+def check_range(
+    name: str, value: Any, low: float, below: float = float("inf")
+) -> None:
+    """Raise unless every number in `value` lies in `[low, below)`.
+
+    Traced numbers, such as those of `optax.inject_hyperparams` under jit, are not
+    known yet and pass.
+
+    Args:
+      name: What the user calls the value.
+      value: A number, an array, or a pytree of them.
+      low: Smallest allowed number.
+      below: The numbers must be smaller than this.
+
+    Raises:
+      ValueError: A number is out of range, or NaN.
+    """
+    for leaf in jax.tree.leaves(value):
+        if isinstance(leaf, jax.core.Tracer):
+            continue
+        array = np.asarray(leaf)
+        if not np.all((array >= low) & (array < below)):
+            upper = "" if below == float("inf") else f" and below {below}"
+            raise ValueError(
+                f"{name} must be at least {low}{upper}, got {array}; "
+                f"choose a {name} in that range."
+            )
+
+
+def require_params(name: str, params: Any) -> Any:
+    """Return `params`, or raise a ValueError that names the transformation."""
+    if params is None:
+        raise ValueError(
+            f"normax.{name} depends on the parameters, but `params` is None; call "
+            "update(updates, state, params)."
+        )
+    return params

@@ -1,0 +1,214 @@
+r"""Norms and angles of weight vectors, in float32 or better.
+
+Every function here works on one array, over `axes`, and keeps these axes with
+length one, so that its results broadcast against the array.
+
+On GPU and TPU the formulas run as they stand. A CPU gains from two changes that
+leave the results as they are: sums of squares are taken directly, in one pass
+over memory, and repeated with care only if they left the safe range (a branch
+costs nothing there, while a GPU would wait for its condition); and the arrays of
+a tree are worked on one after the other (`in_turn`).
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+
+def at_least_float32(*arrays: jax.typing.ArrayLike) -> tuple[jax.Array, ...]:
+    """Return the arrays in their common dtype, float32 at least."""
+    cast = [jnp.asarray(array) for array in arrays]
+    dtypes = (array.dtype for array in cast)
+    dtype = functools.reduce(jnp.promote_types, dtypes, jnp.float32)
+    return tuple(array.astype(dtype) for array in cast)
+
+
+def nonzero(norm: jax.Array) -> jax.Array:
+    """Return `norm` with every 0 replaced by 1, to be divided by."""
+    # Not where(norm > 0, norm, 1), which would turn a NaN into 1 and so hide it.
+    return jnp.where(norm == 0, 1, norm)
+
+
+def inner_product(x: jax.Array, y: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+    r"""Return $\langle x, y\rangle = \sum_i x_i y_i$ of every pair of vectors."""
+    return jnp.sum(x * y, axis=axes, keepdims=True)
+
+
+def _scale(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+    largest = jnp.max(jnp.abs(x), axis=axes, keepdims=True)
+    # A power of two, so that dividing by it rounds nothing. Scale 1 lets an
+    # infinite or NaN entry arrive in the norm as what it is.
+    scale = lax.reduce_precision(largest, jnp.finfo(x.dtype).nexp, mantissa_bits=0)
+    return jnp.where(jnp.isfinite(scale) & (scale > 0), scale, 1)
+
+
+def _in_safe_range(square: jax.Array) -> jax.Array:
+    info = jnp.finfo(square.dtype)
+    return (square > info.tiny / info.eps**2) & (square < info.max)
+
+
+def _rescaled_norm(x: jax.Array, *, axes: tuple[int, ...]) -> jax.Array:
+    scale = _scale(x, axes)
+    y = x / scale
+    return scale * jnp.sqrt(inner_product(y, y, axes))
+
+
+def _direct_norm(x: jax.Array, *, axes: tuple[int, ...]) -> jax.Array:
+    square = inner_product(x, x, axes)
+    return lax.cond(
+        jnp.all(_in_safe_range(square)),
+        lambda x, square: jnp.sqrt(square),
+        lambda x, square: _rescaled_norm(x, axes=axes),
+        x,
+        square,
+    )
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def vector_norm(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+    r"""Return the Euclidean norm of every weight vector.
+
+    $$\|x\| = m \Big(\sum_i (x_i / m)^2\Big)^{1/2}, \qquad m \approx \max_i |x_i|,$$
+
+    which neither overflows nor underflows where the norm itself does not. Its
+    derivative is $\langle \hat x, \dot x\rangle$, and 0 at $x = 0$.
+    """
+    return lax.platform_dependent(
+        x,
+        cpu=functools.partial(_direct_norm, axes=axes),
+        default=functools.partial(_rescaled_norm, axes=axes),
+    )
+
+
+@vector_norm.defjvp
+def _vector_norm_jvp(axes, primals, tangents):
+    (x,), (x_dot,) = primals, tangents
+    norm = vector_norm(x, axes)
+    return norm, inner_product(x / nonzero(norm), x_dot, axes)
+
+
+def _rescaled_polar(w, u, *, axes):
+    w_scale, u_scale = _scale(w, axes), _scale(u, axes)
+    w, u = w / w_scale, u / u_scale
+    w_norm = jnp.sqrt(inner_product(w, w, axes))
+    radial = inner_product(u, w, axes) / nonzero(w_norm)
+    tangential = u - radial / nonzero(w_norm) * w
+    return (
+        w_scale * w_norm,
+        u_scale * jnp.sqrt(inner_product(u, u, axes)),
+        u_scale * radial,
+        u_scale * jnp.sqrt(inner_product(tangential, tangential, axes)),
+    )
+
+
+def _direct_polar(w, u, *, axes):
+    w_square, u_square = inner_product(w, w, axes), inner_product(u, u, axes)
+    radial = inner_product(u, w, axes) / jnp.sqrt(nonzero(w_square))
+    # Pythagoras, unless the difference would cancel more than two bits.
+    tangential_square = u_square - radial**2
+    safe = _in_safe_range(w_square) & _in_safe_range(u_square)
+    return lax.cond(
+        jnp.all(safe & (tangential_square > u_square / 4)),
+        lambda w, u, squares: tuple(map(jnp.sqrt, squares[:2]))
+        + (radial, jnp.sqrt(squares[2])),
+        lambda w, u, squares: _rescaled_polar(w, u, axes=axes),
+        w,
+        u,
+        (w_square, u_square, tangential_square),
+    )
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
+def polar_decomposition(
+    w: jax.Array, u: jax.Array, axes: tuple[int, ...]
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    r"""Return the lengths of weights and updates, and the updates' two parts.
+
+    $$\|w\|, \qquad \|u\|, \qquad r = \langle u, \hat w\rangle, \qquad
+    t = \|u_\perp\| = \|u - r\,\hat w\|$$
+
+    with $\hat w = 0$ for $w = 0$. The parts have the derivatives
+
+    $$\dot r = \langle \hat w, \dot u\rangle + \langle u_\perp, \dot w\rangle / \|w\|,
+    \qquad
+    \dot t = \langle \hat u_\perp, \dot u - (r / \|w\|)\, \dot w\rangle.$$
+    """
+    return lax.platform_dependent(
+        w,
+        u,
+        cpu=functools.partial(_direct_polar, axes=axes),
+        default=functools.partial(_rescaled_polar, axes=axes),
+    )
+
+
+@polar_decomposition.defjvp
+def _polar_decomposition_jvp(axes, primals, tangents):
+    (w, u), (w_dot, u_dot) = primals, tangents
+    w_norm, u_norm, radial, tangential = polar_decomposition(w, u, axes)
+    w_unit, u_unit = w / nonzero(w_norm), u / nonzero(u_norm)
+    slope = radial / nonzero(w_norm)
+    u_perp = u - radial * w_unit
+    return (w_norm, u_norm, radial, tangential), (
+        inner_product(w_unit, w_dot, axes),
+        inner_product(u_unit, u_dot, axes),
+        inner_product(w_unit, u_dot, axes)
+        + inner_product(u_perp, w_dot, axes) / nonzero(w_norm),
+        inner_product(u_perp / nonzero(tangential), u_dot - slope * w_dot, axes),
+    )
+
+
+@jax.custom_jvp
+def _wait(array: jax.Array, event: jax.Array) -> jax.Array:
+    # The condition never holds (no event is negative; a NaN compares false), but
+    # XLA cannot know, so `array` is computed after `event`; the square root it
+    # holds to be too dear to be computed twice. It drops
+    # `lax.optimization_barrier` before it schedules.
+    return jnp.where(jnp.max(event) < 0, jnp.sqrt(array), array)
+
+
+_wait.defjvp(lambda primals, tangents: (_wait(*primals), tangents[0]))
+
+
+def wait(array: jax.Array, event: jax.Array) -> jax.Array:
+    """Return `array`, on a CPU not before `event` is known.
+
+    Args:
+      array: Any array.
+      event: An array of non-negative numbers.
+
+    Returns:
+      `array`, unchanged.
+    """
+    return lax.platform_dependent(
+        array, event, cpu=_wait, default=lambda array, event: array
+    )
+
+
+def in_turn(fn: Callable[..., tuple[Any, jax.Array]]) -> Callable[..., Any]:
+    """Make the calls of a function over several arrays wait for each other.
+
+    XLA:CPU schedules independent work breadth first. It would write the updates
+    of all arrays to fresh memory, which costs more than the arithmetic, before it
+    reduces the first; in turn, one array's worth of memory serves all.
+
+    Args:
+      fn: Called as `fn(vector_axes, w, u, *others)`; returns a result and the
+        event, as in `wait`, after which the next array's update is computed.
+
+    Returns:
+      The function that returns the result alone.
+    """
+    done: list[jax.Array] = []
+
+    def call(vector_axes, w, u, *others):
+        if u is not None:
+            u = wait(u, done[-1] if done else inner_product(w, w, vector_axes))
+        result, event = fn(vector_axes, w, u, *others)
+        done.append(event)
+        return result
+
+    return call
