@@ -10,3 +10,5 @@ from normax._unit_norm import normalized_sgd as normalized_sgd
 from normax._unit_norm import project_unit_norm as project_unit_norm
 from normax._unit_norm import projection_unit_norm as projection_unit_norm
 from normax._unit_norm import remove_radial_component as remove_radial_component
+from normax._update_rules import UPDATE_RULES as UPDATE_RULES
+from normax._update_rules import UpdateRule as UpdateRule

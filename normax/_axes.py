@@ -136,7 +136,8 @@ def resolve_axes(axes: Axes, params: PyTree) -> list[VectorAxes]:
     flat = jax.tree_util.tree_leaves_with_path(axes, is_leaf=_is_axes_leaf)
     values = {_names(path): value for path, value in flat}
     nodes = jax.tree_util.tree_leaves_with_path(params, is_leaf=_has_no_leaves)
-    used, resolved = set(), []
+    used: set[Any] = set()
+    resolved = []
     for path, node in nodes:
         names = _names(path)
         prefix = next(
@@ -189,7 +190,9 @@ def map_vectors(
     leaves, treedef = jax.tree.flatten(params)
     columns = [treedef.flatten_up_to(tree) for tree in trees]
     results = []
-    for vector_axes, *row in zip(resolve_axes(axes, params), leaves, *columns):
+    for vector_axes, *row in zip(
+        resolve_axes(axes, params), leaves, *columns, strict=True
+    ):
         if vector_axes is None:
             results.append(otherwise(*row))
         elif any(leaf is None for leaf in row):

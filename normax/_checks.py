@@ -6,9 +6,7 @@ import jax
 import numpy as np
 
 
-def check_range(
-    name: str, value: Any, low: float, below: float = float("inf")
-) -> None:
+def check_range(name: str, value: Any, low: float, below: float = float("inf")) -> None:
     """Raise unless every number in `value` lies in `[low, below)`.
 
     Traced numbers, such as those of `optax.inject_hyperparams` under jit, are not

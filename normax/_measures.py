@@ -98,7 +98,9 @@ def relative_update(params: PyTree, updates: PyTree, axes: Axes = "unit") -> PyT
 
     def measure(vector_axes, w, u):
         w, u = at_least_float32(w, u)
-        ratio = _relative_update(vector_norm(w, vector_axes), vector_norm(u, vector_axes))
+        ratio = _relative_update(
+            vector_norm(w, vector_axes), vector_norm(u, vector_axes)
+        )
         return jnp.squeeze(ratio, vector_axes)
 
     return map_vectors(measure, axes, params, updates)
@@ -157,7 +159,7 @@ class MonitorWeightDynamicsState(NamedTuple):
       angular_update: Averages of `normax.angular_update`, in radians.
     """
 
-    count: jax.Array
+    count: jax.Array  # type: ignore[assignment]  # optax's name, and a tuple's
     weight_norm: PyTree
     relative_update: PyTree
     angular_update: PyTree

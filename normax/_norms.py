@@ -113,8 +113,12 @@ def _direct_polar(w, u, *, axes):
     safe = _in_safe_range(w_square) & _in_safe_range(u_square)
     return lax.cond(
         jnp.all(safe & (tangential_square > u_square / 4)),
-        lambda w, u, squares: tuple(map(jnp.sqrt, squares[:2]))
-        + (radial, jnp.sqrt(squares[2])),
+        lambda w, u, squares: (
+            jnp.sqrt(squares[0]),
+            jnp.sqrt(squares[1]),
+            radial,
+            jnp.sqrt(squares[2]),
+        ),
         lambda w, u, squares: _rescaled_polar(w, u, axes=axes),
         w,
         u,
@@ -205,8 +209,7 @@ def in_turn(fn: Callable[..., tuple[Any, jax.Array]]) -> Callable[..., Any]:
     done: list[jax.Array] = []
 
     def call(vector_axes, w, u, *others):
-        if u is not None:
-            u = wait(u, done[-1] if done else inner_product(w, w, vector_axes))
+        u = wait(u, done[-1] if done else inner_product(w, w, vector_axes))
         result, event = fn(vector_axes, w, u, *others)
         done.append(event)
         return result

@@ -21,7 +21,7 @@ from normax._norms import (
 def _check_radius(radius: Any) -> None:
     if isinstance(radius, str):
         raise ValueError(
-            'radius must be a number, an array, a pytree of norms or, in '
+            "radius must be a number, an array, a pytree of norms or, in "
             f'project_unit_norm, "initial", got {radius!r}; the norms of some '
             "parameters are weight_norm(params)."
         )
@@ -29,7 +29,7 @@ def _check_radius(radius: Any) -> None:
 
 
 def _radius_per_array(radius: Any, params: PyTree) -> PyTree:
-    if isinstance(radius, jax.typing.ArrayLike):
+    if jax.tree_util.treedef_is_leaf(jax.tree.structure(radius)):
         return jax.tree.map(lambda w: radius, params)
     return radius
 
