@@ -187,6 +187,7 @@ def map_vectors(
     Returns:
       Pytree with the structure of `params`.
     """
+    treedef: Any
     leaves, treedef = jax.tree.flatten(params)
     columns = [treedef.flatten_up_to(tree) for tree in trees]
     results = []

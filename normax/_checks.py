@@ -4,6 +4,7 @@ from typing import Any
 
 import jax
 import numpy as np
+import optax
 
 
 def check_range(name: str, value: Any, low: float, below: float = float("inf")) -> None:
@@ -41,3 +42,16 @@ def require_params(name: str, params: Any) -> Any:
             "update(updates, state, params)."
         )
     return params
+
+
+def requiring_params(
+    name: str, transformation: optax.GradientTransformation
+) -> optax.GradientTransformationExtraArgs:
+    """Return `transformation`, whose `update` calls `require_params` first."""
+    transformation = optax.with_extra_args_support(transformation)
+
+    def update_fn(updates, state, params=None, **extra_args):
+        params = require_params(name, params)
+        return transformation.update(updates, state, params, **extra_args)
+
+    return optax.GradientTransformationExtraArgs(transformation.init, update_fn)

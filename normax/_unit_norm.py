@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from normax._axes import Axes, PyTree, check_axes, map_vectors, resolve_axes
-from normax._checks import check_range, require_params
+from normax._checks import check_range, require_params, requiring_params
 from normax._measures import weight_norm
 from normax._norms import (
     at_least_float32,
@@ -296,8 +296,9 @@ def normalized_sgd(
       van Laarhoven, L2 Regularization versus Batch and Weight Normalization,
       2017, section 5.5 and Table 1.
     """
-    return optax.chain(
+    chain = optax.chain(
         optax.add_decayed_weights(weight_decay),
         optax.sgd(learning_rate, momentum, nesterov),
         project_unit_norm(axes),
     )
+    return requiring_params("normalized_sgd", chain)

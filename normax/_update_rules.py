@@ -41,7 +41,7 @@ corrections $1 - b^t$, printed as $1 - b$.
 """
 
 import dataclasses
-import functools
+import inspect
 import types
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -50,6 +50,7 @@ import jax
 import optax
 
 from normax._axes import PyTree
+from normax._checks import requiring_params
 from normax._unit_norm import normalized_sgd
 
 
@@ -60,45 +61,27 @@ class UpdateRule:
     Attributes:
       name: Key of the rule in `UPDATE_RULES`.
       norm_power: The exponent $p$ of $\eta_\mathrm{eff} = \eta / \|w\|^p$.
-      factory: Called as `factory(learning_rate, weight_decay, **hyperparameters)`;
-        returns the transformation.
+      make: Called as `make(learning_rate, weight_decay=0.0, **hyperparameters)`;
+        returns the transformation, which needs `params`. The learning rate is a
+        number or a schedule; the decay is that of all parameters (wrap the rule
+        in `optax.partition` to decay some of them); the hyperparameters are those
+        of the optax call that is the rule, by optax's names, and `momentum` is 0.9
+        where it is not given.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import normax
+      >>> tx = normax.UPDATE_RULES["sgd"].make(0.5, weight_decay=0.1)
+      >>> params = jnp.array([2.0])
+      >>> tx.update(jnp.array([1.0]), tx.init(params), params)[0]
+      Array([-0.6], dtype=float32)
     """
 
     name: str
     norm_power: int
-    factory: Callable[..., optax.GradientTransformation] = dataclasses.field(repr=False)
-
-    def make(
-        self,
-        learning_rate: optax.ScalarOrSchedule,
-        weight_decay: jax.typing.ArrayLike = 0.0,
-        **hyperparameters: Any,
-    ) -> optax.GradientTransformationExtraArgs:
-        r"""Make the transformation.
-
-        Args:
-          learning_rate: Learning rate $\eta$, a number or a schedule.
-          weight_decay: Weight decay $\lambda$ of all parameters; wrap the rule in
-            `optax.partition` to decay some of them.
-          **hyperparameters: Those of the optax call that is the rule, by optax's
-            names; `momentum` is 0.9 where it is not given.
-
-        Returns:
-          A gradient transformation that needs `params`.
-
-        Raises:
-          TypeError: The rule has no hyperparameter of that name.
-
-        Examples:
-          >>> import jax.numpy as jnp
-          >>> import normax
-          >>> tx = normax.UPDATE_RULES["sgd"].make(0.5, weight_decay=0.1)
-          >>> params = jnp.array([2.0])
-          >>> tx.update(jnp.array([1.0]), tx.init(params), params)[0]
-          Array([-0.6], dtype=float32)
-        """
-        transformation = self.factory(learning_rate, weight_decay, **hyperparameters)
-        return optax.with_extra_args_support(transformation)
+    make: Callable[..., optax.GradientTransformationExtraArgs] = dataclasses.field(
+        repr=False
+    )
 
     def effective_learning_rate(
         self, learning_rate: jax.typing.ArrayLike, weight_norm: PyTree
@@ -138,42 +121,54 @@ class UpdateRule:
         )
 
 
-def _coupled(
-    rule: Callable[..., optax.GradientTransformation], **defaults: Any
-) -> Callable[..., optax.GradientTransformation]:
-    def factory(learning_rate, weight_decay, **hyperparameters):
-        return optax.chain(
-            optax.add_decayed_weights(weight_decay),
-            rule(learning_rate, **(defaults | hyperparameters)),
+def _rule(
+    name: str,
+    norm_power: int,
+    optimizer: Callable[..., optax.GradientTransformation],
+    decays_itself: bool = False,
+    **defaults: Any,
+) -> UpdateRule:
+    def make(learning_rate, weight_decay=0.0, **hyperparameters):
+        hyperparameters = defaults | hyperparameters
+        if decays_itself:
+            transformation = optimizer(
+                learning_rate, weight_decay=weight_decay, **hyperparameters
+            )
+        else:
+            transformation = optax.chain(
+                optax.add_decayed_weights(weight_decay),
+                optimizer(learning_rate, **hyperparameters),
+            )
+        return requiring_params(f"UPDATE_RULES[{name!r}]", transformation)
+
+    # `optax.inject_hyperparams` and `help` read the hyperparameters from here.
+    signature = inspect.signature(make)
+    first = list(signature.parameters.values())[:2]
+    rest = [
+        parameter.replace(
+            kind=parameter.KEYWORD_ONLY,
+            default=defaults.get(parameter.name, parameter.default),
         )
+        for parameter in inspect.signature(optimizer).parameters.values()
+        if parameter.name not in signature.parameters
+    ]
+    make.__signature__ = signature.replace(parameters=first + rest)  # type: ignore[attr-defined]
+    return UpdateRule(name, norm_power, make)
 
-    return factory
-
-
-def _with_own_decay(
-    rule: Callable[..., optax.GradientTransformation],
-) -> Callable[..., optax.GradientTransformation]:
-    def factory(learning_rate, weight_decay, **hyperparameters):
-        return rule(learning_rate, weight_decay=weight_decay, **hyperparameters)
-
-    return factory
-
-
-_nesterov = functools.partial(optax.sgd, nesterov=True)
 
 UPDATE_RULES: Mapping[str, UpdateRule] = types.MappingProxyType(
     {
-        name: UpdateRule(name, norm_power, factory)
-        for name, norm_power, factory in (
-            ("sgd", 2, _coupled(optax.sgd)),
-            ("momentum", 2, _coupled(optax.sgd, momentum=0.9)),
-            ("nesterov", 2, _coupled(_nesterov, momentum=0.9)),
-            ("adagrad", 1, _coupled(optax.adagrad, initial_accumulator_value=0.0)),
-            ("rmsprop", 1, _coupled(optax.rmsprop)),
-            ("adadelta", 0, _coupled(optax.adadelta)),
-            ("adam", 1, _coupled(optax.adam)),
-            ("adamw", 1, _with_own_decay(optax.adamw)),
-            ("normalized_sgd", 0, _with_own_decay(normalized_sgd)),
+        rule.name: rule
+        for rule in (
+            _rule("sgd", 2, optax.sgd),
+            _rule("momentum", 2, optax.sgd, momentum=0.9),
+            _rule("nesterov", 2, optax.sgd, momentum=0.9, nesterov=True),
+            _rule("adagrad", 1, optax.adagrad, initial_accumulator_value=0.0),
+            _rule("rmsprop", 1, optax.rmsprop),
+            _rule("adadelta", 0, optax.adadelta),
+            _rule("adam", 1, optax.adam),
+            _rule("adamw", 1, optax.adamw, decays_itself=True),
+            _rule("normalized_sgd", 0, normalized_sgd, decays_itself=True),
         )
     }
 )
