@@ -22,8 +22,9 @@ from jax import lax
 def at_least_float32(*arrays: jax.typing.ArrayLike) -> tuple[jax.Array, ...]:
     """Return the arrays in their common dtype, float32 at least."""
     cast = [jnp.asarray(array) for array in arrays]
-    dtypes = (array.dtype for array in cast)
-    dtype = functools.reduce(jnp.promote_types, dtypes, jnp.float32)
+    # The common dtype is asked for here, also by users who forbid to imply one.
+    with jax.numpy_dtype_promotion("standard"):
+        dtype = jnp.result_type(jnp.float32, *(array.dtype for array in cast))
     return tuple(array.astype(dtype) for array in cast)
 
 
@@ -69,6 +70,7 @@ def _direct_norm(x: jax.Array, *, axes: tuple[int, ...]) -> jax.Array:
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+@functools.partial(jax.jit, static_argnums=1)
 def vector_norm(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
     r"""Return the Euclidean norm of every weight vector.
 
@@ -127,6 +129,7 @@ def _direct_polar(w, u, *, axes):
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
+@functools.partial(jax.jit, static_argnums=2)
 def polar_decomposition(
     w: jax.Array, u: jax.Array, axes: tuple[int, ...]
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
@@ -177,6 +180,7 @@ def _wait(array: jax.Array, event: jax.Array) -> jax.Array:
 _wait.defjvp(lambda primals, tangents: (_wait(*primals), tangents[0]))
 
 
+@jax.jit
 def wait(array: jax.Array, event: jax.Array) -> jax.Array:
     """Return `array`, on a CPU not before `event` is known.
 

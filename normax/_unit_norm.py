@@ -41,13 +41,15 @@ def _project(
     norm = vector_norm(x, axes)
     vectors = jnp.squeeze(norm, axes).shape
     radius = jnp.asarray(radius, x.dtype)
-    if jnp.broadcast_shapes(radius.shape, vectors) != vectors:
+    try:
+        radius = jnp.broadcast_to(radius, vectors)
+    except ValueError:
         raise ValueError(
             f"radius must broadcast to one number per weight vector, but has shape "
             f"{radius.shape} for an array of shape {x.shape} whose vectors, over axes "
             f"{axes}, number {vectors}; pass a pytree like weight_norm(params)."
-        )
-    radius = jnp.expand_dims(jnp.broadcast_to(radius, vectors), axes)
+        ) from None
+    radius = jnp.expand_dims(radius, axes)
     scale = radius / nonzero(norm)
     return scale * x, scale
 

@@ -1,0 +1,164 @@
+"""Norms and polar decompositions against float64, at every scale."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from normax._norms import in_turn, polar_decomposition, vector_norm, wait
+
+CASES = [((50, 6), (0,)), ((3, 3, 4, 5), (0, 1, 2)), ((40, 30), (0, 1)), ((4, 9), (1,))]
+SCALES = [1e-33, 1e-30, 1e-19, 1e-3, 1.0, 1e8, 1e19, 1e30, 1e37]
+
+
+def draw(shape, scale, seed=0):
+    values = np.random.default_rng(seed).normal(size=shape) * scale
+    return jnp.asarray(values, jnp.float32)
+
+
+def polar_in_float64(w, u, axes):
+    w, u = np.asarray(w, np.float64), np.asarray(u, np.float64)
+    w_norm = np.sqrt(np.sum(w**2, axes, keepdims=True))
+    direction = np.divide(w, w_norm, where=w_norm > 0, out=np.zeros_like(w))
+    radial = np.sum(u * direction, axes, keepdims=True)
+    tangential = np.sqrt(np.sum((u - radial * direction) ** 2, axes, keepdims=True))
+    return w_norm, np.sqrt(np.sum(u**2, axes, keepdims=True)), radial, tangential
+
+
+@pytest.mark.parametrize(("shape", "axes"), CASES)
+def test_norm_at_every_scale(shape, axes):
+    norm = jax.jit(vector_norm, static_argnums=1)
+    for scale in SCALES:
+        x = draw(shape, scale)
+        expected = polar_in_float64(x, x, axes)[0]
+        for function in (norm, vector_norm):
+            measured = np.asarray(function(x, axes), np.float64)
+            np.testing.assert_allclose(measured, expected, rtol=3e-7)
+
+
+def test_norm_of_vectors_of_different_scales():
+    scales = jnp.array([[1e-30, 0.0, 1.0, 1e30, 1e-12]])
+    x = draw((64, 5), 1.0) * scales
+    expected = polar_in_float64(x, x, (0,))[0]
+    np.testing.assert_allclose(vector_norm(x, (0,)), expected, rtol=3e-7)
+
+
+def test_norm_shows_what_is_not_finite():
+    x = draw((4, 3), 1.0)
+    x = x.at[1, 0].set(jnp.inf).at[2, 1].set(jnp.nan)
+    norm = np.ravel(vector_norm(x, (0,)))
+    assert np.isinf(norm[0]) and np.isnan(norm[1]) and np.isfinite(norm[2])
+
+
+@pytest.mark.parametrize("scale", [1e-15, 1.0, 1e15])
+def test_norm_derivative_against_finite_differences(scale):
+    with jax.enable_x64(True):
+        x = jnp.asarray(draw((6, 3), 1.0), jnp.float64) * scale
+        gradient = jax.grad(lambda x: jnp.sum(vector_norm(x, (0,))))(x)
+        for index in [(0, 0), (3, 1), (5, 2)]:
+            step = 1e-6 * scale
+            ahead, behind = x.at[index].add(step), x.at[index].add(-step)
+            slope = jnp.sum(vector_norm(ahead, (0,)) - vector_norm(behind, (0,)))
+            np.testing.assert_allclose(gradient[index], slope / (2 * step), rtol=1e-7)
+
+
+def test_norm_derivatives_are_finite_at_zero():
+    def total(x):
+        return jnp.sum(vector_norm(x, (0,)))
+
+    zero = jnp.zeros((3, 2))
+    np.testing.assert_array_equal(jax.grad(total)(zero), 0)
+    np.testing.assert_array_equal(jax.vmap(jax.grad(total))(zero[None]), 0)
+    hessian = jax.hessian(lambda x: total(x) ** 2)(zero)
+    assert np.all(np.isfinite(hessian))
+
+
+@pytest.mark.parametrize(("shape", "axes"), CASES)
+def test_polar_decomposition_at_every_scale(shape, axes):
+    decompose = jax.jit(polar_decomposition, static_argnums=2)
+    for w_scale, u_scale in itertools.product([1e-30, 1.0, 1e30], [1e-30, 1e-3, 1e30]):
+        w, u = draw(shape, w_scale), draw(shape, u_scale, seed=1)
+        got = [np.asarray(part, np.float64) for part in decompose(w, u, axes)]
+        w_norm, u_norm, radial, tangential = polar_in_float64(w, u, axes)
+        np.testing.assert_allclose(got[0], w_norm, rtol=3e-7)
+        np.testing.assert_allclose(got[1], u_norm, rtol=3e-7)
+        np.testing.assert_allclose(got[3], tangential, rtol=1e-6)
+        # A sum of terms of both signs is right relative to its largest terms.
+        np.testing.assert_array_less(np.abs(got[2] - radial) / u_norm, 3e-7)
+
+
+@pytest.mark.parametrize("tilt", [0.0, 1e-7, 1e-4, 1e-2, 1.0])
+def test_polar_decomposition_of_almost_radial_updates(tilt):
+    w = draw((100, 4), 1.0)
+    normal = draw((100, 4), 1.0, seed=1)
+    u = 0.3 * w + tilt * normal
+    measured = polar_decomposition(w, u, (0,))[3]
+    expected = polar_in_float64(w, u, (0,))
+    # The error of u - r w/|w| is that of rounding u, whatever is left of it.
+    assert np.max(np.abs(measured - expected[3]) / expected[1]) < 2e-7
+
+
+def test_polar_decomposition_derivative_against_finite_differences():
+    with jax.enable_x64(True):
+        w, u = (jnp.asarray(draw((5, 2), 1.0, seed), jnp.float64) for seed in (0, 1))
+        w_dot, u_dot = (
+            jnp.asarray(draw((5, 2), 1.0, seed), w.dtype) for seed in (2, 3)
+        )
+        _, slopes = jax.jvp(
+            lambda w, u: polar_decomposition(w, u, (0,)), (w, u), (w_dot, u_dot)
+        )
+        h = 1e-6
+        ahead = polar_in_float64(w + h * w_dot, u + h * u_dot, (0,))
+        behind = polar_in_float64(w - h * w_dot, u - h * u_dot, (0,))
+        for slope, a, b in zip(slopes, ahead, behind, strict=True):
+            np.testing.assert_allclose(slope, (a - b) / (2 * h), rtol=1e-7)
+
+
+@pytest.mark.parametrize(("w_scale", "u_scale"), [(0.0, 1.0), (1.0, 0.0), (0.0, 0.0)])
+def test_polar_decomposition_is_finite_at_zero(w_scale, u_scale):
+    w, u = draw((4, 3), w_scale), draw((4, 3), u_scale, seed=1)
+
+    def total(w, u):
+        return sum(jnp.sum(part) for part in polar_decomposition(w, u, (0,)))
+
+    for function in (total, jax.grad(total), jax.grad(total, argnums=1)):
+        assert np.all(np.isfinite(function(w, u)))
+        assert np.all(np.isfinite(jax.vmap(function)(w[None], u[None])))
+
+
+def test_waiting_changes_nothing():
+    x = jnp.array([-1.0, 0.0, jnp.nan, jnp.inf, 2.0])
+    for event in (
+        jnp.ones(3),
+        jnp.array([jnp.nan]),
+        jnp.array([jnp.inf]),
+        jnp.zeros(1),
+    ):
+        np.testing.assert_array_equal(jax.jit(wait)(x, event), x)
+    gradient = jax.grad(lambda x: jnp.sum(wait(x, jnp.ones(2)) ** 2))(x[:2])
+    np.testing.assert_array_equal(gradient, 2 * x[:2])
+
+
+def test_in_turn_orders_the_schedule():
+    @jax.jit
+    def reduced(ws, us):
+        call = in_turn(lambda axes, w, u: ((w + jnp.exp(u)), vector_norm(w + u, axes)))
+        return [jnp.sum(call((0,), w, u)) for w, u in zip(ws, us, strict=True)]
+
+    @jax.jit
+    def at_once(ws, us):
+        results = []
+        for w, u in zip(ws, us, strict=True):
+            results.append(
+                jnp.sum(w + jnp.exp(u)) + 0 * jnp.max(vector_norm(w + u, (0,)))
+            )
+        return results
+
+    arrays = [jnp.ones((512, 512)) for _ in range(8)]
+    memory = [
+        function.lower(arrays, arrays).compile().memory_analysis().temp_size_in_bytes
+        for function in (reduced, at_once)
+    ]
+    assert memory[0] < memory[1] / 2

@@ -1,0 +1,436 @@
+"""What every transformation promises: one table, one test for each promise.
+
+A new transformation is a new row of `ROWS`.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import chex
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from flax.training import train_state
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import normax
+
+
+class Row(NamedTuple):
+    """A public transformation and the arguments that the tests make it with."""
+
+    name: str
+    factory: Any
+    kwargs: dict[str, Any] = {}  # noqa: RUF012  # never written to
+    error_name: str = ""
+
+    def make(self) -> optax.GradientTransformationExtraArgs:
+        return self.factory(**self.kwargs)
+
+
+ROWS = [
+    Row("project_unit_norm", normax.project_unit_norm),
+    Row("project_unit_norm_radius", normax.project_unit_norm, {"radius": 0.5}),
+    Row("project_unit_norm_initial", normax.project_unit_norm, {"radius": "initial"}),
+    Row("project_unit_norm_layer", normax.project_unit_norm, {"axes": "layer"}),
+    Row("remove_radial_component", normax.remove_radial_component),
+    Row("monitor_weight_dynamics", normax.monitor_weight_dynamics),
+    Row("monitor_weight_dynamics_ema", normax.monitor_weight_dynamics, {"decay": 0.9}),
+    Row(
+        "normalized_sgd",
+        normax.normalized_sgd,
+        dict(learning_rate=0.1, weight_decay=0.01, momentum=0.9),
+    ),
+    *(
+        Row(name, rule.make, dict(learning_rate=0.1, weight_decay=0.01))
+        for name, rule in normax.UPDATE_RULES.items()
+    ),
+]
+every_row = pytest.mark.parametrize("row", ROWS, ids=[row.name for row in ROWS])
+DTYPES = [jnp.float16, jnp.bfloat16, jnp.float32, jnp.float64]
+
+
+def draw(seed=0, dtype=jnp.float32):
+    rng = np.random.default_rng(seed)
+    shapes = {"dense": {"kernel": (8, 6), "bias": (6,)}, "conv": (3, 3, 2, 8)}
+    return jax.tree.map(
+        lambda shape: jnp.asarray(rng.normal(size=shape), dtype),
+        shapes,
+        is_leaf=lambda node: isinstance(node, tuple),
+    )
+
+
+def run(tx, params, steps=3, **extra):
+    state = tx.init(params)
+    for seed in range(steps):
+        grads = jax.tree.map(lambda g, w: g.astype(w.dtype), draw(seed + 1), params)
+        updates, state = tx.update(grads, state, params, **extra)
+        params = optax.apply_updates(params, updates)
+    return params, state
+
+
+def typeof(tree):
+    return jax.tree.map(jax.typeof, tree)
+
+
+@every_row
+def test_extra_arguments_are_ignored(row):
+    tx, params = row.make(), draw()
+    assert isinstance(tx, optax.GradientTransformationExtraArgs)
+    chex.assert_trees_all_equal(run(tx, params), run(tx, params, value=1.0, unknown=2))
+
+
+@every_row
+def test_state_has_one_type(row):
+    tx, params = row.make(), draw()
+    state = tx.init(params)
+    assert isinstance(state, tuple)
+    assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(state))
+    assert typeof(state) == typeof(run(tx, params)[1])
+    assert typeof(jax.eval_shape(tx.init, params)) == typeof(state)
+    step = jax.jit(tx.update, donate_argnums=1)
+    step(draw(1), tx.init(params), params)  # raises if one buffer stands twice
+
+
+@every_row
+def test_scan_and_cond(row):
+    tx, params = row.make(), draw()
+
+    def step(carry, grads):
+        params, state = carry
+        updates, new_state = tx.update(grads, state, params)
+        state = jax.lax.cond(True, lambda: new_state, lambda: state)
+        return (optax.apply_updates(params, updates), state), None
+
+    grads = jax.tree.map(
+        lambda *xs: jnp.stack(xs), *(draw(seed + 1) for seed in range(3))
+    )
+    (scanned, state), _ = jax.lax.scan(step, (params, tx.init(params)), grads)
+    expected = run(tx, params)
+    chex.assert_trees_all_close((scanned, state), expected, rtol=2e-5, atol=1e-6)
+
+
+@every_row
+def test_missing_params_raise(row):
+    tx, params = row.make(), draw()
+    name = row.factory.__name__ if row.factory.__name__ != "make" else row.name
+    for wrapped in (tx, optax.chain(tx)):
+        with pytest.raises(ValueError, match=f"normax.*{name}.*`params` is None"):
+            wrapped.update(draw(1), wrapped.init(params))
+
+
+@every_row
+def test_jit_compiles_once(row):
+    tx, params = row.make(), draw()
+    step = jax.jit(chex.assert_max_traces(tx.update, n=1))
+    state = jax.jit(tx.init)(params)
+    for seed in range(3):
+        _, state = step(draw(seed), state, params)
+    chex.clear_trace_counter()
+
+
+@every_row
+def test_vmap_over_runs(row):
+    tx, runs = row.make(), [draw(seed) for seed in (10, 20, 30)]
+    stacked = jax.vmap(functools.partial(run, tx))(
+        jax.tree.map(lambda *xs: jnp.stack(xs), *runs)
+    )
+    for index, params in enumerate(runs):
+        one = jax.tree.map(lambda x, index=index: x[index], stacked)
+        chex.assert_trees_all_close(one, run(tx, params), rtol=2e-5, atol=1e-6)
+
+
+@every_row
+@pytest.mark.parametrize("scale", [0.0, 1.0])
+def test_gradient_through_update_is_finite(row, scale):
+    tx = row.make()
+    params = optax.tree.scale(scale, draw())
+
+    def loss(params, grads):
+        updates, state = tx.update(grads, tx.init(params), params)
+        after = optax.apply_updates(params, updates)
+        floats = [x for x in jax.tree.leaves(state) if jnp.issubdtype(x.dtype, float)]
+        return optax.tree.sum(jax.tree.map(jnp.sin, (after, floats)))
+
+    for gradient in jax.grad(loss, argnums=(0, 1))(params, draw(1)):
+        chex.assert_tree_all_finite(gradient)
+
+
+@every_row
+@pytest.mark.parametrize(
+    "mask",
+    [
+        {"dense": {"kernel": True, "bias": False}, "conv": False},
+        {"dense": False, "conv": True},
+        lambda params: jax.tree.map(lambda w: w.ndim == 4, params),
+    ],
+)
+def test_masked(row, mask):
+    params = draw()
+    tree = mask(params) if callable(mask) else mask
+    tree = jax.tree.map(
+        lambda keep, sub: jax.tree.map(lambda _: keep, sub), tree, params
+    )
+    after, _ = run(optax.masked(row.make(), mask), params)
+    applied, _ = run(row.make(), params)
+    plain, _ = run(optax.identity(), params)
+    expected = jax.tree.map(lambda keep, a, b: a if keep else b, tree, applied, plain)
+    chex.assert_trees_all_close(after, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_masked_with_axes_of_the_whole_tree():
+    axes = {"dense": {"kernel": (1,), "bias": "none"}, "conv": "layer"}
+    tx = optax.masked(normax.project_unit_norm(axes), {"dense": False, "conv": True})
+    after, _ = run(tx, draw())
+    np.testing.assert_allclose(jnp.linalg.norm(after["conv"].ravel()), 1, rtol=1e-6)
+
+
+@every_row
+def test_partition_and_named_chain(row):
+    params = draw()
+    labels = {"dense": "ours", "conv": "theirs"}
+    tx = optax.partition({"ours": row.make(), "theirs": optax.set_to_zero()}, labels)
+    after, _ = run(tx, params)
+    expected, _ = run(row.make(), params)
+    chex.assert_trees_all_equal(after["conv"], params["conv"])
+    chex.assert_trees_all_close(after["dense"], expected["dense"], rtol=1e-5, atol=1e-6)
+    named = optax.named_chain(("rate", optax.scale(-0.1)), ("ours", row.make()))
+    chained = optax.chain(optax.scale(-0.1), row.make())
+    chex.assert_trees_all_equal(run(named, params)[0], run(chained, params)[0])
+
+
+@every_row
+def test_multi_steps_and_apply_if_finite(row):
+    params = draw()
+    every_two = optax.MultiSteps(
+        row.make(), every_k_schedule=2
+    ).gradient_transformation()
+    state = every_two.init(params)
+    updates, state = every_two.update(draw(1), state, params)
+    chex.assert_trees_all_equal(updates, optax.tree.zeros_like(params))
+    updates, state = every_two.update(draw(2), state, params)
+    mean = jax.tree.map(lambda a, b: (a + b) / 2, draw(1), draw(2))
+    expected, _ = row.make().update(mean, row.make().init(params), params)
+    chex.assert_trees_all_close(updates, expected, rtol=1e-5, atol=1e-6)
+
+    tx = optax.apply_if_finite(row.make(), max_consecutive_errors=3)
+    bad = jax.tree.map(lambda g: g.at[0].set(jnp.nan), draw(1))
+    state = tx.init(params)
+    updates, skipped = tx.update(bad, state, params)
+    chex.assert_trees_all_equal(updates, optax.tree.zeros_like(params))
+    chex.assert_trees_all_equal(skipped.inner_state, state.inner_state)
+
+
+@every_row
+def test_inject_hyperparams(row):
+    params = draw()
+    injected = optax.inject_hyperparams(row.factory)(**row.kwargs)
+    after, state = jax.jit(functools.partial(run, injected))(params)
+    chex.assert_trees_all_close(after, run(row.make(), params)[0], rtol=1e-4, atol=1e-5)
+    numbers = {k for k, v in row.kwargs.items() if isinstance(v, float)}
+    assert numbers <= set(state.hyperparams)
+    tuples = optax.inject_hyperparams(normax.project_unit_norm)(axes=(0,))
+    kernel = {"kernel": draw()["dense"]["kernel"]}
+    assert tuples.init(kernel).hyperparams["radius"] == 1.0
+
+
+@every_row
+def test_map_params(row):
+    tx, params = row.make(), draw()
+    state = tx.init(params)
+    mapped = optax.tree.map_params(tx, lambda x: x + 1, state)
+    chex.assert_trees_all_equal_structs(mapped, state)
+    assert optax.tree.get(mapped, "nonexistent") is None
+    changed = [
+        not np.array_equal(a, b)
+        for a, b in zip(jax.tree.leaves(mapped), jax.tree.leaves(state), strict=True)
+        if jnp.issubdtype(a.dtype, jnp.floating)
+    ]
+    assert all(changed)
+
+
+@every_row
+def test_trees_without_weights(row):
+    tx = row.make()
+    for empty in ({}, (), [], {"a": None}):
+        updates, _ = tx.update(empty, tx.init(empty), empty)
+        assert updates == empty
+    params, grads = draw() | {"frozen": None}, draw(1) | {"frozen": None}
+    updates, _ = tx.update(grads, tx.init(params), params)
+    expected, _ = tx.update(draw(1), tx.init(draw()), draw())
+    assert updates["frozen"] is None
+    chex.assert_trees_all_close(updates | {"frozen": None}, expected | {"frozen": None})
+
+
+OURS = [row for row in ROWS if row.factory.__name__ != "make"]
+our_rows = pytest.mark.parametrize(
+    "row", OURS[:-1], ids=[row.name for row in OURS[:-1]]
+)
+
+
+@our_rows
+def test_leaves_that_are_no_weights(row):
+    tx = row.make()
+    params = draw() | {"count": jnp.ones((2, 3), jnp.int32), "number": 2.0}
+    grads = draw(1) | {"count": np.zeros((2, 3), jax.dtypes.float0), "number": 0.5}
+    updates, state = tx.update(grads, tx.init(params), params)
+    assert updates["count"] is grads["count"] and updates["number"] == 0.5
+    updates, _ = tx.update(grads | {"conv": None}, state, params)
+    assert updates["conv"] is None
+    with pytest.raises(ValueError, match="must be real"):
+        tx.init({"kernel": jnp.ones((3, 2), jnp.complex64)})
+
+
+@every_row
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: dtype.__name__)
+def test_dtypes_are_kept(row, dtype):
+    with jax.enable_x64(dtype == jnp.float64):
+        tx, params = row.make(), draw(dtype=dtype)
+        state = tx.init(params)
+        updates, new_state = tx.update(draw(1, dtype), state, params)
+        assert {leaf.dtype for leaf in jax.tree.leaves(updates)} == {np.dtype(dtype)}
+        assert typeof(new_state) == typeof(state)
+
+
+@our_rows
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: dtype.__name__)
+def test_no_implicit_promotion(row, dtype):
+    with jax.enable_x64(dtype == jnp.float64), jax.numpy_dtype_promotion("strict"):
+        tx, params = row.make(), draw(dtype=dtype)
+        tx.update(draw(1, dtype), tx.init(params), params)
+
+
+@every_row
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize("spec", [P("x", None), P(None, "x"), P("x", "y")])
+def test_sharding(row, axis_type, spec):
+    mesh = jax.make_mesh(
+        (2, 2), ("x", "y"), (axis_type,) * 2, devices=jax.devices()[:4]
+    )
+    tx, params, grads = row.make(), draw(), draw(1)
+
+    def place(tree):
+        specs = {"dense": {"kernel": spec, "bias": P()}, "conv": P(None, None, *spec)}
+        return jax.device_put(
+            tree, jax.tree.map(lambda s: NamedSharding(mesh, s), specs)
+        )
+
+    expected = tx.update(grads, tx.init(params), params)
+    with jax.set_mesh(mesh):
+        sharded = place(params)
+        state = jax.jit(tx.init)(sharded)
+        updates, new_state = jax.jit(tx.update)(place(grads), state, sharded)
+        assert typeof(new_state) == typeof(state)
+        if axis_type == AxisType.Explicit:
+            assert typeof(updates) == typeof(sharded)
+    got = jax.device_get((updates, new_state))
+    chex.assert_trees_all_close(got, jax.device_get(expected), rtol=2e-5, atol=1e-6)
+
+
+@our_rows
+def test_shard_map_over_the_units(row):
+    if row.kwargs.get("axes") == "layer":
+        pytest.skip("a vector that spans all devices has no local norm")
+    mesh = jax.make_mesh((2,), ("x",), (AxisType.Auto,), devices=jax.devices()[:2])
+    tx, params, grads = row.make(), draw()["dense"], draw(1)["dense"]
+    specs = {"kernel": P(None, "x"), "bias": P("x")}
+
+    def update(grads, params):
+        return tx.update(grads, tx.init(params), params)[0]
+
+    mapped = jax.shard_map(update, mesh=mesh, in_specs=(specs, specs), out_specs=specs)
+    chex.assert_trees_all_close(
+        jax.jit(mapped)(grads, params), update(grads, params), rtol=2e-5, atol=1e-6
+    )
+
+
+@every_row
+def test_export(row):
+    tx, params = row.make(), draw()
+    arguments = draw(1), tx.init(params), params
+    platforms = ("cpu", "cuda", "tpu")
+    exported = jax.export.export(jax.jit(tx.update), platforms=platforms)(*arguments)
+    assert exported.platforms == platforms
+    got = exported.call(*arguments)
+    chex.assert_trees_all_close(got, tx.update(*arguments), rtol=2e-5, atol=1e-6)
+
+
+@every_row
+@pytest.mark.parametrize("value", [jnp.nan, jnp.inf])
+def test_what_is_not_finite_is_not_hidden(row, value):
+    tx, params, grads = row.make(), draw(), draw(1)
+    grads["dense"]["kernel"] = grads["dense"]["kernel"].at[2, 3].set(value)
+    updates, _ = tx.update(grads, tx.init(params), params)
+    assert not np.isfinite(updates["dense"]["kernel"][2, 3])
+    others = jnp.delete(updates["dense"]["kernel"], 3, axis=1)
+    if row.kwargs.get("axes") != "layer":
+        chex.assert_tree_all_finite((others, updates["conv"]))
+
+
+@every_row
+@pytest.mark.parametrize("gradient", [0.0, 1.0])
+def test_zero_weights_never_make_a_nan(row, gradient):
+    zeros = optax.tree.zeros_like(draw())
+    tx = row.make()
+    state = tx.init(zeros)
+    for _ in range(3):
+        updates, state = tx.update(optax.tree.scale(gradient, draw(1)), state, zeros)
+        chex.assert_tree_all_finite((updates, state))
+
+
+@every_row
+def test_nnx_optimizer_loop(row):
+    model = nnx.Sequential(
+        nnx.Linear(4, 8, rngs=nnx.Rngs(0)),
+        nnx.BatchNorm(8, rngs=nnx.Rngs(0)),
+        nnx.Linear(8, 2, rngs=nnx.Rngs(1)),
+    )
+    base = optax.identity() if "learning_rate" in row.kwargs else optax.sgd(0.05)
+    optimizer = nnx.Optimizer(model, optax.chain(base, row.make()), wrt=nnx.Param)
+    x = jax.random.normal(jax.random.key(0), (32, 4))
+
+    @nnx.jit
+    def step(model, optimizer):
+        loss_fn = lambda model: jnp.mean((model(x) - x[:, :2]) ** 2)  # noqa: E731
+        loss, grads = nnx.value_and_grad(loss_fn)(model)
+        optimizer.update(model, grads)
+        return loss
+
+    losses = [step(model, optimizer) for _ in range(40)]
+    assert losses[-1] < losses[0]
+    if "unit_norm" in row.name and "axes" not in row.kwargs:
+        norms = jnp.linalg.norm(model.layers[0].kernel[...], axis=0)
+        radius = row.kwargs.get("radius", 1.0)
+        if radius != "initial":
+            np.testing.assert_allclose(norms, radius, rtol=1e-6)
+
+
+@every_row
+def test_linen_train_state_loop(row):
+    model = nn.Sequential([nn.Dense(8), nn.LayerNorm(), nn.Dense(2)])
+    x = jax.random.normal(jax.random.key(0), (32, 4))
+    base = optax.identity() if "learning_rate" in row.kwargs else optax.sgd(0.05)
+    state = train_state.TrainState.create(
+        apply_fn=model.apply,
+        params=model.init(jax.random.key(1), x)["params"],
+        tx=optax.chain(base, row.make()),
+    )
+
+    @jax.jit
+    def step(state):
+        def loss_fn(params):
+            return jnp.mean((state.apply_fn({"params": params}, x) - x[:, :2]) ** 2)
+
+        loss, grads = jax.value_and_grad(loss_fn)(state.params)
+        return state.apply_gradients(grads=grads), loss
+
+    losses = []
+    for _ in range(40):
+        state, loss = step(state)
+        losses.append(loss)
+    assert losses[-1] < losses[0]

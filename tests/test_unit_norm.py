@@ -1,0 +1,228 @@
+"""Projection onto spheres: nearest point, norms to rounding, tangent updates."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import scipy.optimize
+
+import normax
+
+CASES = [("unit", (64, 10), (0,)), ("layer", (30, 20), (0, 1)), ((1,), (8, 12), (1,))]
+TOLERANCE = {jnp.float16: 1e-3, jnp.bfloat16: 3e-3, jnp.float32: 3e-7}
+
+
+def draw(shape, seed=0, scale=1.0, dtype=jnp.float32):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape) * scale, dtype)
+
+
+def norms(x, axes):
+    return np.sqrt(np.sum(np.asarray(x, np.float64) ** 2, axis=axes))
+
+
+@pytest.mark.parametrize(("axes", "shape", "reduced"), CASES)
+def test_projection_in_float64(axes, shape, reduced):
+    w = draw(shape)
+    exact = np.asarray(w, np.float64)
+    exact = 2.5 * exact / np.sqrt(np.sum(exact**2, axis=reduced, keepdims=True))
+    measured = normax.projection_unit_norm(w, axes, radius=2.5)
+    np.testing.assert_allclose(measured, exact, rtol=4e-7)
+
+
+def test_projection_is_the_nearest_point():
+    w = draw((4, 1), seed=3)
+    projected = np.ravel(normax.projection_unit_norm(w, radius=0.7))
+    found = scipy.optimize.minimize(
+        lambda v: np.sum((v - np.ravel(w)) ** 2),
+        x0=np.full(4, 0.35),
+        constraints={"type": "eq", "fun": lambda v: np.sum(v**2) - 0.49},
+        tol=1e-12,
+    )
+    np.testing.assert_allclose(projected, found.x, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize(("axes", "shape", "reduced"), CASES)
+def test_projected_norms_in_every_dtype(axes, shape, reduced, dtype):
+    projected = normax.projection_unit_norm(draw(shape, dtype=dtype), axes)
+    assert projected.dtype == dtype
+    assert np.max(np.abs(norms(projected, reduced) - 1)) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 17, 1000])
+@pytest.mark.parametrize("scale", [1e-30, 1e-3, 1.0, 1e30])
+def test_projected_norms_at_every_scale_and_size(size, scale):
+    projected = normax.projection_unit_norm(draw((size, 200), seed=size, scale=scale))
+    assert np.max(np.abs(norms(projected, 0) - 1)) < 3e-7
+
+
+def test_zero_vectors_stay_zero():
+    w = draw((6, 3)).at[:, 1].set(0.0)
+    projected = normax.projection_unit_norm(w)
+    np.testing.assert_array_equal(projected[:, 1], 0)
+    np.testing.assert_allclose(norms(projected, 0), [1, 0, 1], rtol=3e-7)
+    tx = normax.project_unit_norm()
+    updates, _ = tx.update(-w, tx.init(w), w)
+    np.testing.assert_array_equal(optax.apply_updates(w, updates), 0)
+
+
+@pytest.mark.parametrize(
+    ("radius", "expected"),
+    [
+        (3, [3, 3, 3]),
+        (np.float32(0.25), [0.25] * 3),
+        (jnp.array([1.0, 2.0, 0.0]), [1, 2, 0]),
+        (np.array([4.0]), [4, 4, 4]),
+        ({"kernel": jnp.array([1.0, 2.0, 3.0]), "bias": None}, [1, 2, 3]),
+        ({"kernel": 0.5, "bias": None}, [0.5] * 3),
+    ],
+)
+def test_radius(radius, expected):
+    params = {"kernel": draw((9, 3)), "bias": draw((3,))}
+    projected = normax.projection_unit_norm(params, radius=radius)
+    np.testing.assert_allclose(norms(projected["kernel"], 0), expected, rtol=3e-7)
+    np.testing.assert_array_equal(projected["bias"], params["bias"])
+    tx = normax.project_unit_norm(radius=radius)
+    updates, _ = tx.update(params, tx.init(params), params)
+    after = optax.apply_updates(params, updates)
+    np.testing.assert_allclose(norms(after["kernel"], 0), expected, rtol=6e-7)
+
+
+@pytest.mark.parametrize("radius", [-1.0, np.nan, jnp.array([1.0, -2.0, 1.0])])
+def test_radius_out_of_range_raises(radius):
+    for factory in (
+        lambda: normax.project_unit_norm(radius=radius),
+        lambda: normax.projection_unit_norm(draw((4, 3)), radius=radius),
+    ):
+        with pytest.raises(ValueError, match="radius must be at least 0, got"):
+            factory()
+
+
+def test_radius_that_is_no_radius_raises():
+    w = draw((4, 3))
+    with pytest.raises(ValueError, match="radius must be a number.*got 'initial'"):
+        normax.projection_unit_norm(w, radius="initial")
+    with pytest.raises(ValueError, match="radius must be a number.*got 'unit'"):
+        normax.project_unit_norm(radius="unit")
+    with pytest.raises(ValueError, match=r"radius must broadcast.*shape \(4,\)"):
+        normax.projection_unit_norm(w, radius=jnp.ones(4))
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize(
+    "rule", [optax.sgd(0.1, momentum=0.9), optax.adam(0.05, eps=1e-3)]
+)
+def test_norms_after_many_steps(rule, dtype):
+    tx = optax.chain(rule, normax.project_unit_norm(radius=1.0))
+    params = normax.projection_unit_norm(draw((128, 6), dtype=dtype))
+
+    def step(carry, key):
+        params, state = carry
+        grads = jax.random.normal(key, params.shape, params.dtype)
+        updates, state = tx.update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+        return (params, state), params
+
+    keys = jax.random.split(jax.random.key(0), 300)
+    _, history = jax.lax.scan(step, (params, tx.init(params)), keys)
+    assert np.max(np.abs(norms(history, 1) - 1)) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30])
+def test_initial_radius_is_kept(scale):
+    params = {"kernel": draw((20, 4), scale=scale) * jnp.array([[1.0, 2.0, 5.0, 0.0]])}
+    tx = optax.chain(optax.sgd(0.3), normax.project_unit_norm(radius="initial"))
+    state, start = tx.init(params), norms(params["kernel"], 0)
+    for seed in range(5):
+        grads = {"kernel": draw((20, 4), seed, scale)}
+        updates, state = tx.update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+        np.testing.assert_allclose(norms(params["kernel"], 0), start, rtol=6e-7)
+
+
+def test_projection_of_the_stepped_weights():
+    w, u = draw((7, 3)), draw((7, 3), seed=1)
+    tx = normax.project_unit_norm(radius=1.5)
+    updates, _ = tx.update(u, tx.init(w), w)
+    stepped = np.asarray(w, np.float64) + np.asarray(u, np.float64)
+    expected = 1.5 * stepped / np.sqrt(np.sum(stepped**2, 0, keepdims=True))
+    np.testing.assert_allclose(w + updates, expected, rtol=1e-6)
+
+
+def test_a_transformation_after_the_projection_undoes_it():
+    w, u = draw((7, 3)), draw((7, 3), seed=1)
+    for chain, holds in (
+        (optax.chain(optax.scale(0.5), normax.project_unit_norm()), True),
+        (optax.chain(normax.project_unit_norm(), optax.scale(0.5)), False),
+    ):
+        updates, _ = chain.update(u, chain.init(w), w)
+        error = np.max(np.abs(norms(w + updates, 0) - 1))
+        assert (error < 1e-6) == holds
+
+
+@pytest.mark.parametrize(("axes", "shape", "reduced"), CASES)
+@pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30])
+def test_removed_radial_component(axes, shape, reduced, scale):
+    w, u = draw(shape, scale=scale), draw(shape, seed=1) + 0.5 * draw(shape)
+    tx = normax.remove_radial_component(axes)
+    updates, _ = tx.update(u, tx.init(w), w)
+    w64, u64 = np.asarray(w, np.float64), np.asarray(u, np.float64)
+    slope = np.sum(w64 * u64, reduced, keepdims=True)
+    slope /= np.sum(w64**2, reduced, keepdims=True)
+    np.testing.assert_allclose(updates, u64 - slope * w64, atol=2e-6)
+    cosine = np.sum(w64 * np.asarray(updates, np.float64), reduced)
+    cosine /= norms(w64, reduced) * norms(updates, reduced)
+    assert np.max(np.abs(cosine)) < 5e-7
+
+
+def test_radial_component_of_zero_weights_is_not_removed():
+    w, u = jnp.zeros((4, 2)), draw((4, 2))
+    tx = normax.remove_radial_component()
+    np.testing.assert_array_equal(tx.update(u, tx.init(w), w)[0], u)
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+@pytest.mark.parametrize("momentum", [None, 0.9])
+def test_normalized_sgd_against_its_recurrence(momentum, nesterov):
+    tx = normax.normalized_sgd(0.2, "unit", 0.1, momentum, nesterov)
+    params = {"kernel": normax.projection_unit_norm(draw((9, 4))), "bias": draw((4,))}
+    state = tx.init(params)
+    kernel, bias = (np.asarray(params[k], np.float64) for k in ("kernel", "bias"))
+    velocity = {"kernel": 0.0, "bias": 0.0}
+    for seed in range(6):
+        grads = {"kernel": draw((9, 4), 10 + seed), "bias": draw((4,), 20 + seed)}
+        updates, state = tx.update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+        steps = {}
+        for name, w in (("kernel", kernel), ("bias", bias)):
+            g = np.asarray(grads[name], np.float64) + 0.1 * w
+            velocity[name] = (momentum or 0.0) * velocity[name] + g
+            ahead = nesterov and momentum
+            steps[name] = g + momentum * velocity[name] if ahead else velocity[name]
+        kernel, bias = kernel - 0.2 * steps["kernel"], bias - 0.2 * steps["bias"]
+        kernel /= np.sqrt(np.sum(kernel**2, axis=0))
+        np.testing.assert_allclose(params["kernel"], kernel, rtol=2e-5, atol=1e-6)
+        np.testing.assert_allclose(params["bias"], bias, rtol=2e-5, atol=1e-6)
+
+
+def test_weight_decay_changes_only_the_rate_on_the_sphere():
+    # w - eta (g + lambda w) = (1 - eta lambda) (w - eta / (1 - eta lambda) g)
+    w, g = normax.projection_unit_norm(draw((9, 4))), draw((9, 4), seed=1)
+    eta, decay = 0.2, 0.5
+    after = []
+    for tx in (
+        normax.normalized_sgd(eta, weight_decay=decay),
+        normax.normalized_sgd(eta / (1 - eta * decay)),
+    ):
+        updates, _ = tx.update(g, tx.init(w), w)
+        after.append(optax.apply_updates(w, updates))
+    np.testing.assert_allclose(after[0], after[1], atol=3e-7)
+
+
+def test_projection_jacobian_is_the_tangent_projector():
+    w = draw((5, 1), seed=2)
+    jacobian = jax.jacobian(normax.projection_unit_norm)(w)[:, 0, :, 0]
+    unit = np.asarray(w[:, 0], np.float64) / norms(w[:, 0], 0)
+    expected = (np.eye(5) - np.outer(unit, unit)) / norms(w[:, 0], 0)
+    np.testing.assert_allclose(jacobian, expected, atol=1e-6)

@@ -1,0 +1,249 @@
+"""Update rules against the printed recurrences, and their scaling laws, in float64."""
+
+import inspect
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import normax
+
+ETA, STEPS = 0.05, 12
+TARGET = np.random.default_rng(1).normal(size=(6, 3))
+START = np.random.default_rng(0).normal(size=(6, 3))
+
+
+@pytest.fixture(autouse=True)
+def float64():
+    with jax.enable_x64(True):
+        yield
+
+
+def gradient(w):
+    """Gradient of a loss that is no quadratic, sum of (w - target)^4 / 4 + w^2 / 2."""
+    return (w - TARGET) ** 3 + w
+
+
+def sgd(w, grad):
+    while True:
+        w = w - ETA * grad(w)
+        yield w
+
+
+def momentum(w, grad, rho=0.9):
+    v = 0.0
+    while True:
+        v = rho * v - ETA * grad(w)
+        w = w + v
+        yield w
+
+
+def nesterov(w, grad, rho=0.9):
+    v = 0.0
+    while True:
+        v = rho * v - ETA * grad(w + rho * v)
+        w = w + v
+        yield w + rho * v
+
+
+def adagrad(w, grad, eps=1e-7):
+    r = 0.0
+    while True:
+        g = grad(w)
+        r = r + g**2
+        w = w - ETA / np.sqrt(r + eps) * g
+        yield w
+
+
+def rmsprop(w, grad, rho=0.9, eps=1e-8):
+    r = 0.0
+    while True:
+        g = grad(w)
+        r = rho * r + (1 - rho) * g**2
+        w = w - ETA * g / np.sqrt(r + eps)
+        yield w
+
+
+def adadelta(w, grad, rho=0.9, eps=1e-6, eta=ETA):
+    r = d = 0.0
+    while True:
+        g = grad(w)
+        r = rho * r + (1 - rho) * g**2
+        u = np.sqrt(d + eps) / np.sqrt(r + eps) * g
+        d = rho * d + (1 - rho) * u**2
+        w = w - eta * u
+        yield w
+
+
+def adam(w, grad, b1=0.9, b2=0.999, eps=1e-8, decoupled=0.0):
+    m = r = 0.0
+    t = 0
+    while True:
+        t, g = t + 1, grad(w)
+        m, r = b1 * m + (1 - b1) * g, b2 * r + (1 - b2) * g**2
+        step = m / (1 - b1**t) / (np.sqrt(r / (1 - b2**t)) + eps)
+        w = w - ETA * (step + decoupled * w)
+        yield w
+
+
+def normalized_sgd(w, grad):
+    while True:
+        w = w - ETA * grad(w)
+        w = w / np.sqrt(np.sum(w**2, axis=0))
+        yield w
+
+
+PRINTED = {
+    "sgd": sgd,
+    "momentum": momentum,
+    "nesterov": nesterov,
+    "adagrad": adagrad,
+    "rmsprop": rmsprop,
+    "adadelta": adadelta,
+    "adam": adam,
+    "normalized_sgd": normalized_sgd,
+}
+# Not the defaults: a hyperparameter that is dropped or misnamed must show.
+OTHERS = {
+    "momentum": ({"momentum": 0.6}, {"rho": 0.6}),
+    "nesterov": ({"momentum": 0.6}, {"rho": 0.6}),
+    "adagrad": ({"eps": 0.1}, {"eps": 0.1}),
+    "rmsprop": ({"decay": 0.5, "eps": 0.1}, {"rho": 0.5, "eps": 0.1}),
+    "adadelta": ({"rho": 0.5, "eps": 0.1}, {"rho": 0.5, "eps": 0.1}),
+    "adam": (dict(b1=0.5, b2=0.8, eps=0.1), dict(b1=0.5, b2=0.8, eps=0.1)),
+}
+
+
+def trajectory(tx, w, grad, steps=STEPS):
+    w = jnp.asarray(w)
+    state = tx.init(w)
+    for _ in range(steps):
+        updates, state = tx.update(grad(w), state, w)
+        w = optax.apply_updates(w, updates)
+        yield w
+
+
+def assert_same(tx, expected, grad=gradient, start=START):
+    for measured, w in zip(trajectory(tx, start, grad), expected, strict=False):
+        np.testing.assert_allclose(measured, w, rtol=1e-10)
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.3])
+@pytest.mark.parametrize("name", PRINTED)
+def test_rule_is_the_printed_recurrence(name, weight_decay):
+    def decayed(w):
+        return gradient(w) + weight_decay * w
+
+    rule = normax.UPDATE_RULES[name]
+    assert_same(rule.make(ETA, weight_decay), PRINTED[name](START, decayed))
+    ours, printed = OTHERS.get(name, ({}, {}))
+    assert_same(
+        rule.make(ETA, weight_decay, **ours), PRINTED[name](START, decayed, **printed)
+    )
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.3])
+def test_adamw_decays_beside_the_rule(weight_decay):
+    rule = normax.UPDATE_RULES["adamw"]
+    expected = adam(START, gradient, decoupled=weight_decay)
+    assert_same(rule.make(ETA, weight_decay), expected)
+
+
+def test_adadelta_of_the_paper_has_rate_one():
+    tx = normax.UPDATE_RULES["adadelta"].make(1.0)
+    assert_same(tx, adadelta(START, gradient, eta=1.0))
+
+
+def test_weight_decay_is_the_gradient_of_half_the_squared_norm():
+    penalty = jax.grad(lambda w: 0.3 / 2 * jnp.sum(w**2))
+    tx = normax.UPDATE_RULES["momentum"].make(ETA, 0.3)
+    plain = normax.UPDATE_RULES["momentum"].make(ETA)
+    expected = trajectory(plain, START, lambda w: gradient(w) + penalty(w))
+    assert_same(tx, expected)
+
+
+def test_learning_rate_schedule():
+    schedule = optax.piecewise_constant_schedule(0.1, {3: 0.1})
+    tx = normax.UPDATE_RULES["sgd"].make(schedule)
+    ws = [START, *trajectory(tx, START, gradient, 5)]
+    for step, rate in enumerate([0.1, 0.1, 0.1, 0.01, 0.01]):
+        expected = ws[step] - rate * gradient(ws[step])
+        np.testing.assert_allclose(ws[step + 1], expected, rtol=1e-6)
+
+
+def direction(w):
+    return w / jnp.sqrt(jnp.sum(w**2, axis=0, keepdims=True))
+
+
+@jax.grad
+def invariant_gradient(w):
+    """Gradient of a function of the directions of the columns of w alone."""
+    return jnp.sum((direction(w) - TARGET) ** 3)
+
+
+TINY = {"adagrad": 1e-60, "rmsprop": 1e-60, "adam": 1e-30, "adamw": 1e-30}
+SCALED = ("sgd", "momentum", "nesterov", *TINY)
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.2])
+@pytest.mark.parametrize("alpha", [1e-2, 7.0])
+@pytest.mark.parametrize("name", SCALED)
+def test_effective_learning_rate_visits_the_same_functions(name, alpha, weight_decay):
+    rule = normax.UPDATE_RULES[name]
+    hyper = {"eps": TINY[name]} if name in TINY else {}
+    rate = rule.effective_learning_rate(ETA, alpha)
+    # L_lambda(alpha w) = L_{lambda alpha^2}(w); decoupled decay keeps eta lambda.
+    decay = weight_decay * (alpha if name == "adamw" else alpha**2)
+    unit = direction(START)
+    original = trajectory(
+        rule.make(ETA, weight_decay, **hyper), alpha * unit, invariant_gradient
+    )
+    effective = trajectory(rule.make(rate, decay, **hyper), unit, invariant_gradient)
+    for w, w_unit in zip(original, effective, strict=True):
+        np.testing.assert_allclose(w, alpha * w_unit, rtol=1e-8)
+
+
+def test_adadelta_step_has_the_units_of_the_weights():
+    alpha, w, rng = 7.0, direction(START), np.random.default_rng(2)
+    squares, steps = rng.uniform(0.1, 1.0, (2, *w.shape))
+    tx = normax.UPDATE_RULES["adadelta"].make(ETA, eps=1e-30)
+    state = optax.tree.set(tx.init(w), e_g=squares, e_x=steps)
+    scaled = optax.tree.set(state, e_g=squares / alpha**2, e_x=steps * alpha**2)
+    update, _ = tx.update(invariant_gradient(w), state, w)
+    scaled_update, _ = tx.update(invariant_gradient(alpha * w), scaled, alpha * w)
+    rate = normax.UPDATE_RULES["adadelta"].effective_learning_rate(ETA, alpha)
+    np.testing.assert_allclose(scaled_update, alpha * (rate / ETA) * update, rtol=1e-8)
+
+
+@pytest.mark.parametrize("name", normax.UPDATE_RULES)
+def test_effective_learning_rate_of_table_1(name):
+    column = {
+        "sgd": 2,
+        "momentum": 2,
+        "nesterov": 2,
+        "normalized_sgd": 0,
+        "adadelta": 0,
+    }
+    rule = normax.UPDATE_RULES[name]
+    norms = {"kernel": jnp.array([0.5, 2.0]), "bias": None}
+    rates = rule.effective_learning_rate(0.1, norms)
+    expected = 0.1 / np.array([0.5, 2.0]) ** column.get(name, 1)
+    np.testing.assert_allclose(rates["kernel"], expected)
+    assert rates["bias"] is None
+
+
+def test_unknown_names():
+    with pytest.raises(KeyError):
+        normax.UPDATE_RULES["lion"]
+    with pytest.raises(TypeError, match="b1"):
+        normax.UPDATE_RULES["sgd"].make(0.1, b1=0.9)
+    with pytest.raises(TypeError):
+        normax.UPDATE_RULES["sgd"] = normax.UPDATE_RULES["adam"]  # type: ignore[index]
+
+
+def test_signatures_name_the_hyperparameters():
+    parameters = inspect.signature(normax.UPDATE_RULES["momentum"].make).parameters
+    assert list(parameters)[:2] == ["learning_rate", "weight_decay"]
+    assert parameters["momentum"].default == 0.9
