@@ -1,0 +1,176 @@
+"""The examples, run small."""
+
+import importlib
+import sys
+import urllib.error
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+datasets: Any = importlib.import_module("datasets")
+effective_learning_rate: Any = importlib.import_module("effective_learning_rate")
+
+
+@pytest.fixture
+def arrays() -> dict[str, np.ndarray]:
+    images = np.zeros((6, 4, 4), np.uint8)
+    labels = np.arange(6)
+    return {"x_train": images, "y_train": labels, "x_test": images, "y_test": labels}
+
+
+@pytest.fixture(scope="module")
+def small_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
+    out = tmp_path_factory.mktemp("out")
+    arguments = ["--grid", "2", "--epochs", "4", "--rule", "nesterov"]
+    return effective_learning_rate.main([*arguments, "--out", str(out)]), out
+
+
+def test_effective_learning_rate_measures_every_grid_point(
+    small_run: tuple[Any, Path],
+) -> None:
+    results, _ = small_run
+    assert {len(column) for column in results.values()} == {2 * 2 * 2}
+    assert not results["diverged"].any()
+    assert ((results["test_error"] >= 0) & (results["test_error"] <= 1)).all()
+
+
+def test_projection_keeps_unit_norm(small_run: tuple[Any, Path]) -> None:
+    results, _ = small_run
+    norms = results["norm"][results["projected"]]
+    # The first layer has eight weight vectors.
+    np.testing.assert_allclose(norms, np.sqrt(8), rtol=1e-6)
+
+
+def test_decay_shrinks_the_norm_and_forgets_the_start(
+    small_run: tuple[Any, Path],
+) -> None:
+    results, _ = small_run
+    points = effective_learning_rate.select(results, "nesterov", False)
+    assert points["norm"][1, 1] < points["norm"][0, 1]
+    assert points["memory"][1, 1] < 0.1 < points["memory"][0, 0]
+
+
+def test_effective_learning_rate_writes_picture_and_csv(
+    small_run: tuple[Any, Path],
+) -> None:
+    results, out = small_run
+    lines = (out / "effective_learning_rate.csv").read_text().splitlines()
+    assert lines[0].split(",") == list(results)
+    assert len(lines) == 1 + len(results["eta"])
+    assert (out / "effective_learning_rate.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("rule, power", [("nesterov", 2), ("adam", 1)])
+def test_summary_recovers_the_exponent(rule: str, power: int) -> None:
+    eta, lam = np.meshgrid(*effective_learning_rate.grid(rule, 5))
+    effective = (eta**2 * lam**power) ** (1 / (power + 2))
+    columns = {
+        "eta": eta,
+        "lambda": lam,
+        "norm": np.exp(effective) * (eta / lam) ** (1 / (power + 2)),
+        "memory": np.zeros_like(eta),
+        "test_error": np.minimum(effective, 1),
+        "diverged": eta > eta.max() / 2,
+    }
+    once = {name: column.ravel() for name, column in columns.items()}
+    results = {name: np.tile(column, 2) for name, column in once.items()}
+    results["rule"] = np.full(50, rule)
+    results["projected"] = np.arange(50) >= 25
+    summary = effective_learning_rate.summarize(results, rule)
+    assert summary["settled"] == 20
+    assert summary["exponent"] == pytest.approx(summary["predicted"], abs=1e-6)
+    assert summary["along"] < 1e-6 < summary["across"]
+    assert "10 of 50 runs diverged" in effective_learning_rate.table(results, [rule])
+    effective_learning_rate.picture(results, [rule]).canvas.draw()
+
+
+def test_unknown_rule_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        effective_learning_rate.main(["--rule", "newton"])
+    assert "invalid choice: 'newton'" in capsys.readouterr().err
+
+
+def test_matmul_is_the_convolution() -> None:
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(2, 8, 8, 3)).astype(np.float32)
+    kernel = rng.normal(size=(3, 3, 3, 4)).astype(np.float32)
+    for strides in ((1, 1), (2, 2)):
+        expected = effective_learning_rate.conv_general_dilated(
+            x,
+            kernel,
+            strides,
+            ((1, 1), (1, 1)),
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        )
+        actual = effective_learning_rate.conv_as_matmul(x, kernel, strides)
+        np.testing.assert_allclose(actual, expected, atol=1e-5)
+
+
+def test_digits_are_split_once() -> None:
+    digits = datasets.load("digits")
+    assert digits.x_train.shape == (1297, 8, 8, 1)
+    assert digits.x_test.shape == (500, 8, 8, 1)
+    assert digits.x_train.dtype == np.uint8
+    assert set(digits.y_test) == set(range(10))
+
+
+def test_file_is_read_from_the_folder_of_the_environment(
+    arrays: dict[str, np.ndarray], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    np.savez(tmp_path / "mnist.npz", **arrays)  # type: ignore[arg-type]
+    monkeypatch.setenv("NORMAX_DATA", str(tmp_path))
+    assert datasets.load("mnist").x_train.shape == (6, 4, 4, 1)
+
+
+def test_openml_copy_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ramp = np.arange(32.0)
+    image = np.stack([np.add.outer(ramp, 2 * ramp), *np.zeros((2, 32, 32))])
+    rows = np.tile(image.ravel(), (60, 1))
+    labels = np.tile(["1", "2", "3"], 20)
+    monkeypatch.setattr(datasets, "fetch_openml", lambda **options: (rows, labels))
+    source = datasets._Source(0, 40, (32, 32, 3))
+    monkeypatch.setitem(datasets._OPENML, "cifar10", source)
+    dataset = datasets.load("cifar10", tmp_path)
+    np.testing.assert_array_equal(dataset.x_train[0], image.transpose(1, 2, 0))
+    assert len(dataset.x_train) == 40
+    assert len(dataset.x_test) == 20
+    assert set(dataset.y_train) == {0, 1, 2}
+    monkeypatch.delattr(datasets, "fetch_openml")
+    np.testing.assert_array_equal(datasets.load("cifar10", tmp_path).x_test, dataset[2])
+
+
+def test_unknown_set_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"one of digits, mnist, .* got 'imagenet'"):
+        datasets.load("imagenet")
+
+
+def test_without_file_and_network_the_error_says_where_to_put_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unreachable(**options: Any) -> None:
+        raise urllib.error.URLError("no network")
+
+    monkeypatch.setattr(datasets, "fetch_openml", unreachable)
+    with pytest.raises(FileNotFoundError, match=r"svhn\.npz.*x_train.*--data"):
+        datasets.load("svhn", tmp_path)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"x_test": None}, "x_test is missing"),
+        ({"x_train": np.zeros((6, 4, 4))}, "x_train in .* must be uint8"),
+        ({"y_test": np.zeros(5, int)}, r"y_test in .* integers of shape \(6,\)"),
+        ({"y_train": np.zeros(6)}, "y_train in .* must be integers"),
+    ],
+)
+def test_wrong_arrays_are_refused(
+    arrays: dict[str, Any], tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
+    wrong = {k: v for k, v in (arrays | change).items() if v is not None}
+    np.savez(tmp_path / "mnist.npz", **wrong)
+    with pytest.raises(ValueError, match=message):
+        datasets.load("mnist", tmp_path)

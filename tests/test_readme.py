@@ -1,0 +1,32 @@
+"""The README's example runs, and its commands are those that the checks run."""
+
+import pathlib
+import re
+
+ROOT = pathlib.Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def test_example_runs(capsys):
+    (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    assert len([line for line in code.splitlines() if line.strip()]) <= 25
+    exec(compile(code, "README.md", "exec"), {})
+    printed = capsys.readouterr().out
+    for word in re.findall(r"# prints (.*)", code):
+        assert word in printed
+
+
+def test_commands_are_those_of_the_checks():
+    script = (ROOT / ".ci" / "run").read_text().replace("--editable", "-e")
+    script = script.replace("--quiet ", "").replace(" --quiet", "")
+    blocks = re.findall(r"```(?:sh|console)\n(.*?)```", README, re.DOTALL)
+    commands = [line for block in blocks for line in block.splitlines()]
+    assert len(commands) >= 4
+    for command in commands:
+        if "bench" not in command:
+            assert command in script
+
+
+def test_linked_files_exist():
+    for target in re.findall(r"\]\((?!http|#)([^)]+)\)", README):
+        assert (ROOT / target).exists(), target
