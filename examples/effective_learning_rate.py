@@ -80,7 +80,7 @@ class Setting(NamedTuple):
 
 COLOUR = Setting((32, 64, 128, 128), (1, 2, 2, 2), 128, 100, True)
 SETTINGS = {
-    "digits": Setting((8, 16, 16, 16), (2, 1, 2, 1), 32, 16, False),
+    "digits": Setting((8, 16, 16, 16), (2, 1, 2, 1), 32, 24, False),
     "mnist": Setting((16, 32, 32, 32), (2, 1, 2, 1), 128, 10, False),
     "cifar10": COLOUR,
     "cifar100": COLOUR,
@@ -90,11 +90,11 @@ SETTINGS = {
 # Smallest and largest learning rate, and largest weight decay. The smallest decay
 # follows, so that the diagonals of the grid are the lines of constant effective rate.
 GRIDS = {
-    "sgd": (5e-3, 2.5e0, 1e0),
+    "sgd": (2e-3, 1e0, 1e0),
     "momentum": (5e-4, 2.5e-1, 1e0),
     "nesterov": (5e-4, 2.5e-1, 1e0),
     "rmsprop": (3e-4, 5e-2, 1e0),
-    "adam": (3e-4, 5e-2, 1e0),
+    "adam": (3e-3, 3e-1, 1e-1),
 }
 SETTLED_MEMORY = 0.1
 
@@ -296,8 +296,8 @@ def run(
         for rule, projected in programs
         for lam, eta in itertools.product(*reversed(grid(rule, size)))
     ]
-    # Runs this small do not fill the cores of a CPU; threads do, and cost no more
-    # memory on other devices, where one run at a time is right.
+    # A small run does not fill the cores of a CPU; several at once do. Other devices
+    # are filled by one.
     workers = os.cpu_count() if jax.default_backend() == "cpu" else 1
     with ThreadPoolExecutor(workers) as pool:
         compiled = dict(zip(programs, pool.map(compile_run, programs), strict=True))
@@ -395,12 +395,15 @@ def draw_row(row: Sequence[Axes], results: Results, rule: str) -> None:
     errors = draw_map(row[2], projected, "test_error", (1, 0), **colours)
     x, y = np.log10(free["eta"]), np.log10(free["lambda"])
     row[0].contour(x, y, free["memory"], levels=[SETTLED_MEMORY], colors="black")
-    bar = functools.partial(row[0].figure.colorbar, extend="both")
+    colorbar = row[0].figure.colorbar
     ticks = np.array([0.01, 0.02, 0.05, 0.1, 0.2, 0.5])
-    bar(errors, ax=row[2], ticks=ticks, format=PercentFormatter(1, 0))
-    bar(
-        norms, ax=row[0], ticks=np.append(10 * ticks, 10), format="%g", extend="neither"
+    percent = PercentFormatter(1, 0)
+    bars = (
+        colorbar(norms, ax=row[0], ticks=np.append(10 * ticks, 10), format="%g"),
+        colorbar(errors, ax=row[2], ticks=ticks, format=percent, extend="both"),
     )
+    for bar in bars:
+        bar.minorticks_off()
     product = r"$\eta\lambda$" if power == 2 else r"$\eta^2\lambda$"
     row[0].set_title("norm of the first kernel\ndashed: constant $\\eta/\\lambda$")
     row[1].set_title(f"test error\ndashed: constant {product}")
@@ -414,7 +417,10 @@ def picture(results: Results, rules: Sequence[str]) -> Figure:
     rows = figure.subplots(len(rules), 3, squeeze=False)
     for row, rule in zip(rows, rules, strict=True):
         draw_row(row, results, rule)
-    figure.supxlabel("solid: above it the norm has settled", fontsize="medium")
+    figure.supxlabel(
+        "solid line: above it, weight decay had time to settle the norm",
+        fontsize="medium",
+    )
     return figure
 
 
@@ -434,7 +440,7 @@ def main(argv: Sequence[str] | None = None) -> Results:
     add("--rule", nargs="+", default=["nesterov", "adam"], choices=GRIDS)
     add("--dataset", default="digits", choices=datasets.NAMES)
     add("--data", type=Path, help="folder of the data sets' files, <name>.npz")
-    add("--grid", type=int, default=8, help="points along each axis")
+    add("--grid", type=int, default=7, help="points along each axis")
     add("--epochs", type=int, help="default: what suits the data set")
     add("--seed", type=int, default=0)
     options = parser.parse_args(argv)
@@ -442,7 +448,10 @@ def main(argv: Sequence[str] | None = None) -> Results:
         parser.error("--grid and --epochs must be at least 2.")
     setting = SETTINGS[options.dataset]
     setting = setting._replace(epochs=options.epochs or setting.epochs)
-    data = datasets.load(options.dataset, options.data)
+    try:
+        data = datasets.load(options.dataset, options.data)
+    except (FileNotFoundError, ValueError) as error:
+        parser.error(str(error))
     results = run(options.rule, data, setting, options.grid, options.seed)
     options.out.mkdir(parents=True, exist_ok=True)
     write_csv(results, options.out / "effective_learning_rate.csv")

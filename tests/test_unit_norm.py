@@ -67,6 +67,15 @@ def test_zero_vectors_stay_zero():
     np.testing.assert_array_equal(optax.apply_updates(w, updates), 0)
 
 
+def test_a_nan_shows_in_the_whole_vector():
+    w = draw((6, 3))
+    u = draw((6, 3), seed=1).at[2, 1].set(jnp.nan)
+    tx = normax.project_unit_norm()
+    updates, _ = tx.update(u, tx.init(w), w)
+    for result in (updates, normax.projection_unit_norm(u)):
+        np.testing.assert_array_equal(np.isnan(result), [[False, True, False]] * 6)
+
+
 @pytest.mark.parametrize(
     ("radius", "expected"),
     [
@@ -101,9 +110,9 @@ def test_radius_out_of_range_raises(radius):
 
 def test_radius_that_is_no_radius_raises():
     w = draw((4, 3))
-    with pytest.raises(ValueError, match="radius must be a number.*got 'initial'"):
+    with pytest.raises(ValueError, match=r"radius must be a number.*got 'initial'"):
         normax.projection_unit_norm(w, radius="initial")
-    with pytest.raises(ValueError, match="radius must be a number.*got 'unit'"):
+    with pytest.raises(ValueError, match=r"radius must be a number.*got 'unit'"):
         normax.project_unit_norm(radius="unit")
     with pytest.raises(ValueError, match=r"radius must broadcast.*shape \(4,\)"):
         normax.projection_unit_norm(w, radius=jnp.ones(4))

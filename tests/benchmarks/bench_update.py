@@ -62,7 +62,9 @@ class Step:
         return time.perf_counter() - start
 
     def temporary_mebibytes(self) -> float:
-        return self.compiled.memory_analysis().temp_size_in_bytes / 2**20
+        analysis = self.compiled.memory_analysis()
+        assert analysis is not None
+        return analysis.temp_size_in_bytes / 2**20
 
 
 @pytest.mark.parametrize("name", LIMITS)
