@@ -150,16 +150,17 @@ def angular_update(params: PyTree, updates: PyTree, axes: Axes = "unit") -> PyTr
 
 
 class MonitorWeightDynamicsState(NamedTuple):
-    """State of `monitor_weight_dynamics`; its last three fields are to be read.
+    r"""State of `monitor_weight_dynamics`; its last three fields are to be read.
 
     Attributes:
-      count: Number of updates measured, int32 of shape ().
+      total_weight: Sum of the weights $\beta^{t-s}$ in the averages, float32 of
+        shape ().
       weight_norm: Averages of `normax.weight_norm`, before the updates.
       relative_update: Averages of `normax.relative_update`.
       angular_update: Averages of `normax.angular_update`, in radians.
     """
 
-    count: jax.Array  # type: ignore[assignment]  # optax's name, and a tuple's
+    total_weight: jax.Array
     weight_norm: PyTree
     relative_update: PyTree
     angular_update: PyTree
@@ -180,7 +181,7 @@ def monitor_weight_dynamics(
     Place it last in a chain, where the updates are what is added to the
     parameters. With `decay` $\beta$ each measure $x_t$ is averaged over time,
 
-    $$\bar x_t = \frac{1-\beta}{1-\beta^t} \sum_{s \le t} \beta^{t-s} x_s,$$
+    $$\bar x_t = \sum_{s \le t} \beta^{t-s} x_s \Big/ \sum_{s \le t} \beta^{t-s},$$
 
     which has no bias towards its start; $\beta = 0$ keeps the latest value. The
     structure of the state never changes, so the transformation works in
@@ -232,7 +233,7 @@ def monitor_weight_dynamics(
         norms = weight_norm(params, axes)
         # Two trees of zeros: a buffer that stands twice in a state cannot be donated.
         return MonitorWeightDynamicsState(
-            count=jnp.zeros([], jnp.int32),
+            total_weight=jnp.zeros([], jnp.float32),
             weight_norm=norms,
             relative_update=jax.tree.map(jnp.zeros_like, norms),
             angular_update=jax.tree.map(jnp.zeros_like, norms),
@@ -248,9 +249,7 @@ def monitor_weight_dynamics(
             updates,
             otherwise=lambda w, u: _Measurement(None, None, None, update=u),
         )
-        count = optax.safe_increment(state.count)
-        steps = count.astype(jnp.float32)
-        weight = (1.0 - decay) / (1.0 - decay**steps)
+        total_weight = (1 + decay * state.total_weight).astype(jnp.float32)
 
         def field(name):
             return jax.tree.map(
@@ -262,8 +261,8 @@ def monitor_weight_dynamics(
         def average(old, new):
             if new is None:
                 return old
-            rate = weight.astype(new.dtype)
-            # Selected, not weighted by 0: a NaN must not outlive its step.
+            rate = (1 / total_weight).astype(new.dtype)
+            # Selected: without averaging, a NaN does not outlive its step.
             return jnp.where(rate < 1, (1 - rate) * old + rate * new, new)
 
         averages = (
@@ -272,6 +271,6 @@ def monitor_weight_dynamics(
             )
             for name in ("weight_norm", "relative_update", "angular_update")
         )
-        return field("update"), MonitorWeightDynamicsState(count, *averages)
+        return field("update"), MonitorWeightDynamicsState(total_weight, *averages)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

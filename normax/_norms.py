@@ -39,23 +39,25 @@ def inner_product(x: jax.Array, y: jax.Array, axes: tuple[int, ...]) -> jax.Arra
     return jnp.sum(x * y, axis=axes, keepdims=True)
 
 
-def _scale(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
-    largest = jnp.max(jnp.abs(x), axis=axes, keepdims=True)
-    # A power of two, so that dividing by it rounds nothing. Scale 1 lets an
-    # infinite or NaN entry arrive in the norm as what it is.
-    scale = lax.reduce_precision(largest, jnp.finfo(x.dtype).nexp, mantissa_bits=0)
-    return jnp.where(jnp.isfinite(scale) & (scale > 0), scale, 1)
-
-
 def _in_safe_range(square: jax.Array) -> jax.Array:
     info = jnp.finfo(square.dtype)
     return (square > info.tiny / info.eps**2) & (square < info.max)
 
 
 def _rescaled_norm(x: jax.Array, *, axes: tuple[int, ...]) -> jax.Array:
-    scale = _scale(x, axes)
-    y = x / scale
-    return scale * jnp.sqrt(inner_product(y, y, axes))
+    # All three sums in one pass over memory; powers of two round nothing.
+    scale = 2.0 ** (jnp.finfo(x.dtype).maxexp // 2)
+    small, large = x * scale, x / scale
+    square = inner_product(x, x, axes)
+    return jnp.where(
+        _in_safe_range(square),
+        jnp.sqrt(square),
+        jnp.where(
+            square >= 1,
+            jnp.sqrt(inner_product(large, large, axes)) * scale,
+            jnp.sqrt(inner_product(small, small, axes)) / scale,
+        ),
+    )
 
 
 def _direct_norm(x: jax.Array, *, axes: tuple[int, ...]) -> jax.Array:
@@ -74,10 +76,11 @@ def _direct_norm(x: jax.Array, *, axes: tuple[int, ...]) -> jax.Array:
 def vector_norm(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
     r"""Return the Euclidean norm of every weight vector.
 
-    $$\|x\| = m \Big(\sum_i (x_i / m)^2\Big)^{1/2}, \qquad m \approx \max_i |x_i|,$$
+    $$\|x\| = s^{-1} \Big(\sum_i (s\,x_i)^2\Big)^{1/2}$$
 
-    which neither overflows nor underflows where the norm itself does not. Its
-    derivative is $\langle \hat x, \dot x\rangle$, and 0 at $x = 0$.
+    with the one of three powers of two $s$ that lets no square overflow or
+    underflow. Its derivative is $\langle \hat x, \dot x\rangle$, and 0 at
+    $x = 0$.
     """
     return lax.platform_dependent(
         x,
@@ -94,17 +97,12 @@ def _vector_norm_jvp(axes, primals, tangents):
 
 
 def _rescaled_polar(w, u, *, axes):
-    w_scale, u_scale = _scale(w, axes), _scale(u, axes)
-    w, u = w / w_scale, u / u_scale
-    w_norm = jnp.sqrt(inner_product(w, w, axes))
-    radial = inner_product(u, w, axes) / nonzero(w_norm)
-    tangential = u - radial / nonzero(w_norm) * w
-    return (
-        w_scale * w_norm,
-        u_scale * jnp.sqrt(inner_product(u, u, axes)),
-        u_scale * radial,
-        u_scale * jnp.sqrt(inner_product(tangential, tangential, axes)),
-    )
+    w_norm, u_norm = _rescaled_norm(w, axes=axes), _rescaled_norm(u, axes=axes)
+    w_unit, u_unit = w / nonzero(w_norm), u / nonzero(u_norm)
+    cosine = inner_product(u_unit, w_unit, axes)
+    normal = u_unit - cosine * w_unit
+    sine = jnp.sqrt(inner_product(normal, normal, axes))
+    return w_norm, u_norm, u_norm * cosine, u_norm * sine
 
 
 def _direct_polar(w, u, *, axes):
