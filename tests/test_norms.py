@@ -1,4 +1,7 @@
-"""Norms and polar decompositions against float64, at every scale."""
+"""Norms and polar decompositions against float64, at every scale.
+
+The formulas of the other devices, `_rescaled_*`, are tested beside those of the CPU.
+"""
 
 import functools
 import itertools
@@ -10,6 +13,7 @@ import optax
 import pytest
 
 import normax
+from normax import _norms
 from normax._norms import polar_decomposition, vector_norm, wait
 
 CASES = [((50, 6), (0,)), ((3, 3, 4, 5), (0, 1, 2)), ((40, 30), (0, 1)), ((4, 9), (1,))]
@@ -32,12 +36,12 @@ def polar_in_float64(w, u, axes):
 
 @pytest.mark.parametrize(("shape", "axes"), CASES)
 def test_norm_at_every_scale(shape, axes):
-    norm = jax.jit(vector_norm, static_argnums=1)
+    rescaled = jax.jit(functools.partial(_norms._rescaled_norm, axes=axes))
     for scale in SCALES:
         x = draw(shape, scale)
         expected = polar_in_float64(x, x, axes)[0]
-        for function in (norm, vector_norm):
-            measured = np.asarray(function(x, axes), np.float64)
+        for measured in (vector_norm(x, axes), rescaled(x)):
+            measured = np.asarray(measured, np.float64)
             np.testing.assert_allclose(measured, expected, rtol=3e-7)
 
 
@@ -51,8 +55,9 @@ def test_norm_of_vectors_of_different_scales():
 def test_norm_shows_what_is_not_finite():
     x = draw((4, 3), 1.0)
     x = x.at[1, 0].set(jnp.inf).at[2, 1].set(jnp.nan)
-    norm = np.ravel(vector_norm(x, (0,)))
-    assert np.isinf(norm[0]) and np.isnan(norm[1]) and np.isfinite(norm[2])
+    for norm in (vector_norm(x, (0,)), _norms._rescaled_norm(x, axes=(0,))):
+        norm = np.ravel(norm)
+        assert np.isinf(norm[0]) and np.isnan(norm[1]) and np.isfinite(norm[2])
 
 
 @pytest.mark.parametrize("scale", [1e-15, 1.0, 1e15])
@@ -80,10 +85,12 @@ def test_norm_derivatives_are_finite_at_zero():
 
 @pytest.mark.parametrize(("shape", "axes"), CASES)
 def test_polar_decomposition_at_every_scale(shape, axes):
-    decompose = jax.jit(polar_decomposition, static_argnums=2)
-    for w_scale, u_scale in itertools.product([1e-30, 1.0, 1e30], [1e-30, 1e-3, 1e30]):
+    rescaled = jax.jit(functools.partial(_norms._rescaled_polar, axes=axes))
+    scales = itertools.product([1e-30, 1.0, 1e30], [1e-30, 1e-3, 1e30], [True, False])
+    for w_scale, u_scale, on_cpu in scales:
         w, u = draw(shape, w_scale), draw(shape, u_scale, seed=1)
-        got = [np.asarray(part, np.float64) for part in decompose(w, u, axes)]
+        parts = polar_decomposition(w, u, axes) if on_cpu else rescaled(w, u)
+        got = [np.asarray(part, np.float64) for part in parts]
         w_norm, u_norm, radial, tangential = polar_in_float64(w, u, axes)
         np.testing.assert_allclose(got[0], w_norm, rtol=3e-7)
         np.testing.assert_allclose(got[1], u_norm, rtol=3e-7)
@@ -97,10 +104,11 @@ def test_polar_decomposition_of_almost_radial_updates(tilt):
     w = draw((100, 4), 1.0)
     normal = draw((100, 4), 1.0, seed=1)
     u = 0.3 * w + tilt * normal
-    measured = polar_decomposition(w, u, (0,))[3]
     expected = polar_in_float64(w, u, (0,))
-    # The error of u - r w/|w| is that of rounding u, whatever is left of it.
-    assert np.max(np.abs(measured - expected[3]) / expected[1]) < 2e-7
+    for function in (polar_decomposition, _norms._rescaled_polar):
+        measured = function(w, u, axes=(0,))[3]
+        # The error of u - r w/|w| is that of rounding u, whatever is left of it.
+        assert np.max(np.abs(measured - expected[3]) / expected[1]) < 2e-7
 
 
 def test_polar_decomposition_derivative_against_finite_differences():
