@@ -17,14 +17,14 @@ tuple       exactly these axes: `(1,)` for embedding rows or for a stack of
 
 or a pytree *prefix* of the parameters with such values at its leaves. A word
 that stands for the whole tree or a part of it concerns arrays of rank two and
-higher only, so that biases and gains are left alone; `"layer"` on one array
-inside a tree means that array, whatever its rank.
+higher only, so that biases and gains are left alone (stacks of them need a
+`"none"`); `"layer"` on one array inside a tree means that array, whatever its rank.
 """
 
 import numbers
 import operator
 from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -48,8 +48,67 @@ def _has_no_leaves(node: Any) -> bool:
 
 def _names(path: tuple[Any, ...]) -> tuple[str, ...]:
     # Names, not key objects: a plain dict of axes then fits the attributes of
-    # a dataclass and the variables of an NNX state.
+    # a dataclass. An NNX variable is a node whose only child, the array, is called
+    # "value"; an optimizer sees the array without it.
+    if path and path[-1] == jax.tree_util.GetAttrKey("value"):
+        path = path[:-1]
     return tuple(jax.tree_util.keystr((key,), simple=True) for key in path)
+
+
+class _Match(NamedTuple):
+    name: str
+    array: Any
+    value: Any
+    explicit: bool
+
+
+def _match_prefix(
+    what: str, prefix: PyTree, params: PyTree, is_leaf: Callable[[Any], bool]
+) -> list[_Match]:
+    """Find, for every array, the leaf of a pytree prefix that stands for it.
+
+    Args:
+      what: What the user calls the prefix.
+      prefix: Pytree prefix of `params`.
+      params: Pytree of arrays. Parts without arrays (None, optax's `MaskedNode`)
+        are passed over, whatever the prefix says of them.
+      is_leaf: What counts as a leaf of the prefix.
+
+    Returns:
+      For each leaf of `params`, in the order of `jax.tree.leaves`, its name, itself,
+      the prefix's leaf, and whether that leaf stands for this array alone.
+
+    Raises:
+      ValueError: `prefix` is no prefix of `params`.
+    """
+    flat = jax.tree_util.tree_leaves_with_path(prefix, is_leaf=is_leaf)
+    values = {_names(path): value for path, value in flat}
+    nodes = jax.tree_util.tree_leaves_with_path(params, is_leaf=_has_no_leaves)
+    used: set[Any] = set()
+    matches = []
+    for path, node in nodes:
+        names = _names(path)
+        prefixes = (names[:n] for n in range(len(names), -1, -1))
+        key = next((key for key in prefixes if key in values), None)
+        used.add(key)
+        if _has_no_leaves(node):
+            used.update(deeper for deeper in values if deeper[: len(names)] == names)
+            continue
+        name = f"params{jax.tree_util.keystr(path)}"
+        if key is None:
+            raise ValueError(
+                f"{what} must be a prefix of the parameters, but has no entry for "
+                f"{name}; add one."
+            )
+        explicit = key == names and key != ()
+        matches.append(_Match(name, node, values[key], explicit))
+    unused = [list(key) for key in values if key not in used]
+    if unused:
+        raise ValueError(
+            f"{what} must be a prefix of the parameters, but the parameters have "
+            f"nothing at {', '.join(map(str, unused))}; remove these entries."
+        )
+    return matches
 
 
 def check_axes(axes: Axes) -> Axes:
@@ -133,37 +192,48 @@ def resolve_axes(axes: Axes, params: PyTree) -> list[VectorAxes]:
         the shape of an array; or an array is complex.
     """
     check_axes(axes)
-    flat = jax.tree_util.tree_leaves_with_path(axes, is_leaf=_is_axes_leaf)
-    values = {_names(path): value for path, value in flat}
-    nodes = jax.tree_util.tree_leaves_with_path(params, is_leaf=_has_no_leaves)
-    used: set[Any] = set()
-    resolved = []
-    for path, node in nodes:
-        names = _names(path)
-        prefix = next(
-            (names[:n] for n in range(len(names) + 1) if names[:n] in values), None
-        )
-        if _has_no_leaves(node):
-            used.update(key for key in values if key[: len(names)] == names)
-            used.add(prefix)
+    return [
+        _axes_of_array(match.value, match.array, match.explicit, match.name)
+        for match in _match_prefix("axes", axes, params, _is_axes_leaf)
+    ]
+
+
+def broadcast_radius(radius: PyTree, axes: Axes, params: PyTree) -> PyTree:
+    """Find the radius of every weight vector.
+
+    Args:
+      radius: A number, an array, or a pytree prefix of `params` with such leaves;
+        None for arrays that `axes` leaves alone.
+      axes: See `resolve_axes`.
+      params: Pytree of arrays.
+
+    Returns:
+      Pytree of arrays that broadcast against the arrays of `params`, with None for
+      those left alone.
+
+    Raises:
+      ValueError: `radius` is no prefix of `params`, or does not broadcast to one
+        number per weight vector.
+    """
+    radii: list[jax.Array | None] = []
+    matches = _match_prefix("radius", radius, params, lambda node: node is None)
+    for match, vector_axes in zip(matches, resolve_axes(axes, params), strict=True):
+        if vector_axes is None:
+            radii.append(None)
             continue
-        name = f"params{jax.tree_util.keystr(path)}"
-        if prefix is None:
+        shape = jnp.shape(match.array)
+        vectors = tuple(n for i, n in enumerate(shape) if i not in vector_axes)
+        try:
+            value = jnp.broadcast_to(jnp.asarray(match.value), vectors)
+        except (TypeError, ValueError):
             raise ValueError(
-                f"axes must be a prefix of the parameters, but has no entry for "
-                f'{name}; add one, "none" to leave the array alone.'
-            )
-        used.add(prefix)
-        # An NNX variable is a node whose only child is called "value".
-        explicit = prefix != () and names[len(prefix) :] in ((), ("value",))
-        resolved.append(_axes_of_array(values[prefix], node, explicit, name))
-    unused = [list(key) for key in values if key not in used]
-    if unused:
-        raise ValueError(
-            "axes must be a prefix of the parameters, but the parameters have nothing "
-            f"at {', '.join(map(str, unused))}; remove these entries."
-        )
-    return resolved
+                f"radius must broadcast to one number per weight vector, but is "
+                f"{match.value!r} for {match.name} of shape {shape}, whose vectors "
+                f"over axes {vector_axes} are counted by {vectors}; pass a number, or "
+                "a pytree like weight_norm(params, axes)."
+            ) from None
+        radii.append(jnp.expand_dims(value, vector_axes))
+    return jax.tree.unflatten(jax.tree.structure(params), radii)
 
 
 def map_vectors(
@@ -179,8 +249,8 @@ def map_vectors(
       fn: Called as `fn(vector_axes, array, *others)`.
       axes: See `resolve_axes`.
       params: Pytree of arrays.
-      *trees: Pytrees with the structure of `params`; a None in the place of a
-        weight array (optax's sign for "no gradient") makes the result None.
+      *trees: Pytrees with the structure of `params`, the first of them updates;
+        a None there, optax's sign for "no gradient", makes the result None.
       otherwise: Called as `otherwise(array, *others)` for the arrays that are
         left alone.
 
@@ -196,7 +266,7 @@ def map_vectors(
     ):
         if vector_axes is None:
             results.append(otherwise(*row))
-        elif any(leaf is None for leaf in row):
+        elif None in (leaf for leaf in row[1:2]):
             results.append(None)
         else:
             results.append(fn(vector_axes, *row))

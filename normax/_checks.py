@@ -27,9 +27,9 @@ def check_range(name: str, value: Any, low: float, below: float = float("inf")) 
             continue
         array = np.asarray(leaf)
         if not np.all((array >= low) & (array < below)):
-            upper = "" if below == float("inf") else f" and below {below}"
+            upper = "finite" if below == float("inf") else f"below {below}"
             raise ValueError(
-                f"{name} must be at least {low}{upper}, got {array}; "
+                f"{name} must be at least {low} and {upper}, got {array}; "
                 f"choose a {name} in that range."
             )
 

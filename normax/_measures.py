@@ -13,6 +13,7 @@ from normax._norms import (
     in_turn,
     nonzero,
     polar_decomposition,
+    ratio,
     vector_norm,
     wait,
 )
@@ -57,14 +58,17 @@ def weight_norm(params: PyTree, axes: Axes = "unit") -> PyTree:
 
 
 def _relative_update(w_norm: jax.Array, u_norm: jax.Array) -> jax.Array:
-    return jnp.where(w_norm == 0, 0, u_norm / nonzero(w_norm))
+    # 0 * u_norm, because a NaN is not 0.
+    return jnp.where(w_norm == 0, 0 * u_norm, ratio(u_norm, nonzero(w_norm)))
 
 
 def _angle(w_norm: jax.Array, radial: jax.Array, tangential: jax.Array) -> jax.Array:
-    adjacent = w_norm + radial
+    unit = nonzero(w_norm)
+    opposite = ratio(tangential, unit)
+    adjacent = jnp.where(w_norm == 0, 0, 1 + ratio(radial, unit))
     # The derivative of atan2 is not finite at the origin.
-    at_origin = (tangential == 0) & (adjacent == 0)
-    return jnp.arctan2(tangential, jnp.where(at_origin, 1, adjacent))
+    at_origin = (opposite == 0) & (adjacent == 0)
+    return jnp.arctan2(opposite, jnp.where(at_origin, 1, adjacent))
 
 
 def relative_update(params: PyTree, updates: PyTree, axes: Axes = "unit") -> PyTree:
@@ -117,7 +121,8 @@ def angular_update(params: PyTree, updates: PyTree, axes: Axes = "unit") -> PyTr
     the distance that training really travels. Unlike the arccosine of a cosine
     near 1, the formula is exact for small angles: its relative error at
     $10^{-5}$ radians in float32 is below $10^{-6}$. A vector that starts at 0
-    has no direction; its angle is $\pi/2$, or 0 if it stays there.
+    has no direction; its angle is $\pi/2$, or 0 if it stays there. Where $w + u$ is
+    0 but for rounding, so is the meaning of the angle.
 
     Args:
       params: Pytree of arrays $w$, before the update.
@@ -185,7 +190,9 @@ def monitor_weight_dynamics(
 
     which has no bias towards its start; $\beta = 0$ keeps the latest value. The
     structure of the state never changes, so the transformation works in
-    `jax.lax.scan`. A vector whose update is None keeps its last measures.
+    `jax.lax.scan`. An array whose update is None keeps its last measures. Its
+    None leaves, for arrays left alone, want `is_leaf=lambda x: x is None` in
+    `optax.tree.map_params` with further trees.
 
     Args:
       axes: Which entries form one weight vector, as in `weight_norm`.
@@ -261,7 +268,8 @@ def monitor_weight_dynamics(
         def average(old, new):
             if new is None:
                 return old
-            rate = (1 / total_weight).astype(new.dtype)
+            new = new.astype(old.dtype)
+            rate = (1 / total_weight).astype(old.dtype)
             # Selected: without averaging, a NaN does not outlive its step.
             return jnp.where(rate < 1, (1 - rate) * old + rate * new, new)
 

@@ -17,6 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import AxisType
 
 
 def at_least_float32(*arrays: jax.typing.ArrayLike) -> tuple[jax.Array, ...]:
@@ -96,6 +97,41 @@ def _vector_norm_jvp(axes, primals, tangents):
     return norm, inner_product(x / nonzero(norm), x_dot, axes)
 
 
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def unit_vector(x: jax.Array, axes: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
+    r"""Return the direction of every weight vector, and the inverse of its norm.
+
+    $$\hat x = x / \|x\|, \qquad
+    \dot{\hat x} = (\dot x - \langle \hat x, \dot x\rangle\,\hat x) / \|x\|$$
+
+    For $x = 0$ the direction is 0 and the norm counts as 1.
+    """
+    inverse = 1 / nonzero(vector_norm(x, axes))
+    return x * inverse, inverse
+
+
+@unit_vector.defjvp
+def _unit_vector_jvp(axes, primals, tangents):
+    (x,), (x_dot,) = primals, tangents
+    unit, inverse = unit_vector(x, axes)
+    radial, relative = inner_product(unit, x_dot, axes), x_dot * inverse
+    slope = -radial * inverse
+    return (unit, inverse), (relative + slope * unit, slope * inverse)
+
+
+@jax.custom_jvp
+def ratio(a: jax.Array, b: jax.Array) -> jax.Array:
+    """Return `a / b`, whose derivative does not square `b`; b is not 0."""
+    return a / b
+
+
+@ratio.defjvp
+def _ratio_jvp(primals, tangents):
+    (a, b), (a_dot, b_dot) = primals, tangents
+    quotient = ratio(a, b)
+    return quotient, ratio(a_dot, b) - quotient * ratio(b_dot, b)
+
+
 def _rescaled_polar(w, u, *, axes):
     w_norm, u_norm = _rescaled_norm(w, axes=axes), _rescaled_norm(u, axes=axes)
     w_unit, u_unit = w / nonzero(w_norm), u / nonzero(u_norm)
@@ -117,7 +153,8 @@ def _direct_polar(w, u, *, axes):
             jnp.sqrt(squares[0]),
             jnp.sqrt(squares[1]),
             radial,
-            jnp.sqrt(squares[2]),
+            # The branch not taken is computed too under vmap: it must stay real.
+            jnp.sqrt(jnp.maximum(squares[2], 0)),
         ),
         lambda w, u, squares: _rescaled_polar(w, u, axes=axes),
         w,
@@ -161,24 +198,41 @@ def _polar_decomposition_jvp(axes, primals, tangents):
         inner_product(w_unit, w_dot, axes),
         inner_product(u_unit, u_dot, axes),
         inner_product(w_unit, u_dot, axes)
-        + inner_product(u_perp, w_dot, axes) / nonzero(w_norm),
+        + inner_product(u_perp / nonzero(w_norm), w_dot, axes),
         inner_product(u_perp / nonzero(tangential), u_dot - slope * w_dot, axes),
     )
 
 
-@jax.custom_jvp
+@jax.custom_batching.custom_vmap
 def _wait(array: jax.Array, event: jax.Array) -> jax.Array:
     # The condition never holds (no event is negative; a NaN compares false), but
     # XLA cannot know, so `array` is computed after `event`; the square root it
     # holds to be too dear to be computed twice. It drops
     # `lax.optimization_barrier` before it schedules.
-    return jnp.where(jnp.max(event) < 0, jnp.sqrt(array), array)
+    never = jnp.max(event) < 0
+    return jnp.where(never, jnp.sqrt(jnp.abs(array)), array)
 
 
-_wait.defjvp(lambda primals, tangents: (_wait(*primals), tangents[0]))
+@_wait.def_vmap
+def _wait_vmap(axis_size, in_batched, array, event):
+    # One condition for the whole batch, so that `array` is batched only if it was.
+    del axis_size
+    return _wait(array, event), in_batched[0]
 
 
+@jax.custom_jvp
 @jax.jit
+def _wait_on_cpu(array: jax.Array, event: jax.Array) -> jax.Array:
+    return lax.platform_dependent(
+        array, event, cpu=_wait, default=lambda array, event: array
+    )
+
+
+_wait_on_cpu.defjvp(
+    lambda primals, tangents: (_wait_on_cpu(*primals), tangents[0]),
+)
+
+
 def wait(array: jax.Array, event: jax.Array) -> jax.Array:
     """Return `array`, on a CPU not before `event` is known.
 
@@ -187,11 +241,13 @@ def wait(array: jax.Array, event: jax.Array) -> jax.Array:
       event: An array of non-negative numbers.
 
     Returns:
-      `array`, unchanged.
+      `array`, unchanged. Inside `jax.shard_map` nothing waits: an array that is the
+      same on all devices must not depend on an event that is not.
     """
-    return lax.platform_dependent(
-        array, event, cpu=_wait, default=lambda array, event: array
-    )
+    in_shard_map = AxisType.Manual in jax.sharding.get_abstract_mesh().axis_types
+    if in_shard_map or event.size == 0:
+        return array
+    return _wait_on_cpu(array, event)
 
 
 def in_turn(fn: Callable[..., tuple[Any, jax.Array]]) -> Callable[..., Any]:

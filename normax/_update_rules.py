@@ -150,7 +150,7 @@ def _rule(
             default=defaults.get(parameter.name, parameter.default),
         )
         for parameter in inspect.signature(optimizer).parameters.values()
-        if parameter.name not in signature.parameters
+        if not parameter.name.startswith(("learning_rate", "weight_decay"))
     ]
     make.__signature__ = signature.replace(parameters=first + rest)  # type: ignore[attr-defined]
     return UpdateRule(name, norm_power, make)

@@ -124,13 +124,17 @@ def test_nnx_state():
     )
     state = nnx.state(model, nnx.Param)
     words = {"layers": {0: {"kernel": (0,), "bias": "layer"}, 1: "none"}}
-    for axes in (words, nnx.to_pure_dict(jax.tree.map(lambda _: "unit", state))):
+    own = jax.tree.map(lambda w: "unit" if w.ndim == 2 else "none", state)
+    for axes in (words, own, nnx.to_pure_dict(own)):
         measured = normax.weight_norm(state, axes)
         np.testing.assert_allclose(
             measured["layers"][0]["kernel"][...],
             norms(model.layers[0].kernel[...], 0),
             rtol=1e-6,
         )
+    optimizer = nnx.Optimizer(model, normax.project_unit_norm(own), wrt=nnx.Param)
+    optimizer.update(model, jax.tree.map(jnp.zeros_like, state))
+    np.testing.assert_allclose(norms(model.layers[0].kernel[...], 0), 1, rtol=3e-7)
     bias = normax.weight_norm(state, words)["layers"][0]["bias"][...]
     assert bias.shape == ()
 

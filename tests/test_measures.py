@@ -73,6 +73,30 @@ def test_zero_vectors():
             assert np.all(np.isfinite(gradient))
 
 
+@pytest.mark.parametrize("scale", [1e-30, 1e-20, 1e20, 1e30])
+def test_derivatives_at_every_scale(scale):
+    w, u = draw((9, 4)), 0.3 * draw((9, 4), seed=1)
+    for measure in (normax.relative_update, normax.angular_update):
+        total = lambda w, u, measure=measure: jnp.sum(measure(w, u))  # noqa: E731
+        expected = jax.grad(total, argnums=(0, 1))(w, u)
+        measured = jax.grad(total, argnums=(0, 1))(scale * w, scale * u)
+        for got, want in zip(measured, expected, strict=True):
+            np.testing.assert_allclose(scale * got, want, rtol=1e-4, atol=1e-6)
+
+
+def test_a_nan_update_of_zero_weights_shows():
+    measured = normax.relative_update(jnp.zeros((3, 1)), jnp.full((3, 1), jnp.nan))
+    assert np.isnan(measured[0])
+
+
+def test_monitor_keeps_the_dtype_of_its_state():
+    with jax.enable_x64(True):
+        w = draw((6, 2))
+        tx = normax.monitor_weight_dynamics(decay=0.5)
+        _, state = tx.update(jnp.asarray(w, jnp.float64), tx.init(w), w)
+        assert {leaf.dtype for leaf in jax.tree.leaves(state)} == {jnp.dtype("float32")}
+
+
 def test_nan_and_inf_are_not_hidden():
     w, u = (
         draw((5, 3)),
@@ -134,5 +158,7 @@ def test_monitor_keeps_the_measures_of_what_has_no_gradient():
 
 @pytest.mark.parametrize("decay", [-0.1, 1.0, 2.0, float("nan")])
 def test_decay_out_of_range_raises(decay):
-    with pytest.raises(ValueError, match="decay must be at least 0 and below 1, got"):
+    with pytest.raises(
+        ValueError, match=r"decay must be at least 0 and below 1\.?0?, got"
+    ):
         normax.monitor_weight_dynamics(decay=decay)

@@ -11,6 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.experimental import checkify
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 
 import normax
 from normax import _norms
@@ -150,6 +153,31 @@ def test_waiting_changes_nothing():
         np.testing.assert_array_equal(jax.jit(wait)(x, event), x)
     gradient = jax.grad(lambda x: jnp.sum(wait(x, jnp.ones(2)) ** 2))(x[:2])
     np.testing.assert_array_equal(gradient, 2 * x[:2])
+
+
+def test_waiting_couples_no_arrays():
+    # Under vmap and shard_map an array may vary where another must not.
+    def double(array, event):
+        return wait(array, event) * 2
+
+    batched = jax.vmap(double, in_axes=(None, 0), out_axes=None)
+    np.testing.assert_array_equal(batched(jnp.ones(3), jnp.ones((4, 2))), 2)
+    mesh = jax.make_mesh((2,), ("x",), (AxisType.Auto,), devices=jax.devices()[:2])
+    mapped = jax.shard_map(double, mesh=mesh, in_specs=(P(), P("x")), out_specs=P())
+    np.testing.assert_array_equal(jax.jit(mapped)(jnp.ones(3), jnp.ones(4)), 2)
+
+
+@pytest.mark.parametrize("function", [normax.angular_update, normax.relative_update])
+def test_no_nan_arises_inside(function):
+    w = draw((5, 3), 1.0)
+    updates = jnp.stack([draw((5, 3), 1.0, 1), w, -w, 0 * w])
+    with jax.debug_nans(True):
+        jax.vmap(function, in_axes=(None, 0))(w, updates)
+    checked = checkify.checkify(
+        jax.vmap(function, in_axes=(None, 0)), errors=checkify.float_checks
+    )
+    error, _ = jax.jit(checked)(w, updates)
+    error.throw()
 
 
 @pytest.mark.skipif(jax.__version_info__ < (0, 10), reason="planned otherwise")

@@ -85,6 +85,7 @@ def test_a_nan_shows_in_the_whole_vector():
         (np.array([4.0]), [4, 4, 4]),
         ({"kernel": jnp.array([1.0, 2.0, 3.0]), "bias": None}, [1, 2, 3]),
         ({"kernel": 0.5, "bias": None}, [0.5] * 3),
+        ({"kernel": 1.0, "bias": 7.0}, [1.0] * 3),
     ],
 )
 def test_radius(radius, expected):
@@ -98,13 +99,15 @@ def test_radius(radius, expected):
     np.testing.assert_allclose(norms(after["kernel"], 0), expected, rtol=6e-7)
 
 
-@pytest.mark.parametrize("radius", [-1.0, np.nan, jnp.array([1.0, -2.0, 1.0])])
+@pytest.mark.parametrize("radius", [-1.0, np.nan, np.inf, jnp.array([1.0, -2.0, 1.0])])
 def test_radius_out_of_range_raises(radius):
     for factory in (
         lambda: normax.project_unit_norm(radius=radius),
         lambda: normax.projection_unit_norm(draw((4, 3)), radius=radius),
     ):
-        with pytest.raises(ValueError, match="radius must be at least 0, got"):
+        with pytest.raises(
+            ValueError, match="radius must be at least 0 and finite, got"
+        ):
             factory()
 
 
@@ -114,7 +117,9 @@ def test_radius_that_is_no_radius_raises():
         normax.projection_unit_norm(w, radius="initial")
     with pytest.raises(ValueError, match=r"radius must be a number.*got 'unit'"):
         normax.project_unit_norm(radius="unit")
-    with pytest.raises(ValueError, match=r"radius must broadcast.*shape \(4,\)"):
+    with pytest.raises(
+        ValueError, match=r"radius must broadcast.*shape \(4, 3\).*\(3,\)"
+    ):
         normax.projection_unit_norm(w, radius=jnp.ones(4))
 
 
@@ -172,14 +177,16 @@ def test_a_transformation_after_the_projection_undoes_it():
 
 @pytest.mark.parametrize(("axes", "shape", "reduced"), CASES)
 @pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30])
-def test_removed_radial_component(axes, shape, reduced, scale):
-    w, u = draw(shape, scale=scale), draw(shape, seed=1) + 0.5 * draw(shape)
+@pytest.mark.parametrize("u_scale", [1e-30, 1.0, 1e30])
+def test_removed_radial_component(axes, shape, reduced, scale, u_scale):
+    w = draw(shape, scale=scale)
+    u = u_scale * (draw(shape, seed=1) + 0.5 * draw(shape))
     tx = normax.remove_radial_component(axes)
     updates, _ = tx.update(u, tx.init(w), w)
     w64, u64 = np.asarray(w, np.float64), np.asarray(u, np.float64)
     slope = np.sum(w64 * u64, reduced, keepdims=True)
     slope /= np.sum(w64**2, reduced, keepdims=True)
-    np.testing.assert_allclose(updates, u64 - slope * w64, atol=2e-6)
+    np.testing.assert_allclose(updates, u64 - slope * w64, atol=2e-6 * u_scale)
     cosine = np.sum(w64 * np.asarray(updates, np.float64), reduced)
     cosine /= norms(w64, reduced) * norms(updates, reduced)
     assert np.max(np.abs(cosine)) < 5e-7
@@ -229,9 +236,58 @@ def test_weight_decay_changes_only_the_rate_on_the_sphere():
     np.testing.assert_allclose(after[0], after[1], atol=3e-7)
 
 
-def test_projection_jacobian_is_the_tangent_projector():
-    w = draw((5, 1), seed=2)
+@pytest.mark.parametrize("scale", [1e-30, 1e-20, 1.0, 1e20, 1e30])
+def test_projection_jacobian_is_the_tangent_projector(scale):
+    w = draw((5, 1), seed=2, scale=scale)
     jacobian = jax.jacobian(normax.projection_unit_norm)(w)[:, 0, :, 0]
     unit = np.asarray(w[:, 0], np.float64) / norms(w[:, 0], 0)
     expected = (np.eye(5) - np.outer(unit, unit)) / norms(w[:, 0], 0)
-    np.testing.assert_allclose(jacobian, expected, atol=1e-6)
+    np.testing.assert_allclose(jacobian, expected, atol=1e-6 / scale)
+
+
+def test_radius_needs_no_entry_of_its_own_for_every_array():
+    params = {"a": {"kernel": draw((4, 3)), "bias": draw((3,))}, "b": draw((2, 5))}
+    projected = normax.projection_unit_norm(params, radius={"a": 2.0, "b": jnp.ones(5)})
+    np.testing.assert_allclose(norms(projected["a"]["kernel"], 0), [2] * 3, rtol=3e-7)
+    mask = {"a": False, "b": True}
+    tx = optax.masked(normax.project_unit_norm(radius={"a": 2.0, "b": 3.0}), mask)
+    updates, _ = tx.update(params, tx.init(params), params)
+    after = optax.apply_updates(params, updates)
+    np.testing.assert_allclose(norms(after["b"], 0), [3] * 5, rtol=6e-7)
+
+
+@pytest.mark.parametrize(
+    ("radius", "message"),
+    [
+        (None, r"must broadcast.*None for params\['a'\]"),
+        ({"a": None, "b": 1.0}, r"must broadcast.*None for params\['a'\]"),
+        ({"a": 1.0}, r"no entry for params\['b'\]"),
+        ({"a": 1.0, "b": "initial"}, "must be a number"),
+        (jnp.ones(7), r"must broadcast"),
+    ],
+)
+def test_wrong_radius_raises_at_init(radius, message):
+    params = {"a": draw((4, 3)), "b": draw((2, 5))}
+    with pytest.raises(ValueError, match=message):
+        normax.projection_unit_norm(params, radius=radius)
+    with pytest.raises(ValueError, match=message):
+        normax.project_unit_norm(radius=radius).init(params)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 8, 16, 32, 100])
+def test_bfloat16_norms(size):
+    w = draw((size, 4000), seed=size, dtype=jnp.bfloat16)
+    projected = normax.projection_unit_norm(w)
+    bound = 3e-3 if size >= 32 else 4e-3
+    assert np.max(np.abs(norms(projected, 0) - 1)) < bound
+
+
+def test_coarse_updates_of_fine_weights_do_not_coarsen_the_norm():
+    w, u = (
+        normax.projection_unit_norm(draw((20, 4))),
+        draw((20, 4), 1, 0.1, jnp.bfloat16),
+    )
+    tx = normax.project_unit_norm()
+    updates, _ = tx.update(u, tx.init(w), w)
+    after = optax.apply_updates(w, updates)
+    np.testing.assert_allclose(norms(after, 0), [1] * 4, rtol=3e-7)
