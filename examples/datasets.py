@@ -17,6 +17,7 @@ The folder is the argument, else the environment variable `NORMAX_DATA`, else
 """
 
 import os
+import zipfile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -93,7 +94,14 @@ def _fetch(name: str) -> Dataset:
 
 
 def _read(path: Path) -> Dataset:
-    with np.load(path) as file:
+    try:
+        archive = np.load(path)
+    except (OSError, ValueError, zipfile.BadZipFile) as error:
+        raise ValueError(
+            f"{path} is no readable .npz archive ({error}); remove it, and it is "
+            "fetched again, or put a whole one there."
+        ) from error
+    with archive as file:
         missing = [name for name in Dataset._fields if name not in file]
         if missing:
             raise ValueError(
@@ -152,5 +160,8 @@ def load(name: str, folder: str | Path | None = None) -> Dataset:
                 "environment variable NORMAX_DATA."
             ) from error
         path.parent.mkdir(parents=True, exist_ok=True)
-        np.savez_compressed(path, **dataset._asdict())
+        # Whole or not at all: an interrupted write must not be read next time.
+        partial = path.with_name(f"{name}.partial.npz")
+        np.savez_compressed(partial, **dataset._asdict())
+        partial.replace(path)
     return _read(path)

@@ -336,8 +336,9 @@ def summarize(results: Results, rule: str) -> dict[str, float]:
         spreads = np.sqrt(variance), along.std(), across.std()
         fitted = dict(zip(fitted, (exponent, *spreads), strict=True))
     for name, grid_points in (("free", free), ("projected", projected)):
-        quartiles = np.percentile(grid_points["test_error"], (25, 75), axis=0)
-        fitted[name] = np.diff(quartiles, axis=0).mean()
+        errors = np.where(grid_points["diverged"], np.nan, grid_points["test_error"])
+        quartiles = np.nanpercentile(errors[:, ~np.isnan(errors).all(0)], (25, 75), 0)
+        fitted[name] = np.diff(quartiles, axis=0).mean() if quartiles.size else np.nan
     return fitted | {"settled": settled.sum(), "predicted": 1 / (power + 2)}
 
 
@@ -390,7 +391,9 @@ def draw_row(row: Sequence[Axes], results: Results, rule: str) -> None:
     power = normax.UPDATE_RULES[rule].norm_power
     free, projected = (select(results, rule, flag) for flag in (False, True))
     colours = {"cmap": "OrRd", "norm": LogNorm(0.01, 0.5)}
-    norms = draw_map(row[0], free, "norm", (1, -1), cmap="GnBu", norm=LogNorm())
+    finite = free["norm"][~free["diverged"]]
+    limits = (finite.min(), finite.max()) if finite.size else (0.1, 10)
+    norms = draw_map(row[0], free, "norm", (1, -1), cmap="GnBu", norm=LogNorm(*limits))
     draw_map(row[1], free, "test_error", (2 // power, 1), **colours)
     errors = draw_map(row[2], projected, "test_error", (1, 0), **colours)
     x, y = np.log10(free["eta"]), np.log10(free["lambda"])
@@ -449,15 +452,20 @@ def main(argv: Sequence[str] | None = None) -> Results:
     setting = SETTINGS[options.dataset]
     setting = setting._replace(epochs=options.epochs or setting.epochs)
     try:
+        options.out.mkdir(parents=True, exist_ok=True)
         data = datasets.load(options.dataset, options.data)
-    except (FileNotFoundError, ValueError) as error:
+    except (OSError, ValueError) as error:
         parser.error(str(error))
+    if len(data.x_train) < setting.batch_size:
+        parser.error(
+            f"a batch is {setting.batch_size} images, but {options.dataset} has only "
+            f"{len(data.x_train)} to train on."
+        )
     results = run(options.rule, data, setting, options.grid, options.seed)
-    options.out.mkdir(parents=True, exist_ok=True)
+    print(table(results, options.rule))
     write_csv(results, options.out / "effective_learning_rate.csv")
     figure = picture(results, options.rule)
     figure.savefig(options.out / "effective_learning_rate.png", dpi=150)
-    print(table(results, options.rule))
     return results
 
 

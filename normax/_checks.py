@@ -3,6 +3,7 @@
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -47,11 +48,20 @@ def require_params(name: str, params: Any) -> Any:
 def requiring_params(
     name: str, transformation: optax.GradientTransformation
 ) -> optax.GradientTransformationExtraArgs:
-    """Return `transformation`, whose `update` calls `require_params` first."""
+    """Return `transformation`, which refuses complex and missing parameters."""
     transformation = optax.with_extra_args_support(transformation)
+
+    def init_fn(params):
+        for leaf in jax.tree.leaves(params):
+            if jnp.iscomplexobj(leaf):
+                raise ValueError(
+                    f"normax.{name}: parameters must be real, but one has dtype "
+                    f"{leaf.dtype}; hold real and imaginary parts as two arrays."
+                )
+        return transformation.init(params)
 
     def update_fn(updates, state, params=None, **extra_args):
         params = require_params(name, params)
         return transformation.update(updates, state, params, **extra_args)
 
-    return optax.GradientTransformationExtraArgs(transformation.init, update_fn)
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)

@@ -34,6 +34,9 @@ rule                recurrence, with the optax call that is it
                     `normax.normalized_sgd(η)`
 =================== ============================================================
 
+Like optax's own, the rules want floating-point parameters; `optax.masked` keeps
+others from them.
+
 Under a schedule the papers' velocity holds past rates, while optax multiplies the
 whole velocity by the rate of today; for a constant rate they are the same. Two
 slips of the papers are mended: the sign of the momentum step, and Adam's

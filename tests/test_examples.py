@@ -174,3 +174,41 @@ def test_wrong_arrays_are_refused(
     np.savez(tmp_path / "mnist.npz", **wrong)
     with pytest.raises(ValueError, match=message):
         datasets.load("mnist", tmp_path)
+
+
+def test_broken_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "mnist.npz").write_bytes(b"PK no archive")
+    with pytest.raises(ValueError, match=r"mnist\.npz is no readable \.npz archive"):
+        datasets.load("mnist", tmp_path)
+
+
+def test_bad_input_is_refused_before_training(
+    tmp_path: Path, arrays: dict[str, np.ndarray], capsys: pytest.CaptureFixture[str]
+) -> None:
+    np.savez(tmp_path / "mnist.npz", **arrays)  # type: ignore[arg-type]
+    (tmp_path / "file").touch()
+    few = ["--dataset", "mnist", "--data", str(tmp_path), "--out", str(tmp_path)]
+    for arguments, message in (
+        (few, "a batch is 128 images, but mnist has only 6"),
+        (["--out", str(tmp_path / "file")], "File exists"),
+    ):
+        with pytest.raises(SystemExit):
+            effective_learning_rate.main(arguments)
+        assert message in capsys.readouterr().err
+
+
+def test_a_grid_that_diverged_is_drawn_and_said() -> None:
+    count = 2 * 4
+    results = {
+        "rule": np.array(["adam"] * count),
+        "projected": np.repeat([False, True], 4),
+        "eta": np.tile([0.1, 1.0], 4),
+        "lambda": np.tile([0.01, 0.01, 0.1, 0.1], 2),
+        "norm": np.full(count, np.nan),
+        "memory": np.full(count, np.nan),
+        "test_error": np.full(count, 0.9),
+        "diverged": np.full(count, True),
+    }
+    assert "8 of 8 runs diverged" in effective_learning_rate.table(results, ["adam"])
+    figure = effective_learning_rate.picture(results, ["adam"])
+    figure.canvas.draw()
