@@ -266,7 +266,7 @@ def map_vectors(
     ):
         if vector_axes is None:
             results.append(otherwise(*row))
-        elif None in (leaf for leaf in row[1:2]):
+        elif len(row) > 1 and row[1] is None:
             results.append(None)
         else:
             results.append(fn(vector_axes, *row))

@@ -210,7 +210,7 @@ def _wait(array: jax.Array, event: jax.Array) -> jax.Array:
     # holds to be too dear to be computed twice. It drops
     # `lax.optimization_barrier` before it schedules.
     never = jnp.max(event) < 0
-    return jnp.where(never, jnp.sqrt(jnp.abs(array)), array)
+    return jnp.where(never, jnp.sqrt(array), array)
 
 
 @_wait.def_vmap

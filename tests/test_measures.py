@@ -73,6 +73,21 @@ def test_zero_vectors():
             assert np.all(np.isfinite(gradient))
 
 
+@pytest.mark.parametrize(
+    ("measure", "index"), [(normax.relative_update, 1), (normax.angular_update, 2)]
+)
+def test_derivatives_against_finite_differences(measure, index):
+    with jax.enable_x64(True):
+        w, u, w_dot, u_dot = (
+            jnp.asarray(draw((9, 4), s), jnp.float64) for s in range(4)
+        )
+        _, slope = jax.jvp(measure, (w, u), (w_dot, u_dot))
+        h = 1e-6
+        ahead = exact(w + h * w_dot, u + h * u_dot, 0)[index]
+        behind = exact(w - h * w_dot, u - h * u_dot, 0)[index]
+        np.testing.assert_allclose(slope, (ahead - behind) / (2 * h), rtol=1e-6)
+
+
 @pytest.mark.parametrize("scale", [1e-30, 1e-20, 1e20, 1e30])
 def test_derivatives_at_every_scale(scale):
     w, u = draw((9, 4)), 0.3 * draw((9, 4), seed=1)

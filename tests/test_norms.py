@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 
 import normax
 from normax import _norms
-from normax._norms import polar_decomposition, vector_norm, wait
+from normax._norms import polar_decomposition, unit_vector, vector_norm, wait
 
 CASES = [((50, 6), (0,)), ((3, 3, 4, 5), (0, 1, 2)), ((40, 30), (0, 1)), ((4, 9), (1,))]
 SCALES = [1e-33, 1e-30, 1e-19, 1e-3, 1.0, 1e8, 1e19, 1e30, 1e37]
@@ -73,6 +73,21 @@ def test_norm_derivative_against_finite_differences(scale):
             ahead, behind = x.at[index].add(step), x.at[index].add(-step)
             slope = jnp.sum(vector_norm(ahead, (0,)) - vector_norm(behind, (0,)))
             np.testing.assert_allclose(gradient[index], slope / (2 * step), rtol=1e-7)
+
+
+def test_unit_vector_derivative_against_finite_differences():
+    with jax.enable_x64(True):
+        x, x_dot = (
+            jnp.asarray(draw((6, 3), 1.0, seed), jnp.float64) for seed in (0, 1)
+        )
+        _, slopes = jax.jvp(lambda x: unit_vector(x, (0,)), (x,), (x_dot,))
+        norms = [np.linalg.norm(x + h * x_dot, axis=0) for h in (1e-6, -1e-6)]
+        ahead, behind = x + 1e-6 * x_dot, x - 1e-6 * x_dot
+        units = [ahead / norms[0][None], behind / norms[1][None]]
+        expected = (units[0] - units[1]) / 2e-6
+        np.testing.assert_allclose(slopes[0], expected, rtol=1e-7, atol=1e-9)
+        expected = (1 / norms[0] - 1 / norms[1]) / 2e-6
+        np.testing.assert_allclose(slopes[1][0], expected, rtol=1e-7)
 
 
 def test_norm_derivatives_are_finite_at_zero():
@@ -167,12 +182,20 @@ def test_waiting_couples_no_arrays():
     np.testing.assert_array_equal(jax.jit(mapped)(jnp.ones(3), jnp.ones(4)), 2)
 
 
-@pytest.mark.parametrize("function", [normax.angular_update, normax.relative_update])
+def projected_update(w, u):
+    tx = normax.project_unit_norm()
+    return tx.update([w, u], tx.init([w, w]), [w, w])[0]
+
+
+@pytest.mark.parametrize(
+    "function", [normax.angular_update, normax.relative_update, projected_update]
+)
 def test_no_nan_arises_inside(function):
     w = draw((5, 3), 1.0)
     updates = jnp.stack([draw((5, 3), 1.0, 1), w, -w, 0 * w])
-    with jax.debug_nans(True):
-        jax.vmap(function, in_axes=(None, 0))(w, updates)
+    with jax.debug_nans(True), jax.disable_jit():
+        for update in updates:
+            function(w, update)
     checked = checkify.checkify(
         jax.vmap(function, in_axes=(None, 0)), errors=checkify.float_checks
     )
