@@ -97,7 +97,7 @@ def relative_update(params: PyTree, updates: PyTree, axes: Axes = "unit") -> PyT
       Array([0.1], dtype=float32)
 
     References:
-      Kosson, Messmer, Jaggi, Rotational Equilibrium, 2024, section 2.
+      Kosson, Messmer, Jaggi, Rotational Equilibrium, 2024.
     """
 
     def measure(vector_axes, w, u):
@@ -143,7 +143,7 @@ def angular_update(params: PyTree, updates: PyTree, axes: Axes = "unit") -> PyTr
       Array([1.e-05], dtype=float32)
 
     References:
-      Kosson, Messmer, Jaggi, Rotational Equilibrium, 2024, section 2.
+      Kosson, Messmer, Jaggi, Rotational Equilibrium, 2024.
     """
 
     def measure(vector_axes, w, u):

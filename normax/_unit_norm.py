@@ -114,8 +114,8 @@ def project_unit_norm(
     rate, and weight decay no longer changes it.
 
     The update is added to the weights in their own dtype, so the norm is right to
-    rounding only if $\|w\|$ is not much larger than `radius`: from $10\,r$ the first
-    step errs by 1e-6 in float32, and from $10^8\,r$ it may leave zero vectors, which
+    rounding only if $\|w\|$ is not much larger than `radius`: from $100\,r$ the first
+    step may err by 1e-5 in float32, and from $10^8\,r$ it leaves zero vectors, which
     stay zero. Give weights that start far away to `projection_unit_norm` first.
 
     Args:
@@ -216,7 +216,7 @@ def remove_radial_component(
 
     References:
       Heo et al., AdamP: Slowing Down the Slowdown for Momentum Optimizers on
-      Scale-invariant Weights, 2021, equation 8.
+      Scale-invariant Weights, 2021.
     """
     check_axes(axes)
 

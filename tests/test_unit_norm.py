@@ -164,6 +164,19 @@ def test_projection_of_the_stepped_weights():
     np.testing.assert_allclose(w + updates, expected, rtol=1e-6)
 
 
+def test_first_step_from_far_away_rounds_as_documented():
+    unit, tx = normax.projection_unit_norm(draw((4, 2000))), normax.project_unit_norm()
+    for distance, low, high in (
+        (10.0, 0.0, 1e-6),
+        (100.0, 1e-6, 1e-5),
+        (1e8, 1.0, 1.0),
+    ):
+        w = distance * unit
+        updates, _ = tx.update(0.01 * unit, tx.init(w), w)
+        error = np.max(np.abs(norms(optax.apply_updates(w, updates), 0) - 1))
+        assert low <= error <= high
+
+
 def test_a_transformation_after_the_projection_undoes_it():
     w, u = draw((7, 3)), draw((7, 3), seed=1)
     for chain, holds in (
