@@ -46,7 +46,8 @@ def _has_no_leaves(node: Any) -> bool:
     return not jax.tree.leaves(node)
 
 
-def _names(path: tuple[Any, ...]) -> tuple[str, ...]:
+def names_of(path: tuple[Any, ...]) -> tuple[str, ...]:
+    """Return the names on the way to a leaf, the same for all kinds of nodes."""
     # Names, not key objects: a plain dict of axes then fits the attributes of
     # a dataclass. An NNX variable is a node whose only child, the array, is called
     # "value"; an optimizer sees the array without it.
@@ -82,12 +83,12 @@ def _match_prefix(
       ValueError: `prefix` is no prefix of `params`.
     """
     flat = jax.tree_util.tree_leaves_with_path(prefix, is_leaf=is_leaf)
-    values = {_names(path): value for path, value in flat}
+    values = {names_of(path): value for path, value in flat}
     nodes = jax.tree_util.tree_leaves_with_path(params, is_leaf=_has_no_leaves)
     used: set[Any] = set()
     matches = []
     for path, node in nodes:
-        names = _names(path)
+        names = names_of(path)
         prefixes = (names[:n] for n in range(len(names), -1, -1))
         key = next((key for key in prefixes if key in values), None)
         used.add(key)

@@ -1,0 +1,392 @@
+r"""The path transform: a ReLU network, turned into the sum over its paths.
+
+A network of linear layers and positively homogeneous nonlinearities has a twin whose
+weights are $v = |w|^p$, whose nonlinearities are the identity and whose inputs
+are 1. The twin's output is $F(v) = \sum_\text{paths} \prod_e |w_e|^p$, a sum over
+exponentially many paths in one forward pass; one backward pass gives
+$\partial F / \partial v_e$ for all edges.
+
+The transform interprets the jaxpr of the network with one rule for each primitive,
+as `jax.jvp` does. Values are of three kinds:
+
+============ ==================================================================
+`Weight`     does not depend on the inputs: parameters, constants, and what is
+             computed from them; an ordinary array
+`Activation` depends on the inputs: a path value, and the signed constant that
+             elementwise affine operations have added to it, which becomes an edge
+             from a constant input, $|c|^p$, at the next nonlinearity or linear
+             layer (so that a batch norm and the convolution it is folded into have
+             the same paths)
+`Sign`       whether an activation is positive, for nonlinearities written with
+             `where`
+============ ==================================================================
+
+The rules stand in `_path_rules.py`, the arithmetic, which carries a scale for
+every number, in `_path_arithmetic.py`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import flax
+import jax
+import jax.numpy as jnp
+import jaxlib
+import numpy as np
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
+
+from normax._path_arithmetic import PathArithmetic, Scaled
+
+Factors = tuple[Scaled, ...]  # a product, whose factors broadcast to one shape
+
+
+@dataclasses.dataclass(eq=False)
+class Origin:
+    """A parameter, or an input of a scan's body that depends on parameters.
+
+    Attributes:
+      names: What to call the parameters in errors.
+    """
+
+    names: frozenset[str]
+
+
+@dataclasses.dataclass(eq=False)
+class Weight:
+    """A value that does not depend on the inputs.
+
+    Attributes:
+      value: The array.
+      params: The parameters that it depends on.
+      uniform: The number that every entry is known to be, if so.
+      cotangent: Derivative of $F$ with respect to $|w|^p$.
+    """
+
+    value: Any
+    params: frozenset[Origin] = frozenset()
+    uniform: float | None = None
+    cotangent: Factors | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the array."""
+        return np.shape(self.value)
+
+
+@dataclasses.dataclass(eq=False)
+class Path:
+    """Path values of an activation, without its constant.
+
+    Attributes:
+      value: The sums over the paths that end here.
+      cotangent: Derivative of $F$ with respect to them.
+    """
+
+    value: Scaled
+    cotangent: Factors | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the activation."""
+        return self.value.mantissa.shape
+
+
+@dataclasses.dataclass(eq=False)
+class Activation:
+    """A value that depends on the inputs.
+
+    Attributes:
+      path: Its path values.
+      constant: What affine operations have added since the last linear layer.
+      source: Identity of the activation that this one is a multiple of.
+      multiple: That multiple, a known number.
+    """
+
+    path: Path
+    constant: Weight | None = None
+    source: object = dataclasses.field(default_factory=object)
+    multiple: float = 1.0
+
+
+@dataclasses.dataclass(eq=False)
+class Sign:
+    """Whether the activations of one source are positive."""
+
+    source: object
+
+
+@dataclasses.dataclass(eq=False)
+class Unsupported:
+    """A value that no rule covers; an error only if an output needs it."""
+
+    message: str
+
+
+Value = Weight | Activation | Sign | Unsupported
+Rule = Callable[["PathTransform", JaxprEqn, Sequence[Any]], Sequence[Value]]
+
+
+class NotHomogeneous(Exception):
+    """Why a primitive has no paths."""
+
+
+RULES: dict[str, Rule] = {}
+WEIGHT_PULLS: dict[str, Callable[..., None]] = {}
+UNIFORM: set[str] = set()  # primitives that keep all entries equal
+SLICES: set[str] = set()  # primitives that take parts of arrays
+
+
+def rule(*names: str) -> Callable[[Rule], Rule]:
+    """Register the rule of some primitives."""
+
+    def register(function: Rule) -> Rule:
+        RULES.update(dict.fromkeys(names, function))
+        return function
+
+    return register
+
+
+_CALLS = {
+    "pjit", "jit", "closed_call", "core_call", "checkpoint", "remat", "remat2",
+    "custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr",
+}  # fmt: skip
+_LIBRARIES = tuple(
+    str(pathlib.Path(module.__file__).parent) for module in (jax, jaxlib, flax)
+) + (contextlib.__file__, functools.__file__)
+_NORMAX = str(pathlib.Path(__file__).parent)
+
+
+def _users_line(eqn: JaxprEqn) -> str | None:
+    traceback = eqn.source_info.traceback
+    for frame in traceback.frames if traceback is not None else ():
+        if frame.file_name.startswith(_NORMAX):
+            return None
+        if not frame.file_name.startswith(_LIBRARIES):
+            return f"{frame.file_name}:{frame.line_num} ({frame.function_name})"
+    return None
+
+
+def _called(eqn: JaxprEqn) -> tuple[Jaxpr, Sequence[Any]] | None:
+    if eqn.primitive.name not in _CALLS:
+        return None
+    names = ("jaxpr", "call_jaxpr", "fun_jaxpr")
+    inner = next(eqn.params[name] for name in names if name in eqn.params)
+    if isinstance(inner, ClosedJaxpr):
+        return inner.jaxpr, inner.consts
+    return inner, ()
+
+
+class PathTransform:
+    """One forward and, if asked for, one backward pass over the paths.
+
+    Attributes:
+      arithmetic: Arithmetic of path values.
+    """
+
+    def __init__(self, arithmetic: PathArithmetic):
+        self.arithmetic = arithmetic
+        self._tape: list[Callable[[], None]] = []
+        self._line: str | None = None
+
+    def interpret(
+        self,
+        jaxpr: Jaxpr,
+        consts: Sequence[Any],
+        inputs: Sequence[Value],
+        location: str | None = None,
+    ) -> list[Value]:
+        """Evaluate a jaxpr.
+
+        Args:
+          jaxpr: What to evaluate.
+          consts: Arrays it has closed over.
+          inputs: Its arguments.
+          location: Source line that stands for all of its equations.
+
+        Returns:
+          Its results.
+        """
+        environment: dict[Any, Value] = dict(zip(jaxpr.invars, inputs, strict=True))
+        environment.update(
+            zip(jaxpr.constvars, (weight(const) for const in consts), strict=True)
+        )
+
+        def read(atom: Any) -> Value:
+            return weight(atom.val) if isinstance(atom, Literal) else environment[atom]
+
+        for eqn in jaxpr.eqns:
+            line = location or _users_line(eqn)
+            results = self._evaluate(eqn, [read(atom) for atom in eqn.invars], line)
+            environment.update(zip(eqn.outvars, results, strict=True))
+        return [read(atom) for atom in jaxpr.outvars]
+
+    def _evaluate(
+        self, eqn: JaxprEqn, inputs: list[Value], line: str | None
+    ) -> Sequence[Value]:
+        if (called := _called(eqn)) is not None:
+            jaxpr, consts = called
+            # The traceback of a library's cached function is that of another call.
+            library = jaxpr.debug_info.func_filename or ""
+            inside = line if library.startswith(_LIBRARIES) else None
+            return self.interpret(jaxpr, consts, inputs, inside)
+        name, self._line = eqn.primitive.name, line
+        unsupported = next((x for x in inputs if isinstance(x, Unsupported)), None)
+        if unsupported is not None:
+            return [unsupported] * len(eqn.outvars)
+        try:
+            if all(isinstance(x, Weight) for x in inputs):
+                return self.evaluate_weights(eqn, inputs)
+            if name not in RULES:
+                raise NotHomogeneous("it is not positively homogeneous")
+            return RULES[name](self, eqn, inputs)
+        except NotHomogeneous as reason:
+            message = (
+                "a path norm is defined for positively homogeneous networks (linear "
+                "layers, ReLU, leaky ReLU, pooling, sums, and batch norm with stopped "
+                f"statistics), but the network applies `{name}`"
+                + (f" at {line}" if line else "")
+                + f": {reason}. Leave it out of `forward`, or end `forward` before it "
+                "(at the logits, without the softmax and the loss)."
+            )
+            return [Unsupported(message)] * len(eqn.outvars)
+
+    def evaluate_weights(self, eqn: JaxprEqn, inputs: Sequence[Weight]) -> list[Weight]:
+        """Evaluate an equation that no activation enters, as JAX does."""
+        values = eqn.primitive.bind(*(x.value for x in inputs), **eqn.params)
+        if not eqn.primitive.multiple_results:
+            values = [values]
+        depends = frozenset[Origin]().union(*(x.params for x in inputs))
+        results = [Weight(value, depends) for value in values]
+        name = eqn.primitive.name
+        if name in SLICES and depends:  # layers of a stack are parameters of their own
+            names = frozenset[str]().union(*(origin.names for origin in depends))
+            for result in results:
+                result.params = frozenset([Origin(names)])
+        if name in UNIFORM and len(inputs) == 1 and inputs[0].uniform is not None:
+            sign = -1 if name == "neg" else 1
+            results[0].uniform = sign * inputs[0].uniform
+        if name in ("mul", "dot_general") and any(x.uniform == 0 for x in inputs):
+            results[0].uniform, results[0].params, depends = 0.0, frozenset(), None
+        if depends:
+            pull = WEIGHT_PULLS.get(name)
+            shared = len(inputs) == 2 and inputs[0].params & inputs[1].params
+            inverse = name == "div" and inputs[1].params
+            if pull is None or shared or inverse:
+                self.refuse(results, name)
+            else:
+                self.record(
+                    results, lambda *cotangents: pull(self, eqn, inputs, cotangents)
+                )
+        return results
+
+    def refuse(self, results: Sequence[Weight], name: str) -> None:
+        """Raise in the backward pass, if a cotangent reaches these results."""
+        line = f" at {self._line}" if self._line else ""
+
+        def pull(*cotangents):
+            del cotangents
+            origins = (origin.names for origin in results[0].params)
+            names = ", ".join(sorted(frozenset[str]().union(*origins)))
+            raise ValueError(
+                "path_scales is defined for parameters that are edge weights, up to "
+                "reshaping, sums and factors without the same parameter, but "
+                f"`{name}`{line} computes edge weights from {names}. path_norm is "
+                "defined here; for path_scales, make the effective weights the "
+                "parameters, or close over these."
+            )
+
+        self.record(results, pull)
+
+    # The backward pass.
+
+    def record(
+        self,
+        results: Sequence[Path | Weight],
+        pull: Callable[..., None],
+    ) -> None:
+        """Have `pull(*cotangents of the results)` called in the backward pass."""
+
+        def step():
+            cotangents = [node.cotangent for node in results]
+            if any(cotangent is not None for cotangent in cotangents):
+                pull(*cotangents)
+
+        self._tape.append(step)
+
+    def accumulate(self, node: Path | Weight, factors: Factors) -> None:
+        """Add to the cotangent of a node."""
+        if isinstance(node, Weight) and not node.params:
+            return
+        if node.cotangent is None:
+            node.cotangent = factors
+        else:
+            first = self.arithmetic.broadcast(node.cotangent, node.shape)
+            second = self.arithmetic.broadcast(factors, node.shape)
+            node.cotangent = (self.arithmetic.add(first, second),)
+
+    def run_backward(self) -> None:
+        """Propagate cotangents from the results to the parameters."""
+        for step in reversed(self._tape):
+            step()
+
+    # What the rules are made of.
+
+    def new(self, value: Scaled, pull: Callable[[Factors], None]) -> Path:
+        """Return a node of path values with its rule of the backward pass."""
+        path = Path(value)
+        self.record([path], pull)
+        return path
+
+    def size(self, w: Weight) -> Scaled:
+        """Return $|w|^p$."""
+        if w.uniform is None:
+            return self.arithmetic.of_weight(jnp.asarray(w.value))
+        # Outside of the program: XLA regroups products of constants, and theirs
+        # can leave the range of floats.
+        with jax.ensure_compile_time_eval():
+            dtype = jnp.result_type(w.value)
+            size = self.arithmetic.of_weight(jnp.asarray(w.uniform, dtype))
+        return Scaled(*(jnp.broadcast_to(part, w.shape) for part in size))
+
+    def flush(self, x: Activation | Weight) -> Path:
+        """Turn the constant of an activation into an edge, and return its paths."""
+        if isinstance(x, Weight):
+            return self.new(self.size(x), lambda factors: self.accumulate(x, factors))
+        if x.constant is None:
+            return x.path
+        path, edge = x.path, self.flush(x.constant)
+
+        def pull(factors):
+            self.accumulate(path, factors)
+            self.accumulate(edge, factors)
+
+        return self.new(self.arithmetic.add(path.value, edge.value), pull)
+
+    def total(self, outputs: Sequence[Activation | Weight]) -> Path:
+        """Return the sum over all entries of all outputs."""
+        paths = [self.flush(output) for output in outputs]
+        sums = [
+            self.arithmetic.sum(path.value, tuple(range(len(path.shape))))
+            for path in paths
+        ]
+
+        def pull(factors):
+            for path in paths:
+                whole = self.arithmetic.broadcast(factors, path.shape)
+                self.accumulate(path, (whole,))
+
+        return self.new(functools.reduce(self.arithmetic.add, sums), pull)
+
+
+def weight(value: Any) -> Weight:
+    """Return a constant as a weight."""
+    known = np.ndim(value) == 0 and not isinstance(value, jax.core.Tracer)
+    dtype = jnp.result_type(value)
+    real = known and jnp.issubdtype(dtype, jnp.number) and not jnp.iscomplexobj(value)
+    return Weight(value, uniform=float(value) if real else None)

@@ -1,0 +1,484 @@
+r"""The rules of the path transform, one for each primitive.
+
+=============================== ===============================================
+primitive                       path values
+=============================== ===============================================
+dot, convolution with a weight  the same with $|w|^p$
+sum of activations              sum
+sum with a weight               unchanged; the weight is added to the constant
+product with a weight           product with $|w|^p$
+ReLU, leaky ReLU, abs           unchanged
+max-pooling, maxout             sum over the window
+sum-pooling, reductions         sum (a mean is a sum and a product with $1/n$)
+reshape, slice, pad, ...        the same
+=============================== ===============================================
+
+Each rule also tells how cotangents go back: all maps are linear and
+non-negative, so by the transposed map.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.extend.core import JaxprEqn
+
+from normax._path_arithmetic import Scaled
+from normax._path_lifting import (
+    SLICES,
+    UNIFORM,
+    WEIGHT_PULLS,
+    Activation,
+    Factors,
+    NotHomogeneous,
+    Path,
+    PathTransform,
+    Sign,
+    Value,
+    Weight,
+    rule,
+)
+
+
+def _weight_pull(*names: str):
+    def register(pull):
+        WEIGHT_PULLS.update(dict.fromkeys(names, pull))
+        return pull
+
+    return register
+
+
+def _bind(eqn: JaxprEqn, *operands: Any) -> Any:
+    return eqn.primitive.bind(*operands, **eqn.params)
+
+
+# Affine operations. The constant goes through the same equation as the activation.
+
+
+def _constants(
+    transform: PathTransform, eqn: JaxprEqn, inputs: Sequence[Any]
+) -> list[Any]:
+    """Evaluate an equation on the constants of its activations.
+
+    Returns:
+      The resulting constants, None where they are known to be 0.
+    """
+    constants = [x.constant if isinstance(x, Activation) else x for x in inputs]
+    acted = [c for c, x in zip(constants, inputs, strict=True) if x is not c]
+    if all(constant is None for constant in acted) and len(acted) == len(inputs):
+        return [None] * len(eqn.outvars)
+    filled = [
+        Weight(jnp.zeros(aval.shape, aval.dtype)) if constant is None else constant
+        for constant, aval in zip(
+            constants, (atom.aval for atom in eqn.invars), strict=True
+        )
+    ]
+    return transform.evaluate_weights(eqn, filled)
+
+
+@rule("add", "add_any", "sub")
+def _add(transform, eqn, inputs):
+    (constant,) = _constants(transform, eqn, inputs)
+    paths = [x.path for x in inputs if isinstance(x, Activation)]
+    shape = eqn.outvars[0].aval.shape
+    if len(paths) == 1 and paths[0].shape == shape:
+        return [Activation(paths[0], constant)]
+    return [Activation(_sum_of(transform, paths, shape), constant)]
+
+
+def _sum_of(transform: PathTransform, paths: Sequence[Path], shape) -> Path:
+    arithmetic = transform.arithmetic
+    values = [transform.arithmetic.broadcast((path.value,), shape) for path in paths]
+
+    def pull(factors):
+        for path in paths:
+            _accumulate_unbroadcast(transform, path, factors, shape)
+
+    return transform.new(functools.reduce(arithmetic.add, values), pull)
+
+
+def _accumulate_unbroadcast(transform, node, factors: Factors, shape) -> None:
+    # Jaxprs broadcast scalars, and axes of length one, without saying so.
+    if node.shape != shape:
+        stretched = tuple(
+            axis
+            for axis in range(len(shape))
+            if node.shape == () or node.shape[axis] != shape[axis]
+        )
+        whole = transform.arithmetic.broadcast(factors, shape)
+        factors = (
+            transform.arithmetic.sum(whole, stretched, keepdims=node.shape != ()),
+        )
+    transform.accumulate(node, factors)
+
+
+def _multiply(
+    transform: PathTransform, x: Activation, w: Weight, constant: Any, shape
+) -> Activation:
+    arithmetic, path = transform.arithmetic, x.path
+    size = transform.size(w)
+
+    def pull(factors):
+        _accumulate_unbroadcast(transform, path, (*factors, size), shape)
+        _accumulate_unbroadcast(transform, w, (*factors, path.value), shape)
+
+    if w.uniform is not None and abs(w.uniform) == 1:
+        new = path
+    else:
+        product = arithmetic.multiply(*_same_rank(path.value, size))
+        new = transform.new(product, pull)
+    if w.uniform is None:
+        return Activation(new, constant)
+    return Activation(new, constant, x.source, x.multiple * w.uniform)
+
+
+def _same_rank(*values: Scaled) -> list[Scaled]:
+    rank = max(value.mantissa.ndim for value in values)
+    return [
+        Scaled(*(jnp.reshape(a, (1,) * (rank - a.ndim) + a.shape) for a in value))
+        for value in values
+    ]
+
+
+@rule("mul")
+def _mul(transform, eqn, inputs):
+    x, w = sorted(inputs, key=lambda value: not isinstance(value, Activation))
+    if isinstance(w, Sign) and isinstance(x, Activation) and w.source is x.source:
+        return [Activation(transform.flush(x))]
+    if not (isinstance(x, Activation) and isinstance(w, Weight)):
+        raise NotHomogeneous("both factors depend on the inputs")
+    constant = x.constant and _constants(transform, eqn, inputs)[0]
+    return [_multiply(transform, x, w, constant, eqn.outvars[0].aval.shape)]
+
+
+@rule("div")
+def _div(transform, eqn, inputs):
+    x, w = inputs
+    if not (isinstance(x, Activation) and isinstance(w, Weight)):
+        raise NotHomogeneous("the divisor depends on the inputs")
+    inverse = _reciprocal(transform, w)
+    constant = x.constant and _constants(transform, eqn, inputs)[0]
+    return [_multiply(transform, x, inverse, constant, eqn.outvars[0].aval.shape)]
+
+
+def _reciprocal(transform: PathTransform, w: Weight) -> Weight:
+    uniform = 1 / w.uniform if w.uniform else None
+    inverse = Weight(1 / w.value, w.params, uniform)
+    if w.params:  # a divisor is no edge weight
+        transform.refuse([inverse], "div")
+    return inverse
+
+
+@rule("neg")
+def _neg(transform, eqn, inputs):
+    (x,) = inputs
+    constant = x.constant and _constants(transform, eqn, inputs)[0]
+    return [Activation(x.path, constant, x.source, -x.multiple)]
+
+
+@_weight_pull("add", "add_any", "sub", "neg")
+def _pull_sum(transform, eqn, inputs, cotangents):
+    for x in inputs:
+        _accumulate_unbroadcast(transform, x, cotangents[0], eqn.outvars[0].aval.shape)
+
+
+@_weight_pull("mul")
+def _pull_product(transform, eqn, inputs, cotangents):
+    for x, other in (inputs, inputs[::-1]):
+        if x.params:
+            factors = (*cotangents[0], transform.size(other))
+            _accumulate_unbroadcast(transform, x, factors, eqn.outvars[0].aval.shape)
+
+
+@_weight_pull("div")
+def _pull_quotient(transform, eqn, inputs, cotangents):
+    numerator, divisor = inputs
+    _pull_product(transform, eqn, (numerator, Weight(1 / divisor.value)), cotangents)
+
+
+# Nonlinearities.
+
+
+@rule("gt", "ge", "lt", "le")
+def _compare(transform, eqn, inputs):
+    del transform, eqn
+    x, zero = sorted(inputs, key=lambda value: not isinstance(value, Activation))
+    if not (isinstance(zero, Weight) and zero.uniform == 0):
+        raise NotHomogeneous("an activation is compared with something else than 0")
+    return [Sign(x.source)]
+
+
+@rule("abs")
+def _abs(transform, eqn, inputs):
+    del eqn
+    return [Activation(transform.flush(inputs[0]))]
+
+
+def _steepest(
+    transform: PathTransform, cases: Sequence[Any], source: object
+) -> list[Value]:
+    """Return the largest multiple of one activation: slopes of a leaky ReLU."""
+    if any(isinstance(x, Weight) and x.uniform != 0 for x in cases):
+        raise NotHomogeneous("it joins an activation to a constant other than 0")
+    slopes = [x for x in cases if isinstance(x, Activation)]
+    if not all(x.source is source for x in slopes):
+        raise NotHomogeneous("the sign of one activation switches another")
+    return [Activation(transform.flush(max(slopes, key=lambda x: abs(x.multiple))))]
+
+
+@rule("max", "min")
+def _max(transform, eqn, inputs):
+    x, other = sorted(inputs, key=lambda value: not isinstance(value, Activation))
+    if isinstance(other, Weight):
+        neutral = -math.inf if eqn.primitive.name == "max" else math.inf
+        if other.uniform == neutral:
+            return [x]
+        return _steepest(transform, [x, other], x.source)
+    if x.source is other.source:
+        return _steepest(transform, [x, other], x.source)
+    paths = [transform.flush(case) for case in inputs]
+    return [Activation(_sum_of(transform, paths, eqn.outvars[0].aval.shape))]
+
+
+@rule("clamp")
+def _clamp(transform, eqn, inputs):
+    low, x, high = inputs
+    bounds = [getattr(bound, "uniform", None) for bound in (low, high)]
+    if bounds not in ([0, math.inf], [-math.inf, 0]):
+        raise NotHomogeneous("only the bounds 0 and infinity are")
+    return _abs(transform, eqn, [x])
+
+
+@rule("select_n")
+def _select_n(transform, eqn, inputs):
+    which, *cases = inputs
+    if isinstance(which, Sign):
+        return _steepest(transform, cases, which.source)
+    if not isinstance(which, Weight):
+        raise NotHomogeneous("the activations choose among other values")
+    return _structural(transform, eqn, inputs)
+
+
+# Pooling and reductions.
+
+
+def _linear_layer(
+    transform: PathTransform,
+    x: Activation,
+    fn: Callable[[jax.Array], jax.Array],
+    axes: tuple[int, ...],
+    out_axes: tuple[int, ...],
+) -> list[Value]:
+    arithmetic, path = transform.arithmetic, transform.flush(x)
+    value = arithmetic.linear(fn, path.value, axes)
+
+    def pull(factors):
+        cotangent = transform.arithmetic.broadcast(factors, value.mantissa.shape)
+        back = _transpose(fn, path.value.mantissa)
+        transform.accumulate(path, (arithmetic.linear(back, cotangent, out_axes),))
+
+    return [Activation(transform.new(value, pull))]
+
+
+def _transpose(fn: Callable[..., Any], *operands: jax.Array) -> Callable[..., Any]:
+    shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in operands]
+    transposed = jax.linear_transpose(fn, *shapes)
+    if len(operands) > 1:
+        return transposed
+    return lambda cotangent: transposed(cotangent)[0]
+
+
+@rule("reduce_sum", "reduce_max")
+def _reduce(transform, eqn, inputs):
+    arithmetic, axes = transform.arithmetic, tuple(eqn.params["axes"])
+    path = transform.flush(inputs[0])
+
+    def pull(factors):
+        total = transform.arithmetic.broadcast(factors, eqn.outvars[0].aval.shape)
+        spread = (jnp.expand_dims(array, axes) for array in total)
+        transform.accumulate(path, (Scaled(*spread),))
+
+    return [Activation(transform.new(arithmetic.sum(path.value, axes), pull))]
+
+
+@rule("reduce_window_sum", "reduce_window_max")
+def _reduce_window(transform, eqn, inputs):
+    windows = eqn.params["window_dimensions"]
+    axes = tuple(axis for axis, size in enumerate(windows) if size > 1)
+    pool = functools.partial(
+        lax.reduce_window,
+        init_value=0.0,
+        computation=lax.add,
+        window_dimensions=windows,
+        window_strides=eqn.params["window_strides"],
+        padding=eqn.params["padding"],
+        base_dilation=eqn.params["base_dilation"],
+        window_dilation=eqn.params["window_dilation"],
+    )
+    return _linear_layer(transform, inputs[0], pool, axes, axes)
+
+
+# Structural primitives: each entry of the result is an entry of an operand.
+
+_RENAMING = {
+    "convert_element_type", "copy", "copy_p", "reduce_precision", "name",
+    "sharding_constraint", "reshard", "mesh_cast", "optimization_barrier",
+}  # fmt: skip
+_MOVING = {
+    "reshape", "squeeze", "expand_dims", "transpose", "rev", "slice", "split",
+    "concatenate", "stack", "unstack", "pad", "dynamic_slice", "gather", "broadcast_in_dim",
+}  # fmt: skip
+UNIFORM.update({"neg", "reshape", "squeeze", "expand_dims", "broadcast_in_dim"})
+UNIFORM.update(_RENAMING)
+SLICES.update({"slice", "dynamic_slice", "gather", "split", "unstack"})
+
+
+def _data(name: str, count: int) -> list[int]:
+    """Return which operands hold data; the others are indices and padding."""
+    if name in ("concatenate", "stack"):
+        return list(range(count))
+    return list(range(1, count)) if name == "select_n" else [0]
+
+
+def _move(eqn: JaxprEqn, operands: Sequence[Any], data: list[int], arrays: Any) -> Any:
+    filled = list(operands)
+    for position, array in zip(data, arrays, strict=True):
+        filled[position] = array
+    if eqn.primitive.name == "pad":
+        filled[1] = jnp.zeros((), filled[0].dtype)
+    return _bind(eqn, *filled)
+
+
+@rule(*_MOVING)
+def _structural(transform, eqn, inputs):
+    data = _data(eqn.primitive.name, len(inputs))
+    others = [x for position, x in enumerate(inputs) if position not in data]
+    if not all(isinstance(x, Weight) for x in others):
+        raise NotHomogeneous("the activations are indices or padding")
+    if eqn.primitive.name == "pad" and inputs[1].uniform != 0:
+        raise NotHomogeneous("it pads an activation with something else than 0")
+    if any(isinstance(x, Sign) for x in inputs):
+        raise NotHomogeneous("signs of activations are rearranged")
+    constants = _structural_constants(transform, eqn, inputs, data)
+    dtype = next(
+        x.path.value.mantissa.dtype for x in inputs if isinstance(x, Activation)
+    )
+    # Weights among the data, such as a column of ones, are constants.
+    paths = [
+        inputs[i].path
+        if isinstance(inputs[i], Activation)
+        else Path(transform.arithmetic.zeros(inputs[i].shape, dtype))
+        for i in data
+    ]
+    operands = [getattr(x, "value", None) for x in inputs]
+    moved = [
+        _move(eqn, operands, data, [path.value[part] for path in paths])
+        for part in range(2)
+    ]
+    if not eqn.primitive.multiple_results:
+        moved = [[array] for array in moved]
+    results = [Path(Scaled(*value)) for value in zip(*moved, strict=True)]
+    pull = functools.partial(_pull_moved, transform, eqn, operands, data, paths)
+    transform.record(results, lambda *cotangents: pull(cotangents))
+    return [
+        Activation(path, constant)
+        for path, constant in zip(results, constants, strict=True)
+    ]
+
+
+def _structural_constants(transform, eqn, inputs, data):
+    if all(isinstance(inputs[i], Activation) for i in data) and not any(
+        inputs[i].constant for i in data
+    ):
+        return [None] * len(eqn.outvars)
+    return _constants(transform, eqn, inputs)
+
+
+def _pull_moved(transform, eqn, operands, data, nodes, cotangents) -> None:
+    """Send cotangents back through a structural primitive."""
+    arithmetic, name = transform.arithmetic, eqn.primitive.name
+    if name == "transpose" and len(cotangents[0]) > 1:
+        inverse = np.argsort(eqn.params["permutation"])
+        factors = tuple(
+            Scaled(*(jnp.transpose(array, inverse) for array in factor))
+            for factor in cotangents[0]
+        )
+        return transform.accumulate(nodes[0], factors)
+    shapes = [variable.aval.shape for variable in eqn.outvars]
+    dtype = next(c for c in cotangents if c is not None)[0].mantissa.dtype
+    values = [
+        arithmetic.zeros(shape, dtype)
+        if c is None
+        else transform.arithmetic.broadcast(c, shape)
+        for c, shape in zip(cotangents, shapes, strict=True)
+    ]
+    if name == "broadcast_in_dim":
+        return transform.accumulate(nodes[0], (_unbroadcast(transform, eqn, values),))
+    if name == "gather":  # may take one entry several times
+        top = max(jnp.max(value.exponent) for value in values)
+        values = [
+            Scaled(arithmetic.align(v, top), jnp.zeros_like(v.exponent)) for v in values
+        ]
+    floats = [[value[part].astype(dtype) for value in values] for part in range(2)]
+    shapes = [jnp.zeros(node.shape, dtype) for node in nodes]
+
+    def move(*arrays):
+        moved = _move(eqn, operands, data, arrays)
+        return moved if eqn.primitive.multiple_results else [moved]
+
+    back = jax.linear_transpose(move, *shapes)
+    mantissas, exponents = (back(part) for part in floats)
+    for node, mantissa, exponent in zip(nodes, mantissas, exponents, strict=True):
+        exponent = exponent.astype(jnp.int32)
+        if name == "gather":
+            exponent = exponent + top
+        transform.accumulate(node, (arithmetic.normalize(mantissa, exponent),))
+
+
+def _unbroadcast(transform, eqn, values):
+    kept = eqn.params["broadcast_dimensions"]
+    shape = eqn.invars[0].aval.shape
+    (value,) = values
+    new = tuple(axis for axis in range(value.mantissa.ndim) if axis not in kept)
+    value = transform.arithmetic.sum(value, new)
+    stretched = tuple(
+        axis
+        for axis, (before, after) in enumerate(
+            zip(shape, value.mantissa.shape, strict=True)
+        )
+        if before != after
+    )
+    return transform.arithmetic.sum(value, stretched, keepdims=True)
+
+
+@_weight_pull(*_MOVING, "select_n")
+def _pull_moved_weight(transform, eqn, inputs, cotangents):
+    data = _data(eqn.primitive.name, len(inputs))
+    operands, nodes = [x.value for x in inputs], [inputs[i] for i in data]
+    _pull_moved(transform, eqn, operands, data, nodes, cotangents)
+
+
+@rule(*_RENAMING)
+def _renamed(transform, eqn, inputs):
+    if all(isinstance(x, Sign) for x in inputs):
+        return inputs
+    constants = _structural_constants(transform, eqn, inputs, list(range(len(inputs))))
+    return [
+        Activation(x.path, constant, x.source, x.multiple)
+        for x, constant in zip(inputs, constants, strict=True)
+    ]
+
+
+@_weight_pull(*_RENAMING)
+def _pull_renamed(transform, eqn, inputs, cotangents):
+    del eqn
+    for x, cotangent in zip(inputs, cotangents, strict=True):
+        if cotangent is not None:
+            transform.accumulate(x, cotangent)
