@@ -45,6 +45,8 @@ ROWS = [
         normax.normalized_sgd,
         dict(learning_rate=0.1, weight_decay=0.01, momentum=0.9),
     ),
+    Row("sgdp", normax.sgdp, dict(learning_rate=0.1, momentum=0.9, weight_decay=0.01)),
+    Row("adamp", normax.adamp, dict(learning_rate=0.1, nesterov=True, axes="unit")),
     *(
         Row(name, rule.make, dict(learning_rate=0.1, weight_decay=0.01))
         for name, rule in normax.UPDATE_RULES.items()
