@@ -5,6 +5,11 @@ from normax._measures import angular_update as angular_update
 from normax._measures import monitor_weight_dynamics as monitor_weight_dynamics
 from normax._measures import relative_update as relative_update
 from normax._measures import weight_norm as weight_norm
+from normax._rotation import RotateByAngleState as RotateByAngleState
+from normax._rotation import rotate_by_angle as rotate_by_angle
+from normax._rotation import rotational_adamw as rotational_adamw
+from normax._rotation import rotational_lion as rotational_lion
+from normax._rotation import rotational_sgd as rotational_sgd
 from normax._tangent import adamp as adamp
 from normax._tangent import sgdp as sgdp
 from normax._unit_norm import ProjectUnitNormState as ProjectUnitNormState

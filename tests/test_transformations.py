@@ -45,6 +45,12 @@ ROWS = [
         normax.normalized_sgd,
         dict(learning_rate=0.1, weight_decay=0.01, momentum=0.9),
     ),
+    Row("rotate_by_angle", normax.rotate_by_angle, dict(angle=0.1, decay=0.9)),
+    Row(
+        "rotational_adamw",
+        normax.rotational_adamw,
+        dict(learning_rate=0.1, weight_decay=0.1),
+    ),
     Row("sgdp", normax.sgdp, dict(learning_rate=0.1, momentum=0.9, weight_decay=0.01)),
     Row("adamp", normax.adamp, dict(learning_rate=0.1, nesterov=True, axes="unit")),
     *(
