@@ -1,4 +1,4 @@
-"""Rotation: the published recurrences in float64, and measured over predicted angles."""
+"""Rotation: the published recurrences in float64; measured over predicted angles."""
 
 import jax
 import jax.numpy as jnp
