@@ -10,6 +10,7 @@ from normax._rotation import rotate_by_angle as rotate_by_angle
 from normax._rotation import rotational_adamw as rotational_adamw
 from normax._rotation import rotational_lion as rotational_lion
 from normax._rotation import rotational_sgd as rotational_sgd
+from normax._second_order import newton as newton
 from normax._tangent import adamp as adamp
 from normax._tangent import sgdp as sgdp
 from normax._unit_norm import ProjectUnitNormState as ProjectUnitNormState
