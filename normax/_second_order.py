@@ -124,8 +124,9 @@ def newton(
 
     The gradient $g$ is the one that `update` is given, the Hessian that of `value_fn`
     at `params`: `update(grads, state, params, value_fn=loss_of_params)`. The step has
-    the units of the weights, whatever the units of each parameter and of the loss. Weight decay belongs to the loss, as $\tfrac{\lambda}{2}\|w\|^2$; a decay
-    added to $g$ before, in a chain, changes the gradient alone.
+    the units of the weights, whatever the units of each parameter and of the loss.
+    Weight decay belongs to the loss, as $\tfrac{\lambda}{2}\|w\|^2$; a decay added to
+    $g$ before, in a chain, changes the gradient alone.
 
     The inverse is a pseudo-inverse: in directions without curvature, of an absolute
     value below `rtol` times the largest, nothing moves (in units in which the largest

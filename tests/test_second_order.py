@@ -355,25 +355,26 @@ def test_adadelta_is_consistent_once_its_averages_are():
 
 @pytest.mark.parametrize("saddle_free", [False, True])
 def test_derivative_of_the_step(saddle_free):
-    """Also where eigenvalues meet, as for a round Hessian."""
+    """Also where eigenvalues meet, are negative, and vanish."""
 
     def moved(x):
-        curvature, w, damping = x[:3], x[3:6], x[6]
-        a, b, c = curvature
+        (a, b, c, d), w, damping = x[:4], x[4:9], x[9]
 
         def loss(w):
-            return (a * w[0] ** 2 + b * w[1] ** 2 - 2 * w[2] ** 2) / 2 + c * w[0] * w[1]
+            squares = a * w[0] ** 2 + b * w[1] ** 2 - 2 * w[2] ** 2
+            return squares / 2 + c * w[0] * w[1] + d * w[0] * w[2]
 
         tx = normax.newton(0.5, damping, saddle_free=saddle_free)
         g = jax.grad(loss)(w) + 1
         return tx.update(g, tx.init(w), w, value_fn=loss)[0]
 
-    x = jnp.array([3.0, 3.0, 0.0, 0.3, -0.2, 0.5, 0.1])
+    x = jnp.array([3.0, 3.0, 0.0, 0.0, 0.3, -0.2, 0.5, 1.0, 2.0, 0.1])
     moved = jax.jit(moved)
-    steps = 1e-5 * jnp.eye(7)
+    steps = 1e-5 * jnp.eye(10)
     differences = [(moved(x + d) - moved(x - d)) / 2e-5 for d in steps]
     jacobian = jax.jacobian(moved)(x)
-    np.testing.assert_allclose(jacobian, jnp.stack(differences, 1), atol=1e-7)
+    expected = jnp.stack(differences, 1)
+    np.testing.assert_allclose(jacobian, expected, rtol=1e-6, atol=1e-6)
 
 
 def test_what_is_not_finite_shows():
