@@ -11,6 +11,14 @@ from normax._path_sgd import path_norm as path_norm
 from normax._path_sgd import path_scales as path_scales
 from normax._path_sgd import path_sgd as path_sgd
 from normax._path_sgd import scale_by_path_sgd as scale_by_path_sgd
+from normax._rotation import RotateByAngleState as RotateByAngleState
+from normax._rotation import rotate_by_angle as rotate_by_angle
+from normax._rotation import rotational_adamw as rotational_adamw
+from normax._rotation import rotational_lion as rotational_lion
+from normax._rotation import rotational_sgd as rotational_sgd
+from normax._second_order import newton as newton
+from normax._tangent import adamp as adamp
+from normax._tangent import sgdp as sgdp
 from normax._unit_norm import ProjectUnitNormState as ProjectUnitNormState
 from normax._unit_norm import normalized_sgd as normalized_sgd
 from normax._unit_norm import project_unit_norm as project_unit_norm

@@ -32,6 +32,8 @@ rule                recurrence, with the optax call that is it
                     with $g = \nabla L(w)$; `optax.adamw(η, b1, b2, eps=ε)`
 `"normalized_sgd"`  $\tilde w = w - \eta g,\; w \leftarrow \tilde w/\|\tilde w\|$;
                     `normax.normalized_sgd(η)`
+`"newton"`          $w \leftarrow w - \eta\,(\nabla^2 L(w) + \lambda I)^{-1} g$;
+                    `normax.newton(η)`, whose update takes the loss, `value_fn`
 =================== ============================================================
 
 Like optax's own, the rules want floating-point parameters; `optax.masked` keeps
@@ -54,6 +56,7 @@ import optax
 
 from normax._axes import PyTree
 from normax._checks import requiring_params
+from normax._second_order import newton
 from normax._unit_norm import normalized_sgd
 
 
@@ -172,6 +175,7 @@ UPDATE_RULES: Mapping[str, UpdateRule] = types.MappingProxyType(
             _rule("adam", 1, optax.adam),
             _rule("adamw", 1, optax.adamw, decays_itself=True),
             _rule("normalized_sgd", 0, normalized_sgd, decays_itself=True),
+            _rule("newton", 0, newton, decays_itself=True),
         )
     }
 )

@@ -225,6 +225,7 @@ def test_effective_learning_rate_of_table_1(name):
         "nesterov": 2,
         "normalized_sgd": 0,
         "adadelta": 0,
+        "newton": 0,
     }
     rule = normax.UPDATE_RULES[name]
     norms = {"kernel": jnp.array([0.5, 2.0]), "bias": None}

@@ -1,0 +1,203 @@
+"""SGDP and AdamP: the published recurrences in float64, and what is mistaken when."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import normax
+
+SHAPES = {"kernel": (12, 5), "conv": (3, 3, 2, 6), "bias": (5,)}
+STEPS = 12
+
+
+def tangent(w, x, axes):
+    return x - w * np.sum(w * x, axes, keepdims=True) / np.sum(
+        w**2, axes, keepdims=True
+    )
+
+
+def views(w):
+    return [tuple(range(w.ndim - 1)), tuple(range(w.ndim))]
+
+
+def published_projection(w, g, p, delta):
+    """The cosine rule: which view, if any, and the projected direction."""
+    if w.ndim > 1:
+        for view, axes in zip(("unit", "layer"), views(w), strict=True):
+            cosine = np.abs(np.sum(w * g, axes)) / np.sqrt(
+                np.sum(w**2, axes) * np.sum(g**2, axes)
+            )
+            d = np.prod([w.shape[axis] for axis in axes])
+            if np.max(cosine) < delta / np.sqrt(d):
+                return view, tangent(w, p, axes)
+    return "none", p
+
+
+def adam_direction(g, state, t, b1=0.8, b2=0.95, eps=1e-3, nesterov=False):
+    m, r = state
+    m, r = b1 * m + (1 - b1) * g, b2 * r + (1 - b2) * g**2
+    p = b1 * m + (1 - b1) * g if nesterov else m
+    return p / (1 - b1**t) / (np.sqrt(r / (1 - b2**t)) + eps), (m, r)
+
+
+def sgd_direction(g, state, t, rho=0.8, tau=0.3, nesterov=False):
+    v = rho * state[0] + (1 - tau) * g
+    return (g + rho * v if nesterov else v), (v,)
+
+
+RULES = {
+    "adamp": (normax.adamp, dict(b1=0.8, b2=0.95, eps=1e-3), adam_direction, 1.0),
+    "sgdp": (normax.sgdp, dict(momentum=0.8, dampening=0.3), sgd_direction, 1 - 0.8),
+}
+every_rule = pytest.mark.parametrize("rule", RULES)
+
+
+def draw(name, rng, w=None, step=0):
+    """Gradients that are tangent per unit, as a layer, and not at all, in turn."""
+    g = rng.normal(size=SHAPES[name]) - 0.5 * (0 if w is None else w)
+    if w is None or w.ndim == 1 or step % 3 == 2:
+        return g
+    return tangent(w, g, views(w)[step % 3])
+
+
+@every_rule
+@pytest.mark.parametrize("nesterov", [False, True])
+@pytest.mark.parametrize(
+    "axes", [None, {"kernel": "unit", "conv": "none", "bias": (0,)}]
+)
+def test_published_recurrence(rule, nesterov, axes):
+    factory, hyper, direction, decay_divisor = RULES[rule]
+    eta, decay, delta, ratio = 0.05, 0.3, 0.12, 0.2
+    exact = {"kernel": (0,), "conv": None, "bias": (0,)}
+    seen = set()
+    with jax.enable_x64(True):
+        tx = factory(
+            lambda count: jnp.where(count < 5, eta, eta / 2),
+            weight_decay=decay,
+            nesterov=nesterov,
+            delta=delta,
+            wd_ratio=ratio,
+            axes=axes,
+            **hyper,
+        )
+        rng = np.random.default_rng(0)
+        ws = {name: draw(name, rng) for name in SHAPES}
+        states = dict.fromkeys(SHAPES, (0.0, 0.0))
+        params = jax.tree.map(jnp.asarray, ws)
+        state, update = tx.init(params), jax.jit(tx.update)
+        for step in range(STEPS):
+            grads = {name: draw(name, rng, ws[name], step) for name in SHAPES}
+            updates, state = update(grads, state, params)
+            params = optax.apply_updates(params, updates)
+            for name, w in ws.items():
+                g, rate = grads[name], eta if step < 5 else eta / 2
+                p, states[name] = direction(
+                    g, states[name], step + 1, nesterov=nesterov
+                )
+                if axes is None:
+                    view, p = published_projection(w, g, p, delta)
+                    seen.add((view, name))
+                elif exact[name]:
+                    view, p = "axes", tangent(w, p, exact[name])
+                else:
+                    view = "none"
+                s = 1.0 if view == "none" else ratio
+                w = w * (1 - rate * decay * s / decay_divisor)
+                ws[name] = w - rate * p
+                np.testing.assert_allclose(params[name], ws[name], rtol=1e-9)
+    if axes is None:
+        views_hit = {"unit", "layer", "none"}
+        assert {view for view, name in seen if name == "kernel"} == views_hit
+        assert {view for view, name in seen if name == "conv"} == views_hit
+
+
+def false_positives(axes):
+    """Share of steps at which an array that is not scale-invariant is projected."""
+    tx = normax.sgdp(1.0, axes=axes)
+
+    @jax.vmap
+    def projected(key):
+        params, grads = jax.random.normal(key, (2, 40, 1))
+        params, grads = ({"hidden": x, "head": x} for x in (params, grads))
+        updates, _ = tx.update(grads, tx.init(params), params)
+        return jax.tree.map(lambda u, g: jnp.any(u != -g), updates, grads)
+
+    steps = projected(jax.random.split(jax.random.key(0), 4000))
+    return float(jnp.mean(steps["hidden"])), float(jnp.mean(steps["head"]))
+
+
+def test_the_cosine_rule_mistakes_random_gradients_and_axes_do_not():
+    # One output unit: one cosine of random directions, P(|Z| < 0.1) = 8.0%.
+    hidden, head = false_positives(None)
+    assert hidden == head and 0.06 < head < 0.10
+    assert false_positives({"hidden": "unit", "head": "none"}) == (1.0, 0.0)
+
+
+@every_rule
+def test_the_norm_grows_by_the_gradient_alone(rule):
+    """Of a scale-invariant loss; with momentum it would grow faster."""
+    target = np.random.default_rng(1).normal(size=(20, 4))
+
+    def loss(w):
+        return -jnp.sum(target * w / jnp.linalg.norm(w, axis=0, keepdims=True))
+
+    w = jnp.asarray(np.random.default_rng(0).normal(size=(20, 4)))
+    factory, _, _, _ = RULES[rule]
+    momentum = {"momentum": 0.9} if rule == "sgdp" else {}
+    grown, alone = {}, {}
+    for axes in ("unit", "none"):
+        tx = factory(0.1, axes=axes, **momentum)
+
+        def step(carry, _, tx=tx):
+            w, state = carry
+            updates, state = tx.update(jax.grad(loss)(w), state, w)
+            return (w + updates, state), jnp.sum(updates**2, axis=0)
+
+        (after, _), squares = jax.lax.scan(step, (w, tx.init(w)), None, 20)
+        grown[axes] = jnp.sum(after**2 - w**2, axis=0)
+        alone[axes] = jnp.sum(squares, axis=0)
+    np.testing.assert_allclose(grown["unit"], alone["unit"], rtol=1e-4)
+    assert np.all(grown["none"] > 1.1 * alone["none"])
+
+
+@every_rule
+@pytest.mark.parametrize("axes", [None, "unit"])
+def test_zero_weights_and_zero_gradients(rule, axes):
+    tx = RULES[rule][0](0.1, weight_decay=0.1, axes=axes)
+    for w, g in ((0.0, 1.0), (1.0, 0.0), (0.0, 0.0)):
+        w, g = jnp.full((4, 3), w), jnp.full((4, 3), g)
+        updates, _ = tx.update(g, tx.init(w), w)
+        assert np.all(np.isfinite(updates))
+        assert bool(jnp.any(updates != 0)) == bool(w[0, 0] or g[0, 0])
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-12, 1e25])
+def test_the_cosine_rule_knows_no_scale(scale):
+    """The published epsilons would take tiny gradients for orthogonal ones."""
+    tx, w = normax.sgdp(1.0), jnp.ones((8, 3))
+    for g, invariant in ((w, False), (w.at[::2].set(-1.0), True)):
+        updates, _ = tx.update(scale * (g + 0.01 * w), tx.init(w), w)
+        expected = -scale * (g if invariant else 1.01 * g)
+        np.testing.assert_allclose(updates, expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"delta": -0.1}, "delta must be at least 0"),
+        ({"wd_ratio": float("nan")}, "wd_ratio must be at least 0"),
+        ({"weight_decay": -1.0}, "weight_decay must be at least 0"),
+        ({"axes": "units"}, "must be one of"),
+        ({"momentum": 1.0}, "momentum must be at least 0 and below 1"),
+    ],
+)
+def test_wrong_arguments_raise(arguments, message):
+    for factory in (normax.sgdp, normax.adamp):
+        if "momentum" in arguments and factory is normax.adamp:
+            continue
+        with pytest.raises(ValueError, match=message):
+            factory(0.1, **arguments)
+    with pytest.raises(ValueError, match="lie within the array's rank"):
+        normax.adamp(0.1, axes=(3,)).init(jnp.ones((2, 2)))
