@@ -1,10 +1,25 @@
 """The learning rate that a network really trains with, for JAX and Optax."""
 
+from normax._assertions import (
+    assert_inverse_gradient_scaling as assert_inverse_gradient_scaling,
+)
+from normax._assertions import assert_orthogonal_gradient as assert_orthogonal_gradient
+from normax._assertions import assert_scale_invariant as assert_scale_invariant
+from normax._assertions import assert_unit_norm as assert_unit_norm
 from normax._measures import MonitorWeightDynamicsState as MonitorWeightDynamicsState
 from normax._measures import angular_update as angular_update
 from normax._measures import monitor_weight_dynamics as monitor_weight_dynamics
 from normax._measures import relative_update as relative_update
 from normax._measures import weight_norm as weight_norm
+from normax._trajectories import (
+    assert_equivalent_trajectories as assert_equivalent_trajectories,
+)
+from normax._trajectories import (
+    assert_rescaling_equivalent as assert_rescaling_equivalent,
+)
+from normax._trajectories import (
+    assert_rescaling_invariant as assert_rescaling_invariant,
+)
 from normax._unit_norm import ProjectUnitNormState as ProjectUnitNormState
 from normax._unit_norm import normalized_sgd as normalized_sgd
 from normax._unit_norm import project_unit_norm as project_unit_norm
