@@ -235,7 +235,7 @@ def assert_scale_invariant(
       >>> import jax.numpy as jnp
       >>> import normax
       >>> def fn(w):
-      ...     return w / jnp.linalg.norm(w, axis=0)
+      ...     return w / jnp.linalg.norm(w, axis=0, keepdims=True)
       >>> normax.assert_scale_invariant(fn, jnp.array([[3.0, 1.0], [4.0, 2.0]]))
 
     References:
@@ -299,7 +299,7 @@ def assert_inverse_gradient_scaling(
       >>> import jax.numpy as jnp
       >>> import normax
       >>> def loss_fn(w):
-      ...     return jnp.sum(jnp.sin(w / jnp.linalg.norm(w, axis=0)))
+      ...     return jnp.sum(jnp.sin(w / jnp.linalg.norm(w, axis=0, keepdims=True)))
       >>> w = jnp.array([[3.0, 1.0], [4.0, 2.0]])
       >>> normax.assert_inverse_gradient_scaling(loss_fn, w)
 
@@ -369,7 +369,7 @@ def assert_orthogonal_gradient(
       >>> import jax.numpy as jnp
       >>> import normax
       >>> def loss_fn(w):
-      ...     return jnp.sum(jnp.sin(w / jnp.linalg.norm(w, axis=0)))
+      ...     return jnp.sum(jnp.sin(w / jnp.linalg.norm(w, axis=0, keepdims=True)))
       >>> w = jnp.array([[3.0, 1.0], [4.0, 2.0]])
       >>> normax.assert_orthogonal_gradient(loss_fn, w)
 
