@@ -166,14 +166,14 @@ def assert_unit_norm(
     check_all(claim, _named(map_vectors(compare, axes, params, radii)), custom_message)
 
 
-class _Rescaling(NamedTuple):
+class Rescaling(NamedTuple):
     where: str
     position: int
     factors: jax.Array
     params: PyTree
 
 
-def _rescalings(params: PyTree, axes: Axes) -> Iterator[_Rescaling]:
+def rescalings(params: PyTree, axes: Axes) -> Iterator[Rescaling]:
     """Rescale the weight vectors of one array after another, each in two ways."""
     treedef: Any
     paths, treedef = jax.tree_util.tree_flatten_with_path(params)
@@ -194,7 +194,7 @@ def _rescalings(params: PyTree, axes: Axes) -> Iterator[_Rescaling]:
             rescaled = treedef.unflatten(
                 w * factors if i == position else leaf for i, leaf in enumerate(leaves)
             )
-            yield _Rescaling(where, position, factors, rescaled)
+            yield Rescaling(where, position, factors, rescaled)
 
 
 def assert_scale_invariant(
@@ -246,7 +246,7 @@ def assert_scale_invariant(
     expected = named_leaves("outputs", compiled(params))
     comparisons = [
         Comparison(f"{output} for {rescaling.where}", x, y, atol + rtol * largest(y))
-        for rescaling in _rescalings(params, axes)
+        for rescaling in rescalings(params, axes)
         for (output, x), (_, y) in zip(
             named_leaves("outputs", compiled(rescaling.params)), expected, strict=True
         )
@@ -315,7 +315,7 @@ def assert_inverse_gradient_scaling(
         if g.dtype != jax.dtypes.float0
     ]
     comparisons = []
-    for where, position, factors, rescaled in _rescalings(params, axes):
+    for where, position, factors, rescaled in rescalings(params, axes):
         noise = _NOISE * maximum(products)
         noise /= nonzero(largest(jax.tree.leaves(params)[position]))
         measured, expected = at_least_float32(
