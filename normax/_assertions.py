@@ -256,7 +256,8 @@ def assert_scale_invariant(
 
 
 def _gradient(loss_fn: Callable[[PyTree], Any]) -> Callable[[PyTree], PyTree]:
-    return jax.jit(jax.grad(loss_fn, allow_int=True))
+    # The loss is compiled, not its gradient, so that other calls find it again.
+    return jax.grad(jax.jit(loss_fn), allow_int=True)
 
 
 def assert_inverse_gradient_scaling(
@@ -277,8 +278,7 @@ def assert_inverse_gradient_scaling(
     $\nabla_w L(w)$.
 
     Args:
-      loss_fn: Called as `loss_fn(params)`; returns a scalar. Its gradient is compiled
-        once.
+      loss_fn: Called as `loss_fn(params)`; returns a scalar. It is compiled once.
       params: Pytree of arrays.
       axes: Which entries form one weight vector, as in `normax.weight_norm`.
       rtol: Tolerance relative to the largest entry of each array's gradient. A

@@ -6,21 +6,22 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from normax._assertions import rescalings
 from normax._axes import Axes, PyTree, map_vectors
 from normax._checks import check_range
-from normax._radial_sums import (
+from normax._detection import (
+    Loss,
     RadialSums,
-    perturb,
+    confirm,
+    log10_chance,
+    radial_products,
     radial_sums,
     sets_of_axes,
     word,
 )
 
-# What the first evaluation lets pass, and by how much the second enlarges it.
-_NEAR, _LARGER = 0.03, 8.0
+# What the first evaluation lets pass.
+_NEAR = 0.03
 
 
 class ArrayScaleInvariance(NamedTuple):
@@ -31,12 +32,14 @@ class ArrayScaleInvariance(NamedTuple):
       shape: Its shape.
       axes: The weight vectors of the array that are scale-invariant: `"unit"`,
         `"layer"`, a tuple of axes, or `"none"`.
-      radial: Largest $|\langle w, \nabla L\rangle| / \|w \odot \nabla L\|$ of these
-        vectors, or where there are none, of those that came closest. NaN for an array
+      radial: $\big(\sum_w \langle w, \nabla L\rangle^2 / \sum \|w \odot \nabla L\|^2
+        \big)^{1/2}$ of these vectors, or where there are none, of those that came
+        closest; about 1 for vectors that are not scale-invariant. NaN for an array
         without a gradient.
-      change: Largest change of the loss as they were rescaled, in units of
-        $\sum\|w \odot \nabla L\|$; NaN for an array that was not.
-      chance: Probability that products of random signs would have passed.
+      change: Largest change of the loss as the vectors were rescaled, in units of
+        $\sum\|w \odot \nabla L\|$; NaN for an array whose vectors were not.
+      log10_chance: Decimal logarithm of the probability that an array with products
+        $w \odot \nabla L$ of random signs passes, before it is rescaled.
     """
 
     name: str
@@ -44,7 +47,7 @@ class ArrayScaleInvariance(NamedTuple):
     axes: str | tuple[int, ...]
     radial: float
     change: float
-    chance: float
+    log10_chance: float
 
 
 class ScaleInvarianceReport(NamedTuple):
@@ -60,100 +63,15 @@ class ScaleInvarianceReport(NamedTuple):
     arrays: tuple[ArrayScaleInvariance, ...]
 
     def __str__(self) -> str:
-        rows = [("array", "shape", "axes", "radial", "change", "chance")]
+        rows: list[tuple[str, ...]] = [ArrayScaleInvariance._fields]
         for name, shape, axes, *numbers in self.arrays:
-            shown = ("" if math.isnan(x) else f"{x:.0e}" for x in numbers)
+            formats = (".0e", ".0e", ".0f")
+            pairs = zip(numbers, formats, strict=True)
+            shown = ("" if math.isnan(x) else format(x, how) for x, how in pairs)
             rows.append((name, str(shape), str(axes), *shown))
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = ("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
         return "\n".join(lines)
-
-
-class _Loss(NamedTuple):
-    """A loss as a function of the float arrays among its parameters."""
-
-    fn: Callable[[PyTree], Any]
-    treedef: Any
-    names: list[str]
-    leaves: list[Any]
-    positions: list[int]
-
-    def merge(self, floats: list[jax.Array], leaves: list[Any]) -> PyTree:
-        merged = dict(enumerate(leaves)) | dict(
-            zip(self.positions, floats, strict=True)
-        )
-        return self.treedef.unflatten(merged.values())
-
-
-def _products(loss: _Loss) -> Callable[..., tuple[dict[int, np.ndarray], list]]:
-    """Return the function from a key to w * gradient at random parameters."""
-
-    @jax.jit
-    def evaluate(leaves, scales, key):
-        floats = perturb([jnp.asarray(leaves[i]) for i in loss.positions], scales, key)
-        value_and_grad = jax.value_and_grad(lambda w: loss.fn(loss.merge(w, leaves)))
-        return floats, *value_and_grad(floats)
-
-    def products(key, enlarged=frozenset()):
-        scales = [_LARGER if i in enlarged else 1.0 for i in loss.positions]
-        floats, value, gradients = evaluate(loss.leaves, jnp.array(scales), key)
-        arrays = {
-            i: np.asarray(w, np.float64) * np.asarray(g, np.float64)
-            for i, w, g in zip(loss.positions, floats, gradients, strict=True)
-        }
-        wrong = [loss.names[i] for i in arrays if not np.isfinite(arrays[i]).all()]
-        if wrong or not np.isfinite(value):
-            raise ValueError(
-                "the loss and its gradient must be finite at randomly perturbed "
-                f"parameters, but the loss is {value}, and the gradient is not finite "
-                f"at {wrong}; pass as params only what is trained, and a loss that is "
-                "finite around it."
-            )
-        return arrays, floats
-
-    return products
-
-
-def _confirm(
-    loss: _Loss, point: PyTree, candidates: dict[int, list[RadialSums]], rtol: float
-) -> tuple[dict[int, RadialSums], dict[int, float]]:
-    """Rescale the candidates; find the first of every array that changes nothing.
-
-    Args:
-      loss: The loss.
-      point: Parameters at which the sums were taken.
-      candidates: For the position of an array, its sums.
-      rtol: Smallest relative tolerance.
-
-    Returns:
-      What was confirmed, and the changes of the loss in units of the sizes.
-    """
-    forward = jax.jit(loss.fn)
-    value = forward(point)
-    rounding = 16 * float(jnp.finfo(value.dtype).eps * jnp.abs(value))
-    confirmed: dict[int, RadialSums] = {}
-    changes: dict[int, float] = {}
-    rounds = max(map(len, candidates.values()), default=0)
-    for index in range(rounds):
-        trial = {
-            i: found[index]
-            for i, found in candidates.items()
-            if i not in confirmed and index < len(found)
-        }
-        axes = [
-            trial[i].axes if i in trial else "none" for i in range(len(loss.leaves))
-        ]
-        measured: dict[int, list[float]] = {i: [] for i in trial}
-        for rescaling in rescalings(point, loss.treedef.unflatten(axes)):
-            change = abs(float(forward(rescaling.params)) - float(value))
-            measured[rescaling.position].append(change)
-        for i, found in trial.items():
-            # A vector divided by 2 or multiplied by 4 has changed by 1.5 sums at most.
-            allowed = 4 * max(rtol, found.radial) * found.size + rounding
-            changes[i] = max(measured[i]) / found.size
-            if all(change <= allowed for change in measured[i]):
-                confirmed[i] = found
-    return confirmed, changes
 
 
 def _check_loss(loss_fn: Callable[[PyTree], Any], params: PyTree) -> None:
@@ -184,21 +102,22 @@ def scale_invariance_report(
 ) -> ScaleInvarianceReport:
     r"""Find the scale-invariant weight vectors of every array, with the evidence.
 
-    $$\frac{|\langle w, \nabla_w L\rangle|}{\|w \odot \nabla_w L\|} \le \text{rtol}$$
+    $$\Big(\frac{\sum_w \langle w, \nabla_w L\rangle^2}
+    {\sum_w \|w \odot \nabla_w L\|^2}\Big)^{1/2} \le \text{rtol}$$
 
-    for every vector $w$ of an array that is called scale-invariant. See
+    over the vectors $w$ of an array that is called scale-invariant. See
     `scale_invariant_axes`, which returns the `axes` of the report alone.
 
     Args:
       loss_fn: Called as `loss_fn(params)`; returns a real scalar.
       params: Pytree of arrays.
       key: Key for the random perturbations.
-      rtol: Largest ratio.
+      rtol: Largest ratio, at weights eight times as large.
 
     Returns:
       A report, to be printed as a table, with a line for every array: what was found,
-      the largest ratio, the largest change of the loss under rescaling, and the
-      probability of such a finding by accident.
+      the ratio at weights of the given size, the largest change of the loss under
+      rescaling, and the probability of such a finding by accident.
 
     Raises:
       ValueError: As `scale_invariant_axes`.
@@ -224,20 +143,21 @@ def scale_invariance_report(
     """
     check_range("rtol", rtol, low=0, below=1)
     _check_loss(loss_fn, params)
+    treedef: Any
     paths, treedef = jax.tree_util.tree_flatten_with_path(params)
     leaves = [leaf for _, leaf in paths]
     dtypes = [jax.dtypes.result_type(leaf) for leaf in leaves]
     positions = [i for i, d in enumerate(dtypes) if jnp.issubdtype(d, jnp.floating)]
     names = [f"params{jax.tree_util.keystr(path)}" for path, _ in paths]
-    loss = _Loss(loss_fn, treedef, names, leaves, positions)
+    loss = Loss(jax.jit(loss_fn), treedef, names, leaves, positions)
     strict = max([rtol, *(4 * float(jnp.finfo(dtypes[i]).eps) for i in positions)])
     near = max(_NEAR, 3 * strict)
 
     first_key, second_key = jax.random.split(key)
     # Matrix products of GPUs and TPUs round to 1e-3 unless told otherwise.
     with jax.default_matmul_precision("highest"):
-        products = _products(loss)
-        arrays, floats = products(first_key)
+        products = radial_products(loss)
+        arrays, point = products(first_key)
         sums = {
             i: [radial_sums(array, axes) for axes in sets_of_axes(array.shape)]
             for i, array in arrays.items()
@@ -250,8 +170,7 @@ def scale_invariance_report(
             i: [s for s in passed[i] if radial_sums(arrays[i], s.axes).radial <= strict]
             for i in enlarged
         }
-        point = loss.merge(floats, leaves)
-        confirmed, changes = _confirm(loss, point, strictly, strict)
+        confirmed, changes = confirm(loss, point, strictly, strict)
 
     nothing = RadialSums((), math.nan, 0.0, 0)
     rows = []
@@ -266,7 +185,7 @@ def scale_invariance_report(
                 axes=word(shown.axes, jnp.shape(leaf)) if i in confirmed else "none",
                 radial=shown.radial,
                 change=changes.get(i, math.nan),
-                chance=(2 / math.pi * near * strict) ** shown.vectors
+                log10_chance=sum(log10_chance(t, shown.vectors) for t in (near, strict))
                 if i in confirmed
                 else math.nan,
             )
@@ -290,13 +209,13 @@ def scale_invariant_axes(
     The gradient is taken at random parameters, near the given ones but with biases off
     zero and gains off one. An array is scale-invariant along the smallest set of its
     axes over which $w \odot \nabla_w L$ sums to 0, for all vectors. This is repeated
-    at independent parameters, eight times as large where it held to within 3%: there the
-    $\epsilon$ of a normalization, which hides the invariance of small weights, counts
-    64 times less. Last, each array's vectors are multiplied by 4 and 1/2, which must
-    not change the loss.
+    at independent parameters, eight times as large where it held to within 3%: there
+    the $\epsilon$ of a normalization, which hides the invariance of small weights,
+    counts 64 times less. Last, each array's vectors are multiplied by 4 and
+    1/2, which must not change the loss.
 
     So weights are found in front of batch norm (`"unit"`), layer norm (`"layer"`) and
-    the like if $\epsilon$ is below 3% of the variance. Rounding in float32 leaves
+    the like if $\epsilon$ is below about 1% of the variance. Rounding in float32 leaves
     ratios of $10^{-7}\sqrt{B}$ for a batch of $B$; for a loss that is computed in a
     coarser dtype, though its parameters are not, choose a larger `rtol`. The answer
     `"none"` is given to arrays without influence, to vectors of a single number, and to
@@ -309,9 +228,9 @@ def scale_invariant_axes(
         and called twice with gradients and twice without for every array found.
       params: Pytree of arrays. Only floating-point arrays are perturbed.
       key: Key for the random perturbations.
-      rtol: Largest $|\langle w, \nabla_w L\rangle| / \|w \odot \nabla_w L\|$ of a
-        scale-invariant vector; at least 4 units in the last place of the coarsest dtype
-        among the parameters.
+      rtol: Largest $|\langle w, \nabla_w L\rangle| / \|w \odot \nabla_w L\|$ of
+        scale-invariant vectors, in quadratic mean over an array; at least 4 units in
+        the last place of the coarsest dtype among the parameters.
 
     Returns:
       Pytree with the structure of `params` and a word or a tuple of axes for every
@@ -350,9 +269,9 @@ def weight_decay_mask(axes: Axes, params: PyTree) -> PyTree:
     regularize; it balances the growth of the norm and so sets the effective learning
     rate. On the others it is a penalty. The mask is True for the first and False for
     the second, biases and gains included, so that each can have its own strength:
-    `optax.adamw(rate, weight_decay=decay, mask=mask)` decays where it costs no
-    function, and `optax.add_decayed_weights(penalty, jax.tree.map(operator.not_, mask))`
-    is the penalty.
+    `optax.adamw(rate, weight_decay=decay, mask=mask)` decays where that changes no
+    function, and `optax.add_decayed_weights` with the mask's opposite, from
+    `jax.tree.map(operator.not_, mask)`, is the penalty.
 
     Args:
       axes: Which entries form one weight vector, as `scale_invariant_axes` finds them.
