@@ -127,7 +127,10 @@ def radial_products(loss: Loss) -> Callable[..., tuple[Products, PyTree]]:
             w = jnp.asarray(loss.leaves[i])
             scale = LARGER if i in enlarged else 1.0
             perturbed = perturb(np.asarray(w, np.float64), scale, rng)
-            floats.append(jax.device_put(perturbed.astype(w.dtype), w.sharding))
+            perturbed = perturbed.astype(w.dtype)
+            # What has no place of its own gets none: the loss is compiled only once.
+            device = w.sharding if w.committed else None
+            floats.append(jax.device_put(perturbed, device))
         value, gradients = value_and_grad(floats)
         found = {
             i: np.asarray(w, np.float64) * np.asarray(g, np.float64)
