@@ -17,17 +17,20 @@ from normax._norms import nonzero
 Run: TypeAlias = tuple[optax.GradientTransformation, Callable[..., Any], PyTree]
 
 
-def _check_same_structure(params: PyTree, other: PyTree) -> None:
+def _check_same_structure(
+    params: PyTree, other: PyTree, custom_message: str | None
+) -> None:
     names = [
         {jax.tree_util.keystr(path): jnp.shape(leaf) for path, leaf in flat}
         for flat in map(jax.tree_util.tree_leaves_with_path, (params, other))
     ]
     differing = dict(names[0].items() ^ names[1].items())
     if differing:
-        raise ValueError(
-            "a rescaling keeps the structure and the shapes of the parameters, but "
-            f"these differ at {', '.join(sorted(differing))}; pass two sets of "
-            "parameters of one network."
+        custom = f" [{custom_message}]" if custom_message else ""
+        raise AssertionError(
+            "[normax] assert_rescaling_equivalent: a rescaling must keep the structure "
+            f"and the shapes of the parameters; they differ at "
+            f"params{', params'.join(sorted(differing))}{custom}"
         )
 
 
@@ -61,8 +64,8 @@ def assert_rescaling_equivalent(
       None.
 
     Raises:
-      AssertionError: An output or a sign differs, or an output is not finite.
-      ValueError: The structures or shapes differ.
+      AssertionError: The structure, a shape, an output or a sign differs, or an output
+        is not finite.
       RuntimeError: Under `jax.jit` without `chex.chexify`.
 
     Examples:
@@ -78,7 +81,7 @@ def assert_rescaling_equivalent(
       Neyshabur, Salakhutdinov, Srebro, Path-SGD: Path-Normalized Optimization in
       Deep Neural Networks, 2015, section 2.
     """
-    _check_same_structure(params, other)
+    _check_same_structure(params, other, custom_message)
     compiled = jax.jit(fn)
     comparisons = [
         Comparison(where, x, y, atol + rtol * largest(y))
@@ -269,7 +272,7 @@ def assert_rescaling_invariant(
     Raises:
       AssertionError: The two are not rescaling equivalent, or their functions part;
         the message names the first step.
-      ValueError: The structures or shapes differ, or `steps` is not positive.
+      ValueError: `steps` is not positive.
       RuntimeError: Under `jax.jit` without `chex.chexify`.
 
     Examples:
