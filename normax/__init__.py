@@ -1,5 +1,14 @@
 """The learning rate that a network really trains with, for JAX and Optax."""
 
+from normax._assertions import (
+from normax._assertions import assert_orthogonal_gradient as assert_orthogonal_gradient
+from normax._assertions import assert_scale_invariant as assert_scale_invariant
+from normax._assertions import assert_unit_norm as assert_unit_norm
+from normax._invariance import ArrayScaleInvariance as ArrayScaleInvariance
+from normax._invariance import ScaleInvarianceReport as ScaleInvarianceReport
+from normax._invariance import scale_invariance_report as scale_invariance_report
+from normax._invariance import scale_invariant_axes as scale_invariant_axes
+from normax._invariance import weight_decay_mask as weight_decay_mask
 from normax._measures import MonitorWeightDynamicsState as MonitorWeightDynamicsState
 from normax._measures import angular_update as angular_update
 from normax._measures import monitor_weight_dynamics as monitor_weight_dynamics
@@ -19,6 +28,7 @@ from normax._rotation import rotational_sgd as rotational_sgd
 from normax._second_order import newton as newton
 from normax._tangent import adamp as adamp
 from normax._tangent import sgdp as sgdp
+from normax._trajectories import (
 from normax._unit_norm import ProjectUnitNormState as ProjectUnitNormState
 from normax._unit_norm import normalized_sgd as normalized_sgd
 from normax._unit_norm import project_unit_norm as project_unit_norm

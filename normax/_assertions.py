@@ -1,0 +1,396 @@
+"""Assertions about invariance, in the manner of chex.
+
+Plain functions that raise an `AssertionError` naming the arrays at fault, their
+values and the tolerance. They compare values, so inside `jax.jit` they need
+`chex.chexify`, as chex's own value assertions do.
+"""
+
+import functools
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from normax._axes import Axes, PyTree, broadcast_radius, map_vectors, resolve_axes
+from normax._norms import at_least_float32, inner_product, nonzero, vector_norm
+
+# Below this fraction of the largest of its kind, a gradient in float32 may be the
+# rounding of terms that cancel, and is held to the larger one's tolerance.
+_NOISE = 1e-3
+# Powers of two, so that rescaling rounds nothing; their products are not 1.
+_FACTORS = ((4.0, 0.5), (0.5, 4.0))
+
+
+class Comparison(NamedTuple):
+    where: str
+    measured: jax.Array
+    expected: jax.Array
+    tolerance: jax.typing.ArrayLike
+
+
+def named_leaves(name: str, tree: PyTree) -> list[tuple[str, jax.Array]]:
+    return [
+        (f"{name}{jax.tree_util.keystr(path)}", at_least_float32(leaf)[0])
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    ]
+
+
+def _per_vector(vector_axes: tuple[int, ...], *values: jax.Array) -> Comparison:
+    measured, expected, tolerance = (jnp.squeeze(x, vector_axes) for x in values)
+    return Comparison("", measured, expected, tolerance)
+
+
+def _named(tree: PyTree) -> list[Comparison]:
+    found = jax.tree_util.tree_leaves_with_path(
+        tree, is_leaf=lambda node: isinstance(node, Comparison)
+    )
+    return [
+        comparison._replace(where=f"params{jax.tree_util.keystr(path)}")
+        for path, comparison in found
+    ]
+
+
+def largest(x: jax.typing.ArrayLike) -> jax.Array:
+    return jnp.max(jnp.abs(at_least_float32(x)[0]), initial=0.0)
+
+
+def maximum(values: Iterable[jax.Array]) -> jax.Array:
+    return functools.reduce(jnp.maximum, values, jnp.zeros([]))
+
+
+def _difference(where, measured, expected, tolerance) -> str:
+    """Say where two arrays differ; empty if they are close and finite."""
+    far = ~(np.abs(measured - expected) <= tolerance) | ~np.isfinite(measured)
+    if not far.any():
+        return ""
+    first = tuple(int(i) for i in np.argwhere(far)[0])
+    allowed = np.broadcast_to(tolerance, far.shape)[first]
+    return (
+        f"{where}: {far.sum()} of {far.size} values are off, the first, at {first}, is "
+        f"{measured[first]} instead of {expected[first]} +- {allowed:.3g}\n"
+        f"measured: {measured}\nexpected: {expected}"
+    )
+
+
+def check_all(
+    claim: str, comparisons: list[Comparison], custom_message: str | None
+) -> None:
+    """Raise unless every measured array is finite and close to the expected one.
+
+    Args:
+      claim: Name of the assertion, and what it asserts.
+      comparisons: What is compared, in the order of importance.
+      custom_message: The user's addition.
+
+    Raises:
+      AssertionError: Names the first array that differs with its values, and then
+        the others.
+      RuntimeError: The values are traced, and `chex.chexify` is not used.
+    """
+    if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(comparisons)):
+        import chex
+
+        for where, measured, expected, tolerance in comparisons:
+            custom = f"{claim}; {where} {custom_message or ''}"
+            chex.assert_tree_all_finite(measured, custom_message=custom)
+            chex.assert_trees_all_close(
+                measured, expected, rtol=0.0, atol=tolerance, custom_message=custom
+            )
+        return
+    differences = {}
+    for comparison in comparisons:
+        where, *values = comparison
+        difference = _difference(where, *(np.asarray(value) for value in values))
+        if difference:
+            differences[where] = difference
+    if differences:
+        first, *others = differences
+        more = f"\nand {len(others)} more: {', '.join(others[:8])}" if others else ""
+        custom = f" [{custom_message}]" if custom_message else ""
+        raise AssertionError(f"[normax] {claim}; {differences[first]}{more}{custom}")
+
+
+def assert_unit_norm(
+    params: PyTree,
+    axes: Axes = "unit",
+    radius: Any = 1.0,
+    *,
+    rtol: float | None = None,
+    atol: float = 0.0,
+    custom_message: str | None = None,
+) -> None:
+    r"""Check that every weight vector has the norm `radius`.
+
+    $$\big|\, \|w\| - r \,\big| \le \text{atol} + \text{rtol} \cdot r$$
+
+    Args:
+      params: Pytree of arrays.
+      axes: Which entries form one weight vector, as in `normax.weight_norm`.
+      radius: Norm $r$, as in `normax.projection_unit_norm`.
+      rtol: Relative tolerance; None for what `normax.project_unit_norm` keeps to in
+        the dtype of each array: 1e-6 in float32 and one unit in the last place of
+        coarser ones.
+      atol: Absolute tolerance.
+      custom_message: Added to the message of the error.
+
+    Returns:
+      None.
+
+    Raises:
+      AssertionError: A norm differs from `radius`, or is not finite.
+      ValueError: `axes` or `radius` does not fit `params`.
+      RuntimeError: Under `jax.jit` without `chex.chexify`.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import normax
+      >>> normax.assert_unit_norm(jnp.array([[0.6, 0.0], [0.8, 1.0]]))
+
+    References:
+      van Laarhoven, L2 Regularization versus Batch and Weight Normalization,
+      2017, section 5.5.
+    """
+
+    def compare(vector_axes, w, radius):
+        (x,) = at_least_float32(w)
+        norm = vector_norm(x, vector_axes)
+        expected = jnp.broadcast_to(radius, norm.shape).astype(x.dtype)
+        eps = max(jnp.finfo(jnp.result_type(w)).eps, 8 * jnp.finfo(x.dtype).eps)
+        tolerance = atol + (float(eps) if rtol is None else rtol) * expected
+        return _per_vector(vector_axes, norm, expected, tolerance)
+
+    radii = broadcast_radius(radius, axes, params)
+    claim = "assert_unit_norm: every weight vector must have the norm `radius`"
+    check_all(claim, _named(map_vectors(compare, axes, params, radii)), custom_message)
+
+
+class Rescaling(NamedTuple):
+    where: str
+    position: int
+    factors: jax.Array
+    params: PyTree
+
+
+def rescalings(params: PyTree, axes: Axes) -> Iterator[Rescaling]:
+    """Rescale the weight vectors of one array after another, each in two ways."""
+    treedef: Any
+    paths, treedef = jax.tree_util.tree_flatten_with_path(params)
+    leaves = [leaf for _, leaf in paths]
+    for position, vector_axes in enumerate(resolve_axes(axes, params)):
+        if vector_axes is None:
+            continue
+        path, w = (
+            jax.tree_util.keystr(paths[position][0]),
+            jnp.asarray(leaves[position]),
+        )
+        shape = [1 if i in vector_axes else n for i, n in enumerate(w.shape)]
+        # A checkerboard: along every axis that counts vectors, neighbours differ.
+        even = np.indices(shape).sum(axis=0) % 2 == 0
+        for pair in _FACTORS:
+            where = f"params{path}, vectors over axes {vector_axes} times {pair}"
+            factors = jnp.where(even, *pair).astype(w.dtype)
+            rescaled = treedef.unflatten(
+                w * factors if i == position else leaf for i, leaf in enumerate(leaves)
+            )
+            yield Rescaling(where, position, factors, rescaled)
+
+
+def assert_scale_invariant(
+    fn: Callable[[PyTree], PyTree],
+    params: PyTree,
+    axes: Axes = "unit",
+    *,
+    rtol: float = 1e-3,
+    atol: float = 0.0,
+    custom_message: str | None = None,
+) -> None:
+    r"""Check that a function does not change with the scale of any weight vector.
+
+    $$f(\dots, \alpha w, \dots) = f(\dots, w, \dots), \qquad \alpha > 0$$
+
+    The vectors of one array after another are rescaled, neighbours by different
+    factors out of 4 and 1/2, and then the other way round. Every entry of an output
+    must keep its value to within `rtol` of the largest.
+
+    Args:
+      fn: Called as `fn(params)`; returns a pytree of arrays. It is compiled once.
+      params: Pytree of arrays.
+      axes: Which entries form one weight vector, as in `normax.weight_norm`.
+      rtol: Tolerance relative to the largest entry of each output. The default lets
+        the $\epsilon$ of batch norm pass where it is below 1e-3 of the variance.
+      atol: Absolute tolerance.
+      custom_message: Added to the message of the error.
+
+    Returns:
+      None.
+
+    Raises:
+      AssertionError: An output changes, or is not finite.
+      ValueError: `axes` does not fit `params`.
+      RuntimeError: Under `jax.jit` without `chex.chexify`.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import normax
+      >>> def fn(w):
+      ...     return w / jnp.linalg.norm(w, axis=0, keepdims=True)
+      >>> normax.assert_scale_invariant(fn, jnp.array([[3.0, 1.0], [4.0, 2.0]]))
+
+    References:
+      van Laarhoven, L2 Regularization versus Batch and Weight Normalization,
+      2017, section 1.
+    """
+    compiled = jax.jit(fn)
+    expected = named_leaves("outputs", compiled(params))
+    comparisons = [
+        Comparison(f"{output} for {rescaling.where}", x, y, atol + rtol * largest(y))
+        for rescaling in rescalings(params, axes)
+        for (output, x), (_, y) in zip(
+            named_leaves("outputs", compiled(rescaling.params)), expected, strict=True
+        )
+    ]
+    claim = "assert_scale_invariant: rescaled weight vectors must not change fn"
+    check_all(claim, comparisons, custom_message)
+
+
+def _gradient(loss_fn: Callable[[PyTree], Any]) -> Callable[[PyTree], PyTree]:
+    # The loss is compiled, not its gradient, so that other calls find it again.
+    return jax.grad(jax.jit(loss_fn), allow_int=True)
+
+
+def assert_inverse_gradient_scaling(
+    loss_fn: Callable[[PyTree], Any],
+    params: PyTree,
+    axes: Axes = "unit",
+    *,
+    rtol: float = 1e-3,
+    atol: float = 0.0,
+    custom_message: str | None = None,
+) -> None:
+    r"""Check that the gradient is inverse to the scale of every weight vector.
+
+    $$\nabla_w L(\alpha w) = \tfrac{1}{\alpha} \nabla_w L(w), \qquad \alpha > 0$$
+
+    which holds for every scale-invariant loss. The vectors are rescaled as in
+    `assert_scale_invariant`, and $\alpha\,\nabla_w L(\alpha w)$ is compared with
+    $\nabla_w L(w)$.
+
+    Args:
+      loss_fn: Called as `loss_fn(params)`; returns a scalar. It is compiled once.
+      params: Pytree of arrays.
+      axes: Which entries form one weight vector, as in `normax.weight_norm`.
+      rtol: Tolerance relative to the largest entry of each array's gradient. A
+        gradient that is, in units of the loss, a thousandth of the largest array's
+        or less may be rounding, and is held to that thousandth.
+      atol: Absolute tolerance.
+      custom_message: Added to the message of the error.
+
+    Returns:
+      None.
+
+    Raises:
+      AssertionError: A gradient scales otherwise, or is not finite.
+      ValueError: `axes` does not fit `params`.
+      RuntimeError: Under `jax.jit` without `chex.chexify`.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import normax
+      >>> def loss_fn(w):
+      ...     return jnp.sum(jnp.sin(w / jnp.linalg.norm(w, axis=0, keepdims=True)))
+      >>> w = jnp.array([[3.0, 1.0], [4.0, 2.0]])
+      >>> normax.assert_inverse_gradient_scaling(loss_fn, w)
+
+    References:
+      van Laarhoven, L2 Regularization versus Batch and Weight Normalization,
+      2017, section 3.
+    """
+    gradient = _gradient(loss_fn)
+    gradients = jax.tree.leaves(gradient(params))
+    products = [
+        largest(w) * largest(g)
+        for w, g in zip(jax.tree.leaves(params), gradients, strict=True)
+        if g.dtype != jax.dtypes.float0
+    ]
+    comparisons = []
+    for where, position, factors, rescaled in rescalings(params, axes):
+        noise = _NOISE * maximum(products)
+        noise /= nonzero(largest(jax.tree.leaves(params)[position]))
+        measured, expected = at_least_float32(
+            factors * jax.tree.leaves(gradient(rescaled))[position], gradients[position]
+        )
+        tolerance = atol + rtol * jnp.maximum(largest(expected), noise)
+        where = f"the gradient of {where}, times the factors"
+        comparisons.append(Comparison(where, measured, expected, tolerance))
+    claim = (
+        "assert_inverse_gradient_scaling: gradients must be inverse to the scale of "
+        "the weight vectors"
+    )
+    check_all(claim, comparisons, custom_message)
+
+
+def assert_orthogonal_gradient(
+    loss_fn: Callable[[PyTree], Any],
+    params: PyTree,
+    axes: Axes = "unit",
+    *,
+    rtol: float = 1e-3,
+    atol: float = 0.0,
+    custom_message: str | None = None,
+) -> None:
+    r"""Check that the gradient is orthogonal to every weight vector.
+
+    $$\langle w, \nabla_w L\rangle = 0$$
+
+    which is the derivative of $L(\alpha w)$ at $\alpha = 1$, and holds for every
+    scale-invariant loss.
+
+    Args:
+      loss_fn: Called as `loss_fn(params)`; returns a scalar.
+      params: Pytree of arrays.
+      axes: Which entries form one weight vector, as in `normax.weight_norm`.
+      rtol: Largest cosine of the angle between a weight vector and its gradient.
+        Where $\|w\| \|\nabla_w L\|$ is a thousandth of the largest vector's or less,
+        it may be rounding, and the product is held to that thousandth.
+      atol: Absolute tolerance of the product, in units of the loss.
+      custom_message: Added to the message of the error.
+
+    Returns:
+      None.
+
+    Raises:
+      AssertionError: A product is not 0, or is not finite.
+      ValueError: `axes` does not fit `params`.
+      RuntimeError: Under `jax.jit` without `chex.chexify`.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import normax
+      >>> def loss_fn(w):
+      ...     return jnp.sum(jnp.sin(w / jnp.linalg.norm(w, axis=0, keepdims=True)))
+      >>> w = jnp.array([[3.0, 1.0], [4.0, 2.0]])
+      >>> normax.assert_orthogonal_gradient(loss_fn, w)
+
+    References:
+      van Laarhoven, L2 Regularization versus Batch and Weight Normalization,
+      2017, section 3.
+    """
+    gradients = _gradient(loss_fn)(params)
+
+    def size(vector_axes, w, g):
+        w, g = at_least_float32(w, g)
+        return vector_norm(w, vector_axes) * vector_norm(g, vector_axes)
+
+    sizes = map_vectors(size, axes, params, gradients)
+    noise = _NOISE * maximum(map(largest, jax.tree.leaves(sizes)))
+
+    def compare(vector_axes, w, g, size):
+        product = inner_product(*at_least_float32(w, g), vector_axes)
+        tolerance = atol + rtol * jnp.maximum(size, noise)
+        return _per_vector(vector_axes, product, jnp.zeros_like(product), tolerance)
+
+    claim = "assert_orthogonal_gradient: <w, gradient> must be 0 for every vector"
+    found = map_vectors(compare, axes, params, gradients, sizes)
+    check_all(claim, _named(found), custom_message)
