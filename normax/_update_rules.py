@@ -195,7 +195,7 @@ class UpdateRule:
           >>> rule.equilibrium_norm(0.1, 1e-3, gradient_norm=2.0)
           Array(3.7606502, dtype=float32)
           >>> normax.UPDATE_RULES["adamw"].equilibrium_norm(1e-3, 0.1, dimension=64)
-          Array(0.56543, dtype=float32)
+          Array(0.56515354, dtype=float32)
 
         References:
           van Laarhoven, L2 Regularization versus Batch and Weight Normalization,

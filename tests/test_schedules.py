@@ -23,7 +23,7 @@ def unit(w):
 
 
 def directions(tx, steps):
-    """Return the directions, and so the scale-invariant functions, that a run visits."""
+    """Return the directions, that is the functions, that a run visits."""
 
     @jax.grad
     def gradient(w):
