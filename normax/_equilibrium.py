@@ -26,7 +26,7 @@ momentum, Nesterov 0.2%                            where training diverges
 RMSProp            1% at $\kappa \le 0.1$          8% at $\kappa = 1$, 6% at
                                                    $\rho = 0.5$
 Adam               1.5% at $\kappa \le 0.1$        4% at $\kappa = 0.3$, 11% at 1
-AdamW              0.5%                            where training diverges
+AdamW              0.5%, once $r_t$ has settled    where training diverges
 AdaDelta           5% at $\rho = 0.9$, 4% at 0.95  where $g_i^2$ is near $\epsilon$
 normalized SGD     exact
 ================== =============================== ==============================

