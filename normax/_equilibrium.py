@@ -238,16 +238,14 @@ def _normalized_sgd(
 
 
 def _newton(learning_rate, weight_decay, gradient_norm, dimension) -> Equilibrium:
-    r"""Newton's method, whose step is proportional to $\|w\|$, like the decay.
+    r"""Newton's method, whose steps are proportional to $\|w\|$, like the decay.
 
-    The norm decays to 0, so that its share lost per step is no equilibrium's; the
-    time to come there is infinite. With $G$ the length of the Newton step
-    $\|H^{-1} \nabla L\|$ at $\|w\| = 1$, orthogonal to $w$, and to leading order in
-    the radial part of the step,
+    $$\|w\| \to 0, \qquad \tan\theta = \eta G$$
 
-    $$\|w\| \to 0, \qquad \tan\theta = \eta G.$$
-
-    Without decay the norm does not shrink: infinite.
+    with $G$ the length of the Newton step $\|H^{-1} \nabla L\|$ at $\|w\| = 1$, taken
+    to be orthogonal to $w$. The norm is that of converged training, $G \to 0$: noise
+    multiplies it by $((1-\eta\lambda)^2 + \eta^2 G^2)^{1/2}$ per step, which must be
+    below 1. It never comes within 10% of 0. Without decay the norm only grows.
     """
     del dimension
     norm = jnp.where(weight_decay > 0, 0.0, jnp.inf)

@@ -195,6 +195,24 @@ def test_newton(norm):
     assert time == np.inf
 
 
+def test_newton_at_a_minimum_shrinks_the_norm_whatever_the_decay():
+    # The penalty is the only curvature along w there, so that the step is eta w.
+    matrix = jnp.diag(jnp.arange(1.0, 6.0))
+
+    @jax.jit
+    def step(w, lam):
+        def loss(w):
+            return w @ matrix @ w / (w @ w) + lam / 2 * w @ w
+
+        return w - 0.5 * jnp.linalg.solve(jax.hessian(loss)(w), jax.grad(loss)(w))
+
+    for lam in (1e-3, 1.0):
+        w = jnp.eye(5)[0]
+        for t in range(1, 10):
+            w = step(w, lam)
+            np.testing.assert_allclose(w, 0.5**t * jnp.eye(5)[0], atol=1e-12)
+
+
 EXPONENTS = {"rmsprop": 3, "adam": 3, "adadelta": 3, "adamw": 2}
 SETTLING = [name for name in RULES if RULES[name].theory and name != "newton"]
 
