@@ -1,6 +1,8 @@
 """The learning rate that a network really trains with, for JAX and Optax."""
 
 from normax._assertions import (
+    assert_inverse_gradient_scaling as assert_inverse_gradient_scaling,
+)
 from normax._assertions import assert_orthogonal_gradient as assert_orthogonal_gradient
 from normax._assertions import assert_scale_invariant as assert_scale_invariant
 from normax._assertions import assert_unit_norm as assert_unit_norm
@@ -25,10 +27,23 @@ from normax._rotation import rotate_by_angle as rotate_by_angle
 from normax._rotation import rotational_adamw as rotational_adamw
 from normax._rotation import rotational_lion as rotational_lion
 from normax._rotation import rotational_sgd as rotational_sgd
+from normax._schedules import (
+    exponential_equivalent_schedule as exponential_equivalent_schedule,
+)
+from normax._schedules import harmonic_schedule as harmonic_schedule
+from normax._schedules import optimal_momentum as optimal_momentum
 from normax._second_order import newton as newton
 from normax._tangent import adamp as adamp
 from normax._tangent import sgdp as sgdp
 from normax._trajectories import (
+    assert_equivalent_trajectories as assert_equivalent_trajectories,
+)
+from normax._trajectories import (
+    assert_rescaling_equivalent as assert_rescaling_equivalent,
+)
+from normax._trajectories import (
+    assert_rescaling_invariant as assert_rescaling_invariant,
+)
 from normax._unit_norm import ProjectUnitNormState as ProjectUnitNormState
 from normax._unit_norm import normalized_sgd as normalized_sgd
 from normax._unit_norm import project_unit_norm as project_unit_norm

@@ -35,6 +35,27 @@ def check_range(name: str, value: Any, low: float, below: float = float("inf")) 
             )
 
 
+def check_positive(name: str, value: Any) -> None:
+    """Raise unless every number in `value` is positive and finite, if it is known.
+
+    Args:
+      name: What the user calls the value.
+      value: A number, an array, or a pytree of them.
+
+    Raises:
+      ValueError: A number is 0, negative, infinite or NaN.
+    """
+    for leaf in jax.tree.leaves(value):
+        if isinstance(leaf, jax.core.Tracer):
+            continue
+        array = np.asarray(leaf)
+        if not np.all((array > 0) & (array < np.inf)):
+            raise ValueError(
+                f"{name} must be positive and finite, got {array}; choose a {name} "
+                "above 0."
+            )
+
+
 def require_params(name: str, params: Any) -> Any:
     """Return `params`, or raise a ValueError that names the transformation."""
     if params is None:

@@ -47,15 +47,30 @@ corrections $1 - b^t$, printed as $1 - b$.
 
 import dataclasses
 import inspect
+import math
 import types
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from normax._axes import PyTree
-from normax._checks import requiring_params
+from normax._checks import check_positive, check_range, requiring_params
+from normax._equilibrium import (
+    ADADELTA,
+    ADAM,
+    ADAMW,
+    NEWTON,
+    NORMALIZED_SGD,
+    RMSPROP,
+    SGD,
+    Equilibrium,
+    Theory,
+    steps_to_equilibrium,
+)
+from normax._norms import at_least_float32
 from normax._second_order import newton
 from normax._unit_norm import normalized_sgd
 
@@ -73,6 +88,7 @@ class UpdateRule:
         in `optax.partition` to decay some of them); the hyperparameters are those
         of the optax call that is the rule, by optax's names, and `momentum` is 0.9
         where it is not given.
+      theory: Where the rule's norm settles; None where it does not.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -88,6 +104,7 @@ class UpdateRule:
     make: Callable[..., optax.GradientTransformationExtraArgs] = dataclasses.field(
         repr=False
     )
+    theory: Theory | None = dataclasses.field(repr=False)
 
     def effective_learning_rate(
         self, learning_rate: jax.typing.ArrayLike, weight_norm: PyTree
@@ -126,11 +143,245 @@ class UpdateRule:
             lambda norm: learning_rate / norm**self.norm_power, weight_norm
         )
 
+    def equilibrium_norm(
+        self,
+        learning_rate: jax.typing.ArrayLike,
+        weight_decay: jax.typing.ArrayLike,
+        gradient_norm: jax.typing.ArrayLike | None = None,
+        dimension: jax.typing.ArrayLike | None = None,
+        **hyperparameters: Any,
+    ) -> jax.Array:
+        r"""Norm at which the rule and weight decay hold a scale-invariant vector.
+
+        For SGD this is exact,
+
+        $$\|w\|^4 = \frac{\eta G^2}{2\lambda - \eta\lambda^2}.$$
+
+        To leading order in $\eta\lambda$, the others have
+
+        $$\|w\|^4 = \frac{\eta G^2}{2\lambda\,(1-\rho)}, \qquad
+        \|w\|^3 = \frac{\eta\sqrt d\,G}{2\lambda}, \qquad
+        \|w\|^2 = \frac{\eta d}{2\lambda}$$
+
+        for momentum of either kind; for RMSProp and Adam, whose decay is coupled; and
+        for AdamW. What is computed goes further: momentum is exact too, AdamW is
+        exact but for the noise of its denominator, RMSProp and Adam account for
+        this noise. AdaDelta's $\eta$ is first multiplied by the length of its step,
+        which $\epsilon$ sets. The norm of normalized SGD is 1. AdaGrad's falls for
+        ever. Measured errors are below 1% for $\kappa \le 0.1$, the share of the norm
+        that decay takes per step, with RMSProp's $\rho \ge 0.9$ and Adam's
+        $b_2 \ge 0.95$; AdaDelta's is 3%. At $\kappa = 0.3$, where decay is no small
+        part of the adaptive denominator, it is 3% for RMSProp and 2% for Adam. All
+        hold where gradients are noise, orthogonal to $w$, of many independent
+        entries that are large beside $\epsilon$.
+
+        Args:
+          learning_rate: Learning rate $\eta$, positive.
+          weight_decay: Weight decay $\lambda$; where it is 0, the norm is infinite.
+          gradient_norm: $G = (\mathbb E\,\|\nabla L\|^2)^{1/2}$ of one weight vector
+            at $\|w\| = 1$. May be None for AdamW and normalized SGD.
+          dimension: Number $d$ of entries of the weight vector. May be None for SGD,
+            momentum, Nesterov momentum and normalized SGD.
+          **hyperparameters: Those of the rule by optax's names, with its defaults.
+
+        Returns:
+          Norms, in the common shape of all arguments, in float32 or better.
+
+        Raises:
+          TypeError: The rule has no such hyperparameter.
+          ValueError: The rule has no equilibrium, training would diverge, an argument
+            is missing or out of range, or a hyperparameter changes the rule beyond
+            the theory.
+
+        Examples:
+          >>> import normax
+          >>> rule = normax.UPDATE_RULES["sgd"]
+          >>> rule.equilibrium_norm(0.1, 1e-3, gradient_norm=2.0)
+          Array(3.7606502, dtype=float32)
+          >>> normax.UPDATE_RULES["adamw"].equilibrium_norm(1e-3, 0.1, dimension=64)
+          Array(0.56515354, dtype=float32)
+
+        References:
+          van Laarhoven, L2 Regularization versus Batch and Weight Normalization,
+          2017, section 4 and Table 1. Kosson, Messmer, Jaggi, Rotational
+          Equilibrium, 2024.
+        """
+        theory = self._theory()
+        given = (learning_rate, weight_decay, gradient_norm, dimension)
+        return self._settle(theory, theory.norm_needs, given, hyperparameters).norm
+
+    def equilibrium_rotation(
+        self,
+        learning_rate: jax.typing.ArrayLike,
+        weight_decay: jax.typing.ArrayLike,
+        gradient_norm: jax.typing.ArrayLike | None = None,
+        dimension: jax.typing.ArrayLike | None = None,
+        **hyperparameters: Any,
+    ) -> jax.Array:
+        r"""Angle by which the rule turns a scale-invariant vector that has settled.
+
+        For SGD with momentum and for AdamW it depends on $\eta\lambda$ alone,
+
+        $$\cos\theta = 1 - \frac{\eta\lambda}{1+\rho}, \qquad
+        \theta \approx \Big(2\eta\lambda\,\frac{1-b_1}{1+b_1}\Big)^{1/2},$$
+
+        the first exactly, the second to leading order in $\eta\lambda$. Adam and
+        RMSProp ($b_1 = 0$) have the second with the share $\kappa$ of the norm
+        that their decay takes,
+        $\kappa^3 = \eta^4 \lambda^2 d^2 / (2 G^2)$, for $\eta\lambda$. For
+        normalized SGD $\tan\theta = \eta G / (1 - \eta\lambda)$. How good it is:
+        as `equilibrium_norm`, but 1.5% for Adam at $\kappa = 0.1$ and 4% at 0.3,
+        and 5% for AdaDelta.
+
+        Args:
+          learning_rate: Learning rate $\eta$, positive.
+          weight_decay: Weight decay $\lambda$.
+          gradient_norm: As in `equilibrium_norm`. May be None for SGD, momentum,
+            Nesterov momentum and AdamW.
+          dimension: As in `equilibrium_norm`. May be None for all but RMSProp,
+            AdaDelta and Adam.
+          **hyperparameters: Those of the rule by optax's names, with its defaults.
+
+        Returns:
+          Angles in radians per step, root mean squares, in the common shape of
+          all arguments, in float32 or better.
+
+        Raises:
+          TypeError: The rule has no such hyperparameter.
+          ValueError: As in `equilibrium_norm`.
+
+        Examples:
+          >>> import normax
+          >>> normax.UPDATE_RULES["adamw"].equilibrium_rotation(1e-3, 0.1).round(6)
+          Array(0.003244, dtype=float32)
+
+        References:
+          Kosson, Messmer, Jaggi, Rotational Equilibrium, 2024.
+        """
+        theory = self._theory()
+        given = (learning_rate, weight_decay, gradient_norm, dimension)
+        return self._settle(
+            theory, theory.rotation_needs, given, hyperparameters
+        ).rotation
+
+    def equilibrium_time(
+        self,
+        learning_rate: jax.typing.ArrayLike,
+        weight_decay: jax.typing.ArrayLike,
+        gradient_norm: jax.typing.ArrayLike | None = None,
+        dimension: jax.typing.ArrayLike | None = None,
+        *,
+        initial_norm: jax.typing.ArrayLike,
+        **hyperparameters: Any,
+    ) -> jax.Array:
+        r"""Steps until the norm is within 10% of `equilibrium_norm`.
+
+        With $x = \|w\| / \|w\|_\mathrm{eq}$ it is the time, to leading order in
+        $\kappa$, in which
+
+        $$\frac{dx}{dt} = \kappa\,(x^{1-2p} - x^{3-p})$$
+
+        comes from $x_0$ to 0.9 or 1.1, where $p$ is `norm_power` (1 for AdaDelta); for
+        AdamW the bracket is $x^{-1} - x$. Within 5% in simulations, give or take the
+        memory of averages over past gradients, $1/(1-\rho)$ steps or twice that. Not
+        counted: where $\kappa$ is not small beside $1 - b_2$, the denominator lags
+        behind the norm, which settles only with it, in some $2/(1-b_2)$ steps; and
+        a start so near 0 that the first step overshoots.
+
+        Args:
+          learning_rate: Learning rate $\eta$, positive.
+          weight_decay: Weight decay $\lambda$.
+          gradient_norm: As in `equilibrium_norm`.
+          dimension: As in `equilibrium_norm`.
+          initial_norm: Norm of the weight vector at the start, positive.
+          **hyperparameters: Those of the rule by optax's names, with its defaults.
+
+        Returns:
+          Numbers of steps, not rounded, in the common shape of all arguments, in
+          float32 or better; 0 where the start is within 10%.
+
+        Raises:
+          TypeError: The rule has no such hyperparameter.
+          ValueError: As in `equilibrium_norm`.
+
+        Examples:
+          >>> import normax
+          >>> rule = normax.UPDATE_RULES["adamw"]
+          >>> rule.equilibrium_time(1e-3, 0.1, dimension=64, initial_norm=1.0).round()
+          Array(11586., dtype=float32)
+
+        References:
+          van Laarhoven, L2 Regularization versus Batch and Weight Normalization,
+          2017, section 4.
+        """
+        check_positive("initial_norm", initial_norm)
+        theory = self._theory()
+        given = (learning_rate, weight_decay, gradient_norm, dimension)
+        settled = self._settle(theory, theory.norm_needs, given, hyperparameters)
+        (start,) = at_least_float32(initial_norm)
+        start, norm, rate = jnp.broadcast_arrays(
+            start, settled.norm, settled.decay_rate
+        )
+        return steps_to_equilibrium(theory, start / norm, rate)
+
+    def _theory(self) -> Theory:
+        if self.theory is None:
+            raise ValueError(
+                f"UPDATE_RULES[{self.name!r}] has no equilibrium: its norm and "
+                "rotation fall for ever; choose another rule, such as 'rmsprop'."
+            )
+        return self.theory
+
+    def _settle(
+        self,
+        theory: Theory,
+        needs: tuple[str, ...],
+        given: tuple[jax.typing.ArrayLike | None, ...],
+        hyperparameters: dict[str, Any],
+    ) -> Equilibrium:
+        signature = inspect.signature(self.make)
+        bound = signature.bind(*given[:2], **hyperparameters)
+        bound.apply_defaults()
+        arguments = bound.arguments | dict(
+            zip(("gradient_norm", "dimension"), given[2:], strict=True)
+        )
+        known = inspect.signature(theory.settle).parameters
+        for name in {"momentum", "nesterov", "centered"} & (arguments.keys() - known):
+            if arguments[name] is not signature.parameters[name].default:
+                raise ValueError(
+                    f"the equilibrium of UPDATE_RULES[{self.name!r}] is not known for "
+                    f"{name}={arguments[name]}; leave {name} at its default."
+                )
+        for name in needs:
+            if arguments[name] is None:
+                raise ValueError(
+                    f"the equilibrium of UPDATE_RULES[{self.name!r}] depends on the "
+                    f"{name}, but it is None; pass {name}."
+                )
+        arguments = {name: arguments[name] for name in known}
+        nesterov = (
+            {"nesterov": arguments.pop("nesterov")} if "nesterov" in known else {}
+        )
+        for name, value in arguments.items():
+            if name in ("learning_rate", "gradient_norm", "dimension"):
+                check_positive(name, value)
+            else:
+                below = math.inf if name in ("weight_decay", "eps") else 1.0
+                check_range(name, value, low=0, below=below)
+        absent = {"gradient_norm": 1.0, "dimension": 1.0, "momentum": 0.0}
+        values = [
+            absent[name] if value is None else value
+            for name, value in arguments.items()
+        ]
+        arrays = jnp.broadcast_arrays(*at_least_float32(*values))
+        return theory.settle(**dict(zip(arguments, arrays, strict=True)), **nesterov)
+
 
 def _rule(
     name: str,
     norm_power: int,
     optimizer: Callable[..., optax.GradientTransformation],
+    theory: Theory | None,
     decays_itself: bool = False,
     **defaults: Any,
 ) -> UpdateRule:
@@ -159,23 +410,25 @@ def _rule(
         if not parameter.name.startswith(("learning_rate", "weight_decay"))
     ]
     make.__signature__ = signature.replace(parameters=first + rest)  # type: ignore[attr-defined]
-    return UpdateRule(name, norm_power, make)
+    return UpdateRule(name, norm_power, make, theory)
 
 
 UPDATE_RULES: Mapping[str, UpdateRule] = types.MappingProxyType(
     {
         rule.name: rule
         for rule in (
-            _rule("sgd", 2, optax.sgd),
-            _rule("momentum", 2, optax.sgd, momentum=0.9),
-            _rule("nesterov", 2, optax.sgd, momentum=0.9, nesterov=True),
-            _rule("adagrad", 1, optax.adagrad, initial_accumulator_value=0.0),
-            _rule("rmsprop", 1, optax.rmsprop),
-            _rule("adadelta", 0, optax.adadelta),
-            _rule("adam", 1, optax.adam),
-            _rule("adamw", 1, optax.adamw, decays_itself=True),
-            _rule("normalized_sgd", 0, normalized_sgd, decays_itself=True),
-            _rule("newton", 0, newton, decays_itself=True),
+            _rule("sgd", 2, optax.sgd, SGD),
+            _rule("momentum", 2, optax.sgd, SGD, momentum=0.9),
+            _rule("nesterov", 2, optax.sgd, SGD, momentum=0.9, nesterov=True),
+            _rule("adagrad", 1, optax.adagrad, None, initial_accumulator_value=0.0),
+            _rule("rmsprop", 1, optax.rmsprop, RMSPROP),
+            _rule("adadelta", 0, optax.adadelta, ADADELTA),
+            _rule("adam", 1, optax.adam, ADAM),
+            _rule("adamw", 1, optax.adamw, ADAMW, decays_itself=True),
+            _rule(
+                "normalized_sgd", 0, normalized_sgd, NORMALIZED_SGD, decays_itself=True
+            ),
+            _rule("newton", 0, newton, NEWTON, decays_itself=True),
         )
     }
 )

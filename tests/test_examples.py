@@ -12,6 +12,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 datasets: Any = importlib.import_module("datasets")
 effective_learning_rate: Any = importlib.import_module("effective_learning_rate")
+table_1: Any = importlib.import_module("table_1")
 
 
 @pytest.fixture
@@ -212,3 +213,47 @@ def test_a_grid_that_diverged_is_drawn_and_said() -> None:
     assert "8 of 8 runs diverged" in effective_learning_rate.table(results, ["adam"])
     figure = effective_learning_rate.picture(results, ["adam"])
     figure.canvas.draw()
+
+
+def test_table_1_measures_the_derived_exponents(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rules = ["sgd", "rmsprop"]
+    arguments = ["--rule", *rules, "--grid", "2", "--steps", "1200"]
+    results = table_1.main([*arguments, "--out", str(tmp_path)])
+    assert {len(column) for column in results.values()} == {2 * 2 * 2}
+    laws = (((1 / 4, -1 / 4), (1 / 2, 1 / 2)), ((1 / 3, -1 / 3), (2 / 3, 1 / 3)))
+    for rule, law in zip(rules, laws, strict=True):
+        np.testing.assert_allclose(table_1.measured(results, rule), law, atol=0.02)
+        np.testing.assert_allclose(table_1.derived(rule), law, atol=1e-4)
+    printed = capsys.readouterr().out
+    assert "η^1/2 λ^1/2" in printed
+    assert "η^1/2 λ^-1/2 !" in printed
+    assert "η^2/3 λ^-1/3 !" in printed
+    assert (tmp_path / "table_1.png").stat().st_size > 10_000
+    lines = (tmp_path / "table_1.csv").read_text().splitlines()
+    assert lines[0].split(",") == list(results)
+    assert len(lines) == 1 + 8
+
+
+def test_table_1_names_its_misprints() -> None:
+    for rule, (norm, rate) in table_1.PRINTED.items():
+        derived_norm, derived_rate = table_1.derived(rule)
+        np.testing.assert_allclose(norm, derived_norm, atol=1e-4)
+        # Right for normalized SGD alone.
+        right = np.allclose(rate, derived_rate, atol=1e-4)
+        assert right == (rule == "normalized_sgd")
+
+
+def test_table_1_refuses_bad_input(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    for arguments, message in (
+        (["--grid", "1"], "--grid must be at least 2"),
+        (["--out", str(tmp_path / "file")], "File exists"),
+        (["--rule", "adagrad"], "invalid choice: 'adagrad'"),
+    ):
+        with pytest.raises(SystemExit):
+            table_1.main(arguments)
+        assert message in capsys.readouterr().err
