@@ -107,9 +107,9 @@ class PathArithmetic:
         if isinstance(self.p, int):
             shift = jnp.maximum(bits // (2 * self.p), -(limit // (2 * self.p)))
         else:
-            limit = -jnp.floor(jnp.asarray(limit / (2 * self.p), mantissa.dtype))
+            lowest = -jnp.floor(jnp.asarray(limit / (2 * self.p), mantissa.dtype))
             floor = jnp.floor(bits.astype(mantissa.dtype) / (2 * self.p))
-            shift = jnp.maximum(floor, limit).astype(jnp.int32)
+            shift = jnp.maximum(floor, lowest).astype(jnp.int32)
         mantissa = mantissa * self.power(_exp2(-2 * shift, mantissa.dtype))
         exponent = jnp.where(mantissa == 0, _DEAD, exponent + shift)
         return Scaled(mantissa, exponent)
@@ -210,7 +210,7 @@ class PathArithmetic:
           spread: Takes these to an array that broadcasts against the weights.
 
         Returns:
-          The $a_{ij}$, with the signs of the weights, and the $d_j$ as `reduce` shapes them.
+          The $a_{ij}$, signed as the weights, and the $d_j$ as `reduce` shapes them.
         """
         top = jnp.max(exponent)
         scale = _exp2(exponent - top, weight.dtype)
@@ -293,19 +293,26 @@ class PathArithmetic:
         Returns:
           Array in the dtype of `update`.
         """
-        (result,) = at_least_float32(update)
-        inverses, scales = [], []
+        scales, shrunk = [], []
+        net = jnp.zeros((), jnp.int32)
         for x in factors:
             live = x.mantissa != 0
-            root = self.root(x.mantissa)
-            inverses.append(jnp.where(live, 1 / _select(live, root * root), 0))
+            # Only the sum of the exponents matters: the largest of all but the last
+            # factor are left to the last, so that no factor's power leaves the range.
+            top = jnp.max(x.exponent) if x is not factors[-1] else -net
+            net = net + top
+            exponent = jnp.where(live, x.exponent - top, 0)
             # A quotient, which XLA computes once for each unit, while it would
             # repeat the integer operations of `_exp2` for each weight.
-            scales.append(1 / _exp2(jnp.where(live, x.exponent, 0), root.dtype))
-        scale = math.prod(scales[1:], start=scales[0])
-        inverse = math.prod(inverses[1:], start=inverses[0])
-        # In four steps: the scale's fourth power can leave the range of floats
-        # though the result does not.
-        for factor in (inverse, scale, scale, scale, scale):
+            scale = 1 / _exp2(2 * exponent, x.mantissa.dtype)
+            root = self.root(x.mantissa)
+            inverse = jnp.where(live, 1 / _select(live, root * root), 0)
+            scales.append(scale)
+            shrunk.append(scale * inverse)
+        (result,) = at_least_float32(update)
+        # In two steps: the square of the scale can leave the range of floats though
+        # the result does not.
+        for parts in (shrunk, scales):
+            factor = math.prod(parts[1:], start=parts[0])
             result = result * factor.astype(result.dtype)
         return result.astype(update.dtype)

@@ -22,7 +22,7 @@ import normax._path_scan  # noqa: F401
 from normax._axes import PyTree
 from normax._checks import check_range, require_params
 from normax._feed_forward import dense_stack, require_whole_network
-from normax._norms import wait
+from normax._norms import at_least_float32, wait
 from normax._path_arithmetic import PathArithmetic
 from normax._path_lifting import (
     Activation,
@@ -73,7 +73,7 @@ def _lift(
       The interpreter, the sum over all paths, and the nodes of the parameters.
     """
     check_range("p", p, 1, 32)
-    flat, treedef = jax.tree_util.tree_flatten_with_path(params)
+    flat = jax.tree_util.tree_leaves_with_path(params)
     names = [f"params{jax.tree_util.keystr(path)}" for path, _ in flat]
     for name, (_, leaf) in zip(names, flat, strict=True):
         if jnp.iscomplexobj(leaf):
@@ -92,9 +92,7 @@ def _lift(
         )
         for name, (_, leaf) in zip(names, flat, strict=True)
     ]
-    dtype = jnp.result_type(
-        jnp.float32, *(leaf.dtype for leaf in treedef.flatten_up_to(params))
-    )
+    dtype = at_least_float32(*(w.value for w in weights if w.params))[0].dtype
     activations = [
         Activation(Path(arithmetic.ones(np.shape(leaf), dtype)))
         if _is_float(leaf)
@@ -106,7 +104,8 @@ def _lift(
     for output, variable in zip(outputs, closed.jaxpr.outvars, strict=True):
         if isinstance(output, Unsupported):
             raise ValueError(output.message)
-        if jnp.issubdtype(variable.aval.dtype, jnp.inexact):
+        floating = jnp.issubdtype(variable.aval.dtype, jnp.inexact)
+        if floating and isinstance(output, Activation | Weight):
             reached.append(output)
     if not any(isinstance(output, Activation) for output in reached):
         raise ValueError(
@@ -189,7 +188,8 @@ def path_norm(
       >>> import normax
       >>> def forward(params, x):
       ...     return jax.nn.relu(x @ params["hidden"]) @ params["output"]
-      >>> params = {"hidden": jnp.array([[1.0, 2.0]]), "output": jnp.array([[3.0], [2.0]])}
+      >>> hidden, output = jnp.array([[1.0, 2.0]]), jnp.array([[3.0], [2.0]])
+      >>> params = {"hidden": hidden, "output": output}
       >>> float(normax.path_norm(forward, params, jnp.ones((1, 1))))  # 9 + 16
       5.0
 
@@ -288,7 +288,8 @@ def path_scales(
       >>> import normax
       >>> def forward(params, x):
       ...     return jax.nn.relu(x @ params["hidden"]) @ params["output"]
-      >>> params = {"hidden": jnp.array([[1.0, 2.0]]), "output": jnp.array([[3.0], [2.0]])}
+      >>> hidden, output = jnp.array([[1.0, 2.0]]), jnp.array([[3.0], [2.0]])
+      >>> params = {"hidden": hidden, "output": output}
       >>> normax.path_scales(forward, params, jnp.ones((1, 1)))["hidden"]
       Array([[9., 4.]], dtype=float32)
 
@@ -322,7 +323,7 @@ class ScaleByPathSGDState(NamedTuple):
         None if they are computed at every step.
     """
 
-    count: jax.Array
+    count: jax.Array  # type: ignore[assignment]  # hides tuple.count, as in optax
     path_scales: PyTree
 
 
@@ -367,13 +368,13 @@ def scale_by_path_sgd(
     Examples:
       >>> import jax.numpy as jnp
       >>> import normax
-      >>> import optax
-      >>> tx = optax.chain(normax.scale_by_path_sgd(), optax.scale_by_learning_rate(0.5))
+      >>> tx = normax.scale_by_path_sgd()
       >>> params = [jnp.array([[1.0, 2.0]]), jnp.array([[3.0], [2.0]])]
-      >>> updates, _ = tx.update([jnp.ones((1, 2)), jnp.ones((2, 1))], tx.init(params), params)
-      >>> updates[1]  # -0.5 / [1, 4]
-      Array([[-0.5  ],
-             [-0.125]], dtype=float32)
+      >>> grads = [jnp.ones((1, 2)), jnp.ones((2, 1))]
+      >>> updates, _ = tx.update(grads, tx.init(params), params)
+      >>> updates[1]  # the incoming weights are 1 and 2
+      Array([[1.  ],
+             [0.25]], dtype=float32)
 
     References:
       Neyshabur, Salakhutdinov, Srebro, Path-SGD: Path-Normalized Optimization in Deep
@@ -479,7 +480,8 @@ def path_sgd(
       >>> import normax
       >>> tx = normax.path_sgd(learning_rate=0.5)
       >>> params = [jnp.array([[1.0, 2.0]]), jnp.array([[3.0], [2.0]])]
-      >>> updates, _ = tx.update([jnp.ones((1, 2)), jnp.ones((2, 1))], tx.init(params), params)
+      >>> grads = [jnp.ones((1, 2)), jnp.ones((2, 1))]
+      >>> updates, _ = tx.update(grads, tx.init(params), params)
       >>> updates[1]
       Array([[-0.5  ],
              [-0.125]], dtype=float32)
