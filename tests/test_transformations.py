@@ -84,7 +84,22 @@ ROWS = [
         for name, rule in normax.UPDATE_RULES.items()
     ),
 ]
-every_row = pytest.mark.parametrize("row", ROWS, ids=[row.name for row in ROWS])
+
+
+def rows(some):
+    """Parametrize a test by rows."""
+    rules = set(normax.UPDATE_RULES) - {"newton", "normalized_sgd"}
+    marks = {name: pytest.mark.composition for name in rules}
+    return pytest.mark.parametrize(
+        "row",
+        [pytest.param(row, id=row.name, marks=marks.get(row.name, ())) for row in some],
+    )
+
+
+# The rules are one chain with different links: two stand for all where tests are slow.
+ALIKE = {"sgd", "momentum", "adagrad", "rmsprop", "adadelta", "adam"}
+every_row = rows(ROWS)
+representative_rows = rows(row for row in ROWS if row.name not in ALIKE)
 DTYPES = [jnp.float16, jnp.bfloat16, jnp.float32, jnp.float64]
 
 
@@ -167,7 +182,7 @@ def test_jit_compiles_once(row):
     chex.clear_trace_counter()
 
 
-@every_row
+@representative_rows
 def test_vmap_over_runs(row):
     tx, runs = row.make(), [draw(seed) for seed in (10, 20, 30)]
     stacked = jax.vmap(functools.partial(run, tx))(
@@ -178,7 +193,7 @@ def test_vmap_over_runs(row):
         chex.assert_trees_all_close(one, run(tx, params), rtol=2e-5, atol=1e-6)
 
 
-@every_row
+@representative_rows
 @pytest.mark.parametrize("scale", [0.0, 1.0])
 def test_gradient_through_update_is_finite(row, scale):
     tx = row.make()
@@ -237,7 +252,7 @@ def test_partition_and_named_chain(row):
     chex.assert_trees_all_equal(run(named, params)[0], run(chained, params)[0])
 
 
-@every_row
+@representative_rows
 def test_multi_steps_and_apply_if_finite(row):
     params = draw()
     every_two = optax.MultiSteps(
@@ -301,8 +316,7 @@ def test_trees_without_weights(row):
 
 
 # What contains an optax rule handles dtypes as that rule does.
-OURS = [row for row in ROWS if "learning_rate" not in row.kwargs]
-our_rows = pytest.mark.parametrize("row", OURS, ids=[row.name for row in OURS])
+our_rows = rows(row for row in ROWS if "learning_rate" not in row.kwargs)
 
 
 @every_row
@@ -311,7 +325,7 @@ def test_complex_parameters_are_refused(row):
         row.make().init({"kernel": jnp.ones((3, 2), jnp.complex64)})
 
 
-@every_row
+@representative_rows
 def test_arrays_without_entries(row):
     tx, empty = row.make(), {"a": jnp.ones((3, 0)), "b": jnp.ones((0, 2))}
     params, grads = draw() | empty, draw(1) | empty
@@ -333,7 +347,7 @@ def test_leaves_that_are_no_weights(row):
     assert updates["conv"] is None
 
 
-@every_row
+@representative_rows
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: dtype.__name__)
 def test_dtypes_are_kept(row, dtype):
     with jax.enable_x64(dtype == jnp.float64):
@@ -352,7 +366,7 @@ def test_no_implicit_promotion(row, dtype):
         tx.update(draw(1, dtype), tx.init(params), params)
 
 
-@every_row
+@representative_rows
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
 @pytest.mark.parametrize("spec", [P(None, "x"), P("x", "y")])
 def test_sharding(row, axis_type, spec):
@@ -379,7 +393,7 @@ def test_sharding(row, axis_type, spec):
     chex.assert_trees_all_close(got, jax.device_get(expected), rtol=2e-5, atol=1e-6)
 
 
-@every_row
+@representative_rows
 def test_shard_map_over_the_units(row):
     if row.kwargs.get("axes") == "layer":
         pytest.skip("a vector that spans all devices has no local norm")
@@ -416,7 +430,7 @@ def test_vmap_over_some_of_the_arrays(row):
     chex.assert_trees_all_close(second, expected["dense"], rtol=2e-5, atol=1e-6)
 
 
-@every_row
+@representative_rows
 def test_export(row):
     tx, params = row.make(), draw()
     arguments = draw(1), tx.init(params), params
@@ -450,7 +464,7 @@ def test_zero_weights_never_make_a_nan(row, gradient):
         chex.assert_tree_all_finite((updates, state))
 
 
-@every_row
+@representative_rows
 def test_nnx_optimizer_loop(row):
     model = nnx.Sequential(
         nnx.Linear(4, 8, rngs=nnx.Rngs(0)),
@@ -476,7 +490,7 @@ def test_nnx_optimizer_loop(row):
             normax.assert_unit_norm(nnx.state(model, nnx.Param), radius=radius)
 
 
-@every_row
+@representative_rows
 def test_linen_train_state_loop(row):
     model = nn.Sequential([nn.Dense(8), nn.LayerNorm(), nn.Dense(2)])
     x = jax.random.normal(jax.random.key(0), (32, 4))
