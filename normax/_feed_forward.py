@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from normax._axes import PyTree, names_of
@@ -56,7 +57,7 @@ def feed_forward_layers(params: PyTree) -> list[Layer]:
 
     Args:
       params: Pytree of kernels, of rank two and more with the outputs last, and
-        biases, of rank one. A bias stands beside its kernel: in a subtree of their
+        biases, of rank one; integers and arrays without entries are left alone. A bias stands beside its kernel: in a subtree of their
         own, or both in the order of the layers.
 
     Returns:
@@ -68,6 +69,8 @@ def feed_forward_layers(params: PyTree) -> list[Layer]:
     leaves = jax.tree_util.tree_leaves_with_path(params)
     groups: dict[tuple[str, ...], list[tuple[Any, int, Any]]] = {}
     for position, (path, leaf) in enumerate(leaves):
+        if not jnp.issubdtype(jnp.result_type(leaf), jnp.inexact) or not jnp.size(leaf):
+            continue
         names = names_of(path)
         groups.setdefault(names[:-1], []).append((_natural(names), position, leaf))
     layers = []

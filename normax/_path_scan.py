@@ -104,6 +104,19 @@ class _Body:
             return Activation(value.path, Weight(zeros(variable)))
         return value
 
+    def pack(self, value: Any) -> Any:
+        """Return the arrays of a value."""
+        if isinstance(value, Unsupported):
+            return None
+        if isinstance(value, Weight):
+            return jnp.asarray(value.value)
+        constant = value.constant and jnp.asarray(value.constant.value)
+        return self.cast(value.path.value), constant
+
+    def cast(self, x: Scaled) -> Scaled:
+        """Return path values in the one dtype that they have here."""
+        return x._replace(mantissa=x.mantissa.astype(self.dtype))
+
     def unpack(self, arrays: Any, kind: Any, params: frozenset[Origin]) -> Value:
         """Return the value that has these arrays."""
         if isinstance(kind, Unsupported):
@@ -153,20 +166,11 @@ class _Body:
         """Return a cotangent as one array, which is 0 if there is none."""
         if cotangent is None:
             return self.arithmetic.zeros(node.shape, self.dtype)
-        return self.arithmetic.broadcast(cotangent, node.shape)
+        return self.cast(self.arithmetic.broadcast(cotangent, node.shape))
 
     def cotangents(self, nodes: Sequence[Sequence[Any]]) -> list[Any]:
         """Return the cotangents of nodes as arrays."""
         return [[self.dense(node, node.cotangent) for node in group] for group in nodes]
-
-
-def _pack(value: Any) -> Any:
-    """Return the arrays of a value."""
-    if isinstance(value, Unsupported):
-        return None
-    if isinstance(value, Weight):
-        return jnp.asarray(value.value)
-    return value.path.value, value.constant and jnp.asarray(value.constant.value)
 
 
 def _nodes(values: Sequence[Any], kinds: Sequence[Any]) -> list[list[Any]]:
@@ -204,7 +208,7 @@ def _scan(transform: PathTransform, eqn, inputs: Sequence[Any]) -> Sequence[Valu
     # What the carries are: they may become activations on the way.
     while True:
         values = fit(inputs, body.kinds, eqn.invars)
-        arrays = [_pack(value) for value in values]
+        arrays = [body.pack(value) for value in values]
         consts, carry, xs = arrays[:first], arrays[first:last], arrays[last:]
         out_kinds = body.probe(consts, carry, xs)
         before = body.kinds[first:last]
@@ -216,7 +220,7 @@ def _scan(transform: PathTransform, eqn, inputs: Sequence[Any]) -> Sequence[Valu
     def step(carry, slices):
         _, _, results = body.interpret([*consts, *carry, *slices])
         fitted = fit(results, out_kinds, body.closed.jaxpr.outvars)
-        packed = [_pack(value) for value in fitted]
+        packed = [body.pack(value) for value in fitted]
         return packed[:count], (carry, packed[count:])
 
     final, (saved, stacked) = loop(step, carry, xs, reverse=params["reverse"])

@@ -22,7 +22,7 @@ import normax._path_scan  # noqa: F401
 from normax._axes import PyTree
 from normax._checks import check_range, require_params
 from normax._feed_forward import dense_stack, require_whole_network
-from normax._norms import wait
+from normax._norms import at_least_float32, wait
 from normax._path_arithmetic import PathArithmetic
 from normax._path_lifting import (
     Activation,
@@ -38,7 +38,9 @@ Forward = Callable[[PyTree, PyTree], PyTree]
 
 
 def _is_float(leaf: Any) -> bool:
-    return jnp.issubdtype(jax.dtypes.result_type(leaf), jnp.inexact)
+    # Keys of random numbers, which NNX states hold, have no numeric dtype.
+    dtype = getattr(leaf, "dtype", None) or jax.dtypes.result_type(leaf)
+    return jnp.issubdtype(dtype, jnp.inexact)
 
 
 def _one_example(forward: Forward, params: PyTree, inputs: PyTree) -> PyTree:
@@ -73,12 +75,12 @@ def _lift(
       The interpreter, the sum over all paths, and the nodes of the parameters.
     """
     check_range("p", p, 1, 32)
-    flat, treedef = jax.tree_util.tree_flatten_with_path(params)
+    flat, _ = jax.tree_util.tree_flatten_with_path(params)
     names = [f"params{jax.tree_util.keystr(path)}" for path, _ in flat]
     for name, (_, leaf) in zip(names, flat, strict=True):
-        if jnp.iscomplexobj(leaf):
+        if _is_float(leaf) and jnp.iscomplexobj(leaf):
             raise ValueError(
-                f"path norms are those of real weights, but {name} is complex; hold "
+                f"the weights of a path norm must be real, but {name} is complex; hold "
                 "real and imaginary parts as two arrays."
             )
     inputs = _one_example(forward, params, inputs)
@@ -92,17 +94,23 @@ def _lift(
         )
         for name, (_, leaf) in zip(names, flat, strict=True)
     ]
-    dtype = jnp.result_type(
-        jnp.float32, *(leaf.dtype for leaf in treedef.flatten_up_to(params))
-    )
+    floats = [jnp.asarray(leaf) for _, leaf in flat if _is_float(leaf)]
+    (dtype,) = {array.dtype for array in at_least_float32(jnp.float32(0), *floats)}
     activations = [
         Activation(Path(arithmetic.ones(np.shape(leaf), dtype)))
         if _is_float(leaf)
         else Weight(leaf)
         for leaf in jax.tree.leaves(inputs)
     ]
+    if any(
+        isinstance(getattr(x, "value", 0), jax.ShapeDtypeStruct) for x in activations
+    ):
+        raise ValueError(
+            "integers among the inputs are constants of the network, so their values "
+            "matter, but `inputs` holds only the shape of some; pass them as arrays."
+        )
     outputs = transform.interpret(closed.jaxpr, closed.consts, [*weights, *activations])
-    reached = []
+    reached: list[Any] = []
     for output, variable in zip(outputs, closed.jaxpr.outvars, strict=True):
         if isinstance(output, Unsupported):
             raise ValueError(output.message)
