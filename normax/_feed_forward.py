@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from normax._axes import PyTree, names_of
@@ -56,7 +57,7 @@ def feed_forward_layers(params: PyTree) -> list[Layer]:
 
     Args:
       params: Pytree of kernels, of rank two and more with the outputs last, and
-        biases, of rank one. A bias stands beside its kernel: in a subtree of their
+        biases, of rank one; integers and arrays without entries are left alone. A bias stands beside its kernel: in a subtree of their
         own, or both in the order of the layers.
 
     Returns:
@@ -68,6 +69,8 @@ def feed_forward_layers(params: PyTree) -> list[Layer]:
     leaves = jax.tree_util.tree_leaves_with_path(params)
     groups: dict[tuple[str, ...], list[tuple[Any, int, Any]]] = {}
     for position, (path, leaf) in enumerate(leaves):
+        if not jnp.issubdtype(jnp.result_type(leaf), jnp.inexact) or not jnp.size(leaf):
+            continue
         names = names_of(path)
         groups.setdefault(names[:-1], []).append((_natural(names), position, leaf))
     layers = []
@@ -80,18 +83,19 @@ def feed_forward_layers(params: PyTree) -> list[Layer]:
             for kernel, bias in zip(kernels, biases, strict=False)
         )
         if not (fits and len(biases) in (0, len(kernels))):
-            names = [f"params{jax.tree_util.keystr(leaves[i][0])}" for _, i, _ in group]
+            found = [f"params{jax.tree_util.keystr(leaves[i][0])}" for _, i, _ in group]
             shapes = [leaf.shape for _, _, leaf in group]
             raise ValueError(
                 "a plain stack of layers holds kernels, each with at most one bias of "
-                f"as many entries as the kernel has outputs, but {', '.join(names)} "
+                f"as many entries as the kernel has outputs, but {', '.join(found)} "
                 f"have shapes {shapes}; pass `forward` and `inputs`, which describe "
                 "any network."
             )
-        pairs = zip(kernels, biases or [None] * len(kernels), strict=True)
-        for (key, position, _), bias in pairs:
+        places: list[int | None] = [None] * len(kernels)
+        places[: len(biases)] = [entry[1] for entry in biases]
+        for (key, position, _), bias in zip(kernels, places, strict=True):
             name = f"params{jax.tree_util.keystr(leaves[position][0])}"
-            layers.append((key, Layer(name, position, bias and bias[1])))
+            layers.append((key, Layer(name, position, bias)))
     layers.sort(key=lambda entry: entry[0])
     return [layer for _, layer in layers]
 

@@ -25,7 +25,7 @@ from jax import lax
 
 from normax._norms import at_least_float32
 
-_DEAD = -(2**20)  # the exponent of 0: never the largest of any sum
+DEAD = -(2**20)  # the exponent of 0: never the largest of any sum
 _LARGE = 2**18  # weights for which a second pass takes longer than its compilation
 
 
@@ -111,7 +111,7 @@ class PathArithmetic:
             floor = jnp.floor(bits.astype(mantissa.dtype) / (2 * self.p))
             shift = jnp.maximum(floor, lowest).astype(jnp.int32)
         mantissa = mantissa * self.power(_exp2(-2 * shift, mantissa.dtype))
-        exponent = jnp.where(mantissa == 0, _DEAD, exponent + shift)
+        exponent = jnp.where(mantissa == 0, DEAD, exponent + shift)
         return Scaled(mantissa, exponent)
 
     def of_weight(self, weight: jax.Array) -> Scaled:
@@ -120,7 +120,7 @@ class PathArithmetic:
         size = jnp.abs(weight)
         exponent = jnp.where(size == 0, 0, _log2_floor(size) // 2)
         mantissa = self.power(size * _exp2(-2 * exponent, size.dtype))
-        return Scaled(mantissa, jnp.where(mantissa == 0, _DEAD, exponent))
+        return Scaled(mantissa, jnp.where(mantissa == 0, DEAD, exponent))
 
     def cast(self, weight: jax.typing.ArrayLike, x: Scaled) -> jax.Array:
         """Return weights in the dtype of path values."""
@@ -132,7 +132,7 @@ class PathArithmetic:
 
     def zeros(self, shape: tuple[int, ...], dtype) -> Scaled:
         """Return zeros."""
-        return Scaled(jnp.zeros(shape, dtype), jnp.full(shape, _DEAD, jnp.int32))
+        return Scaled(jnp.zeros(shape, dtype), jnp.full(shape, DEAD, jnp.int32))
 
     def align(self, x: Scaled, exponent: jax.Array) -> jax.Array:
         """Return the mantissas of `x` at a given exponent, not below its own."""

@@ -52,7 +52,7 @@ class _Units:
         positions = tuple(i for i in range(self.ndim) if i not in self.axes)
         x = jnp.max(x, axis=positions)
         axes = [self.axes[i] for i in sorted(self.axes)]
-        x = jnp.transpose(x, np.argsort(axes))
+        x = jnp.transpose(x, tuple(np.argsort(axes)))
         return jnp.expand_dims(
             x, tuple(i for i in range(len(self.kernel)) if i not in axes)
         )
@@ -63,7 +63,7 @@ class _Units:
         units = jnp.squeeze(
             units, tuple(i for i in range(len(self.kernel)) if i not in axes)
         )
-        units = jnp.transpose(units, np.argsort(np.argsort(axes)))
+        units = jnp.transpose(units, tuple(np.argsort(np.argsort(axes))))
         return jnp.expand_dims(
             units, tuple(i for i in range(self.ndim) if i not in self.axes)
         )

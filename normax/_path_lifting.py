@@ -156,15 +156,27 @@ _CALLS = {
     "pjit", "jit", "closed_call", "core_call", "checkpoint", "remat", "remat2",
     "custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr",
 }  # fmt: skip
-_LIBRARIES = tuple(
-    str(pathlib.Path(module.__file__).parent) for module in (jax, jaxlib, flax)
-) + (contextlib.__file__, functools.__file__)
-_NORMAX = str(pathlib.Path(__file__).parent)
+_SIGNS = {"mul", "select_n", "convert_element_type", "copy", "copy_p"}
+
+
+def _folder(file: str | None) -> str:
+    return str(pathlib.Path(file or "").parent / "_")[
+        :-1
+    ]  # with the separator at its end
+
+
+_LIBRARIES = (
+    *(_folder(module.__file__) for module in (jax, jaxlib, flax)),
+    contextlib.__file__,
+    functools.__file__,
+)
+_NORMAX = _folder(__file__)
 
 
 def _users_line(eqn: JaxprEqn) -> str | None:
     traceback = eqn.source_info.traceback
-    for frame in traceback.frames if traceback is not None else ():
+    frames: Sequence[Any] = traceback.frames if traceback is not None else ()
+    for frame in frames:
         if frame.file_name.startswith(_NORMAX):
             return None
         if not frame.file_name.startswith(_LIBRARIES):
@@ -227,7 +239,7 @@ class PathTransform:
         return [read(atom) for atom in jaxpr.outvars]
 
     def _evaluate(
-        self, eqn: JaxprEqn, inputs: list[Value], line: str | None
+        self, eqn: JaxprEqn, inputs: Sequence[Any], line: str | None
     ) -> Sequence[Value]:
         if (called := _called(eqn)) is not None:
             jaxpr, consts = called
@@ -244,17 +256,22 @@ class PathTransform:
                 return self.evaluate_weights(eqn, inputs)
             if name not in RULES:
                 raise NotHomogeneous("it is not positively homogeneous")
+            if name not in _SIGNS and any(isinstance(x, Sign) for x in inputs):
+                raise NotHomogeneous("it takes the sign of an activation")
             return RULES[name](self, eqn, inputs)
         except NotHomogeneous as reason:
-            message = (
-                "a path norm is defined for positively homogeneous networks (linear "
-                "layers, ReLU, leaky ReLU, pooling, sums, and batch norm with stopped "
-                f"statistics), but the network applies `{name}`"
-                + (f" at {line}" if line else "")
-                + f": {reason}. Leave it out of `forward`, or end `forward` before it "
-                "(at the logits, without the softmax and the loss)."
-            )
-            return [Unsupported(message)] * len(eqn.outvars)
+            return [self.unsupported(name, str(reason))] * len(eqn.outvars)
+
+    def unsupported(self, name: str, reason: str) -> Unsupported:
+        """Return what stands for the results of a primitive without paths."""
+        line = f" at {self._line}" if self._line else ""
+        return Unsupported(
+            "a path norm is defined for positively homogeneous networks (linear "
+            "layers, ReLU, leaky ReLU, pooling, sums, and batch norm with stopped "
+            f"statistics), but the network applies `{name}`{line}: {reason}. Leave "
+            "it out of `forward`, or end `forward` before it (at the logits, without "
+            "the softmax and the loss)."
+        )
 
     def evaluate_weights(self, eqn: JaxprEqn, inputs: Sequence[Weight]) -> list[Weight]:
         """Evaluate an equation that no activation enters, as JAX does."""
@@ -272,7 +289,11 @@ class PathTransform:
             sign = -1 if name == "neg" else 1
             results[0].uniform = sign * inputs[0].uniform
         if name in ("mul", "dot_general") and any(x.uniform == 0 for x in inputs):
-            results[0].uniform, results[0].params, depends = 0.0, frozenset(), None
+            results[0].uniform, results[0].params, depends = (
+                0.0,
+                frozenset(),
+                frozenset(),
+            )
         if depends:
             pull = WEIGHT_PULLS.get(name)
             shared = len(inputs) == 2 and inputs[0].params & inputs[1].params
@@ -350,7 +371,7 @@ class PathTransform:
         # Outside of the program: XLA regroups products of constants, and theirs
         # can leave the range of floats.
         with jax.ensure_compile_time_eval():
-            dtype = jnp.result_type(w.value)
+            dtype = jnp.promote_types(jnp.float32, jnp.result_type(w.value))
             size = self.arithmetic.of_weight(jnp.asarray(w.uniform, dtype))
         return Scaled(*(jnp.broadcast_to(part, w.shape) for part in size))
 
@@ -382,6 +403,11 @@ class PathTransform:
                 self.accumulate(path, (whole,))
 
         return self.new(functools.reduce(self.arithmetic.add, sums), pull)
+
+
+def zeros(variable: Any) -> jax.Array:
+    """Return zeros like a variable of a jaxpr."""
+    return jnp.zeros(variable.aval.shape, variable.aval.dtype)
 
 
 def weight(value: Any) -> Weight:

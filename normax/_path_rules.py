@@ -30,7 +30,8 @@ import numpy as np
 from jax import lax
 from jax.extend.core import JaxprEqn
 
-from normax._path_arithmetic import Scaled
+from normax._norms import at_least_float32
+from normax._path_arithmetic import DEAD, Scaled
 from normax._path_lifting import (
     SLICES,
     UNIFORM,
@@ -44,6 +45,7 @@ from normax._path_lifting import (
     Value,
     Weight,
     rule,
+    zeros,
 )
 
 
@@ -75,10 +77,8 @@ def _constants(
     if all(constant is None for constant in acted) and len(acted) == len(inputs):
         return [None] * len(eqn.outvars)
     filled = [
-        Weight(jnp.zeros(aval.shape, aval.dtype)) if constant is None else constant
-        for constant, aval in zip(
-            constants, (atom.aval for atom in eqn.invars), strict=True
-        )
+        Weight(zeros(atom)) if constant is None else constant
+        for constant, atom in zip(constants, eqn.invars, strict=True)
     ]
     return transform.evaluate_weights(eqn, filled)
 
@@ -170,7 +170,7 @@ def _div(transform, eqn, inputs):
 
 def _reciprocal(transform: PathTransform, w: Weight) -> Weight:
     uniform = 1 / w.uniform if w.uniform else None
-    inverse = Weight(1 / w.value, w.params, uniform)
+    inverse = Weight(1 / at_least_float32(w.value)[0], w.params, uniform)
     if w.params:  # a divisor is no edge weight
         transform.refuse([inverse], "div")
     return inverse
@@ -200,7 +200,8 @@ def _pull_product(transform, eqn, inputs, cotangents):
 @_weight_pull("div")
 def _pull_quotient(transform, eqn, inputs, cotangents):
     numerator, divisor = inputs
-    _pull_product(transform, eqn, (numerator, Weight(1 / divisor.value)), cotangents)
+    inverse = _reciprocal(transform, divisor)
+    _pull_product(transform, eqn, (numerator, inverse), cotangents)
 
 
 # Nonlinearities.
@@ -228,6 +229,8 @@ def _steepest(
     if any(isinstance(x, Weight) and x.uniform != 0 for x in cases):
         raise NotHomogeneous("it joins an activation to a constant other than 0")
     slopes = [x for x in cases if isinstance(x, Activation)]
+    if not slopes:
+        return [cases[0]]
     if not all(x.source is source for x in slopes):
         raise NotHomogeneous("the sign of one activation switches another")
     return [Activation(transform.flush(max(slopes, key=lambda x: abs(x.multiple))))]
@@ -295,7 +298,7 @@ def _transpose(fn: Callable[..., Any], *operands: jax.Array) -> Callable[..., An
     return lambda cotangent: transposed(cotangent)[0]
 
 
-@rule("reduce_sum", "reduce_max")
+@rule("reduce_sum", "reduce_max", "reduce_min")
 def _reduce(transform, eqn, inputs):
     arithmetic, axes = transform.arithmetic, tuple(eqn.params["axes"])
     path = transform.flush(inputs[0])
@@ -308,10 +311,15 @@ def _reduce(transform, eqn, inputs):
     return [Activation(transform.new(arithmetic.sum(path.value, axes), pull))]
 
 
-@rule("reduce_window_sum", "reduce_window_max")
+@rule("reduce_window_sum", "reduce_window_max", "reduce_window_min")
 def _reduce_window(transform, eqn, inputs):
     windows = eqn.params["window_dimensions"]
-    axes = tuple(axis for axis, size in enumerate(windows) if size > 1)
+    before, after = eqn.invars[0].aval.shape, eqn.outvars[0].aval.shape
+    axes = tuple(
+        axis
+        for axis, size in enumerate(windows)
+        if size > 1 or before[axis] != after[axis]
+    )
     pool = functools.partial(
         lax.reduce_window,
         init_value=0.0,
@@ -329,11 +337,13 @@ def _reduce_window(transform, eqn, inputs):
 
 _RENAMING = {
     "convert_element_type", "copy", "copy_p", "reduce_precision", "name",
-    "sharding_constraint", "reshard", "mesh_cast", "optimization_barrier",
+    "stop_gradient", "sharding_constraint", "reshard", "mesh_cast",
+    "optimization_barrier",
 }  # fmt: skip
 _MOVING = {
     "reshape", "squeeze", "expand_dims", "transpose", "rev", "slice", "split",
-    "concatenate", "stack", "unstack", "pad", "dynamic_slice", "gather", "broadcast_in_dim",
+    "concatenate", "stack", "unstack", "pad", "dynamic_slice", "gather",
+    "tile", "broadcast_in_dim",
 }  # fmt: skip
 UNIFORM.update({"neg", "reshape", "squeeze", "expand_dims", "broadcast_in_dim"})
 UNIFORM.update(_RENAMING)
@@ -352,7 +362,9 @@ def _move(eqn: JaxprEqn, operands: Sequence[Any], data: list[int], arrays: Any) 
     for position, array in zip(data, arrays, strict=True):
         filled[position] = array
     if eqn.primitive.name == "pad":
-        filled[1] = jnp.zeros((), filled[0].dtype)
+        dtype = filled[0].dtype
+        value = DEAD if jnp.issubdtype(dtype, jnp.integer) else 0
+        filled[1] = jnp.asarray(value, dtype)
     return _bind(eqn, *filled)
 
 
@@ -407,7 +419,7 @@ def _pull_moved(transform, eqn, operands, data, nodes, cotangents) -> None:
     if name == "transpose" and len(cotangents[0]) > 1:
         inverse = np.argsort(eqn.params["permutation"])
         factors = tuple(
-            Scaled(*(jnp.transpose(array, inverse) for array in factor))
+            Scaled(*(jnp.transpose(array, tuple(inverse)) for array in factor))
             for factor in cotangents[0]
         )
         return transform.accumulate(nodes[0], factors)
@@ -421,11 +433,10 @@ def _pull_moved(transform, eqn, operands, data, nodes, cotangents) -> None:
     ]
     if name == "broadcast_in_dim":
         return transform.accumulate(nodes[0], (_unbroadcast(transform, eqn, values),))
-    if name == "gather":  # may take one entry several times
-        top = max(jnp.max(value.exponent) for value in values)
-        values = [
-            Scaled(arithmetic.align(v, top), jnp.zeros_like(v.exponent)) for v in values
-        ]
+    if name in ("gather", "tile"):
+        return transform.accumulate(
+            nodes[0], (_scatter(transform, eqn, operands, values),)
+        )
     floats = [[value[part].astype(dtype) for value in values] for part in range(2)]
     shapes = [jnp.zeros(node.shape, dtype) for node in nodes]
 
@@ -437,9 +448,19 @@ def _pull_moved(transform, eqn, operands, data, nodes, cotangents) -> None:
     mantissas, exponents = (back(part) for part in floats)
     for node, mantissa, exponent in zip(nodes, mantissas, exponents, strict=True):
         exponent = exponent.astype(jnp.int32)
-        if name == "gather":
-            exponent = exponent + top
         transform.accumulate(node, (arithmetic.normalize(mantissa, exponent),))
+
+
+def _scatter(transform, eqn, operands, values):
+    # An entry may be taken several times, and its copies differ in scale.
+    (value,) = values
+    shape = eqn.invars[0].aval.shape
+    entries = np.arange(math.prod(shape), dtype=np.int32).reshape(shape)
+    index = _bind(eqn, jnp.asarray(entries), *operands[1:])
+    top = jnp.full(entries.size, DEAD).at[index].max(value.exponent, mode="drop")
+    aligned = transform.arithmetic.align(value, top.at[index].get(mode="clip"))
+    total = jnp.zeros(entries.size, aligned.dtype).at[index].add(aligned, mode="drop")
+    return transform.arithmetic.normalize(total.reshape(shape), top.reshape(shape))
 
 
 def _unbroadcast(transform, eqn, values):
@@ -469,9 +490,13 @@ def _pull_moved_weight(transform, eqn, inputs, cotangents):
 def _renamed(transform, eqn, inputs):
     if all(isinstance(x, Sign) for x in inputs):
         return inputs
+    if not all(jnp.issubdtype(out.aval.dtype, jnp.inexact) for out in eqn.outvars):
+        raise NotHomogeneous("it rounds an activation")
     constants = _structural_constants(transform, eqn, inputs, list(range(len(inputs))))
     return [
         Activation(x.path, constant, x.source, x.multiple)
+        if isinstance(x, Activation)
+        else constant
         for x, constant in zip(inputs, constants, strict=True)
     ]
 

@@ -7,6 +7,8 @@ the saved carries, as `jax.checkpoint` would.
 
 from __future__ import annotations
 
+import functools
+import itertools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -14,17 +16,18 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from normax._path_arithmetic import PathArithmetic
+from normax._path_arithmetic import Scaled
 from normax._path_lifting import (
     Activation,
-    NotHomogeneous,
     Origin,
     Path,
     PathTransform,
+    Sign,
     Unsupported,
     Value,
     Weight,
     rule,
+    zeros,
 )
 
 
@@ -35,174 +38,220 @@ class _Kind(NamedTuple):
       active: Whether it is an activation; otherwise it is a weight.
       constant: Whether the activation has a constant.
       names: The parameters that the weight or the constant depends on.
+      uniform: The number that every entry of the weight is known to be, if so.
     """
 
     active: bool = False
     constant: bool = False
     names: frozenset[str] = frozenset()
+    uniform: float | None = None
 
-    def __or__(self, other: _Kind) -> _Kind:
-        active = self.active or other.active
-        # A weight that meets an activation becomes a constant.
-        constant = active and any(
-            kind.constant or not kind.active for kind in (self, other)
+
+def _join(first: Any, second: Any) -> Any:
+    """Return the kind of what is of one kind before a step, of another after it."""
+    unsupported = (x for x in (first, second) if isinstance(x, Unsupported))
+    if (found := next(unsupported, None)) is not None:
+        return found
+    active = first.active or second.active
+    # A weight that meets an activation becomes a constant.
+    constant = active and any(
+        kind.constant or not kind.active for kind in (first, second)
+    )
+    uniform = first.uniform if first == second else None
+    return _Kind(active, constant, first.names | second.names, uniform)
+
+
+class _Body:
+    """The body of a scan: its values as arrays, and arrays as its values.
+
+    Attributes:
+      arithmetic: Arithmetic of path values.
+      closed: The jaxpr.
+      dtype: Dtype of path values.
+      kinds: The kinds of its arguments; an `Unsupported` stands for itself.
+      shared: How many of the arguments may hold the same parameter.
+    """
+
+    def __init__(self, transform: PathTransform, eqn, inputs: Sequence[Any]):
+        self.arithmetic, self.closed = transform.arithmetic, eqn.params["jaxpr"]
+        self.dtype = next(
+            x.path.value.mantissa.dtype for x in inputs if isinstance(x, Activation)
         )
-        return _Kind(active, constant, self.names | other.names)
+        self.kinds = [self.kind(transform, x) for x in inputs]
+        self.shared = eqn.params["num_consts"] + eqn.params["num_carry"]
+
+    def kind(self, transform: PathTransform, value: Any) -> Any:
+        """Return the kind of a value."""
+        if isinstance(value, Sign):
+            return transform.unsupported("scan", "it returns the sign of an activation")
+        if isinstance(value, Unsupported):
+            return value
+        weight = value.constant if isinstance(value, Activation) else value
+        origins = weight.params if weight is not None else ()
+        names = frozenset[str]().union(*(origin.names for origin in origins))
+        if isinstance(value, Weight):
+            return _Kind(names=names, uniform=value.uniform)
+        return _Kind(True, weight is not None, names)
+
+    def fit(self, value: Any, kind: Any, variable: Any) -> Any:
+        """Return a value as one of that kind, for a variable of the jaxpr."""
+        if isinstance(kind, Unsupported):
+            return kind
+        if isinstance(value, Weight) and kind.active:
+            path = Path(self.arithmetic.zeros(value.shape, self.dtype))
+            return Activation(path, value)
+        if kind.constant and value.constant is None:
+            return Activation(value.path, Weight(zeros(variable)))
+        return value
+
+    def pack(self, value: Any) -> Any:
+        """Return the arrays of a value."""
+        if isinstance(value, Unsupported):
+            return None
+        if isinstance(value, Weight):
+            return jnp.asarray(value.value)
+        constant = value.constant and jnp.asarray(value.constant.value)
+        return self.cast(value.path.value), constant
+
+    def cast(self, x: Scaled) -> Scaled:
+        """Return path values in the one dtype that they have here."""
+        return x._replace(mantissa=x.mantissa.astype(self.dtype))
+
+    def unpack(self, arrays: Any, kind: Any, params: frozenset[Origin]) -> Value:
+        """Return the value that has these arrays."""
+        if isinstance(kind, Unsupported):
+            return kind
+        if not kind.active:
+            return Weight(arrays, params, kind.uniform)
+        value, constant = arrays
+        return Activation(
+            Path(value), Weight(constant, params) if kind.constant else None
+        )
+
+    def unpack_all(self, arrays: Sequence[Any], kinds: Sequence[Any]) -> list[Value]:
+        """Return the values that have these arrays, parameters told by their names."""
+        origins: dict[str, Origin] = {}
+        values = []
+        for array, kind in zip(arrays, kinds, strict=True):
+            names: frozenset[str] = getattr(kind, "names", frozenset())
+            params = frozenset(
+                origins.setdefault(name, Origin(frozenset([name]))) for name in names
+            )
+            values.append(self.unpack(array, kind, params))
+        return values
+
+    def interpret(
+        self, arrays: Sequence[Any]
+    ) -> tuple[PathTransform, list[Value], list[Value]]:
+        """Return the interpreter of one step, its arguments and its results."""
+        inner, jaxpr = PathTransform(self.arithmetic), self.closed.jaxpr
+        values = self.unpack_all(arrays[: self.shared], self.kinds[: self.shared])
+        for pair in zip(arrays[self.shared :], self.kinds[self.shared :], strict=True):
+            # Each step has a part of its own of what is stacked.
+            values += self.unpack_all([pair[0]], [pair[1]])
+        return inner, values, inner.interpret(jaxpr, self.closed.consts, values)
+
+    def probe(self, consts: Any, carry: Any, xs: Any) -> list[Any]:
+        """Return the kinds of the results of one step."""
+        found: list[Any] = []
+
+        def step(carry, slices):
+            inner, _, results = self.interpret([*consts, *carry, *slices])
+            found.extend(self.kind(inner, value) for value in results)
+
+        jax.eval_shape(step, carry, jax.tree.map(lambda x: x[0], xs))
+        return found
+
+    def dense(self, node: Any, cotangent: Any) -> Any:
+        """Return a cotangent as one array, which is 0 if there is none."""
+        if cotangent is None:
+            return self.arithmetic.zeros(node.shape, self.dtype)
+        return self.cast(self.arithmetic.broadcast(cotangent, node.shape))
+
+    def cotangents(self, nodes: Sequence[Sequence[Any]]) -> list[Any]:
+        """Return the cotangents of nodes as arrays."""
+        return [[self.dense(node, node.cotangent) for node in group] for group in nodes]
 
 
-def _kind(value: Any) -> _Kind:
-    if not isinstance(value, (Activation, Weight)):
-        raise NotHomogeneous("the body of a scan returns the sign of an activation")
-    weight = value.constant if isinstance(value, Activation) else value
-    origins = weight.params if weight is not None else ()
-    names = frozenset[str]().union(*(origin.names for origin in origins))
-    if isinstance(value, Weight):
-        return _Kind(names=names)
-    return _Kind(True, weight is not None, names)
+def _nodes(values: Sequence[Any], kinds: Sequence[Any]) -> list[list[Any]]:
+    """Return, for each value, the nodes whose cotangents matter."""
+
+    def of(value, kind):
+        if isinstance(kind, Unsupported):
+            return []
+        if not kind.active:
+            return [value] if kind.names else []
+        return [value.path, value.constant] if kind.names else [value.path]
+
+    return [of(*pair) for pair in zip(values, kinds, strict=True)]
 
 
-def _pack(arithmetic: PathArithmetic, value: Any, kind: _Kind, dtype) -> Any:
-    """Return a value as arrays."""
-    if not kind.active:
-        return jnp.asarray(value.value)
-    if isinstance(value, Weight):
-        value = Activation(Path(arithmetic.zeros(value.shape, dtype)), value)
-    if not kind.constant:
-        return value.path.value, None
-    constant = value.constant or Weight(jnp.zeros(value.path.shape, dtype))
-    return value.path.value, jnp.asarray(constant.value)
-
-
-def _unpack(arrays: Any, kind: _Kind) -> Activation | Weight:
-    params = frozenset([Origin(kind.names)] if kind.names else [])
-    if not kind.active:
-        return Weight(arrays, params)
-    value, constant = arrays
-    return Activation(Path(value), Weight(constant, params) if kind.constant else None)
-
-
-def _nodes(value: Any, kind: _Kind) -> list[Any]:
-    """Return the nodes whose cotangents matter, None for a constant that is absent."""
-    if not kind.active:
-        return [value] if kind.names else []
-    path = value.path if isinstance(value, Activation) else None
-    if not kind.names:
-        return [path]
-    return [path, value.constant if isinstance(value, Activation) else value]
+def _accumulate(transform: PathTransform, nodes: Any, cotangents: Any) -> None:
+    """Add cotangents, as `_Body.cotangents` returns them, to those of nodes."""
+    for group, given in zip(nodes, cotangents, strict=True):
+        for node, cotangent in zip(group, given, strict=True):
+            transform.accumulate(node, (cotangent,))
 
 
 @rule("scan")
 def _scan(transform: PathTransform, eqn, inputs: Sequence[Any]) -> Sequence[Value]:
-    params, arithmetic = eqn.params, transform.arithmetic
+    params, body = eqn.params, _Body(transform, eqn, inputs)
     first, last = params["num_consts"], params["num_consts"] + params["num_carry"]
-    body, length = params["jaxpr"], params["length"]
-    dtype = next(
-        x.path.value.mantissa.dtype for x in inputs if isinstance(x, Activation)
-    )
-    kinds = [_kind(x) for x in inputs]
+    count, arithmetic = params["num_carry"], body.arithmetic
+    loop = functools.partial(lax.scan, length=params["length"])
 
-    def interpret(inner: PathTransform, arrays: Sequence[Any]):
-        values = [_unpack(*pair) for pair in zip(arrays, kinds, strict=True)]
-        return values, inner.interpret(body.jaxpr, body.consts, values)
-
-    packed = [
-        _pack(arithmetic, x, k, dtype) for x, k in zip(inputs, kinds, strict=True)
-    ]
-    consts, xs = packed[:first], packed[last:]
+    def fit(values, kinds, variables):
+        return [
+            body.fit(*three) for three in zip(values, kinds, variables, strict=True)
+        ]
 
     # What the carries are: they may become activations on the way.
     while True:
-        carry = [
-            _pack(arithmetic, x, kind, dtype)
-            for x, kind in zip(inputs[first:last], kinds[first:last], strict=True)
-        ]
-        found: list[Any] = []
-
-        def probe(carry, slices):
-            found[:] = interpret(PathTransform(arithmetic), [*consts, *carry, *slices])[
-                1
-            ]
-
-        jax.eval_shape(probe, carry, jax.tree.map(lambda x: x[0], xs))
-        unsupported = next((x for x in found if isinstance(x, Unsupported)), None)
-        if unsupported is not None:
-            return [unsupported] * len(eqn.outvars)
-        results = [_kind(value) for value in found]
-        count = last - first
-        joined = [
-            a | b for a, b in zip(kinds[first:last], results[:count], strict=True)
-        ]
-        if joined == kinds[first:last]:
+        values = fit(inputs, body.kinds, eqn.invars)
+        arrays = [body.pack(value) for value in values]
+        consts, carry, xs = arrays[:first], arrays[first:last], arrays[last:]
+        out_kinds = body.probe(consts, carry, xs)
+        before = body.kinds[first:last]
+        after = [_join(*pair) for pair in zip(before, out_kinds[:count], strict=True)]
+        out_kinds[:count] = body.kinds[first:last] = after
+        if after == before:
             break
-        kinds[first:last] = joined
-    out_kinds = [*joined, *results[count:]]
 
     def step(carry, slices):
-        _, values = interpret(PathTransform(arithmetic), [*consts, *carry, *slices])
-        packed = [
-            _pack(arithmetic, value, kind, dtype)
-            for value, kind in zip(values, out_kinds, strict=True)
-        ]
+        _, _, results = body.interpret([*consts, *carry, *slices])
+        fitted = fit(results, out_kinds, body.closed.jaxpr.outvars)
+        packed = [body.pack(value) for value in fitted]
         return packed[:count], (carry, packed[count:])
 
-    final, (saved, stacked) = lax.scan(
-        step, carry, xs, length=length, reverse=params["reverse"]
-    )
-    outputs = [
-        _unpack(*pair) for pair in zip([*final, *stacked], out_kinds, strict=True)
-    ]
-    nodes = [
-        _nodes(value, kind) for value, kind in zip(outputs, out_kinds, strict=True)
-    ]
-
-    def dense(node, cotangent):
-        if cotangent is None:
-            return arithmetic.zeros(node.shape, dtype)
-        return arithmetic.broadcast(cotangent, node.shape)
+    final, (saved, stacked) = loop(step, carry, xs, reverse=params["reverse"])
+    outputs = body.unpack_all([*final, *stacked], out_kinds)
+    nodes, out_nodes = _nodes(values, body.kinds), _nodes(outputs, out_kinds)
 
     def back(state, slices):
         carried, total = state
         carry, xs, cotangents = slices
-        inner = PathTransform(arithmetic)
-        values, results = interpret(inner, [*consts, *carry, *xs])
-        seeds = [*carried, *cotangents]
-        for value, kind, seed in zip(results, out_kinds, seeds, strict=True):
-            for node, cotangent in zip(_nodes(value, kind), seed, strict=True):
-                if node is not None:
-                    inner.accumulate(node, (cotangent,))
+        inner, values, results = body.interpret([*consts, *carry, *xs])
+        fitted = fit(results, out_kinds, body.closed.jaxpr.outvars)
+        _accumulate(inner, _nodes(fitted, out_kinds), [*carried, *cotangents])
         inner.run_backward()
-        given = [
-            [dense(node, node.cotangent) for node in _nodes(value, kind)]
-            for value, kind in zip(values, kinds, strict=True)
-        ]
-        total = [
-            [arithmetic.add(a, b) for a, b in zip(*pair, strict=True)]
-            for pair in zip(total, given[:first], strict=True)
-        ]
+        given = body.cotangents(_nodes(values, body.kinds))
+        is_scaled = lambda x: isinstance(x, Scaled)  # noqa: E731
+        total = jax.tree.map(arithmetic.add, total, given[:first], is_leaf=is_scaled)
         return (given[first:last], total), given[last:]
 
     def pull(*cotangents):
-        flat = iter(
-            dense(node, cotangent)
-            for node, cotangent in zip(sum(nodes, []), cotangents, strict=True)
-        )
-        seeds = [[next(flat) for _ in group] for group in nodes]
-        total = [
-            [dense(node, None) for node in _nodes(_unpack(array, kind), kind)]
-            for array, kind in zip(consts, kinds[:first], strict=True)
+        flat = iter(cotangents)
+        seeds = [
+            [body.dense(node, next(flat)) for node in group] for group in out_nodes
         ]
-        (carried, total), per_step = lax.scan(
+        none = [[body.dense(node, None) for node in group] for group in nodes[:first]]
+        (carried, total), per_step = loop(
             back,
-            (seeds[:count], total),
+            (seeds[:count], none),
             (saved, xs, seeds[count:]),
-            length=length,
             reverse=not params["reverse"],
         )
-        given = [*total, *carried, *per_step]
-        for value, kind, group in zip(inputs, kinds, given, strict=True):
-            for node, cotangent in zip(_nodes(value, kind), group, strict=True):
-                if node is not None:
-                    transform.accumulate(node, (cotangent,))
+        _accumulate(transform, nodes, [*total, *carried, *per_step])
 
-    transform.record(sum(nodes, []), pull)
+    transform.record(list(itertools.chain.from_iterable(out_nodes)), pull)
     return outputs

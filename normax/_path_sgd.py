@@ -38,7 +38,9 @@ Forward = Callable[[PyTree, PyTree], PyTree]
 
 
 def _is_float(leaf: Any) -> bool:
-    return jnp.issubdtype(jax.dtypes.result_type(leaf), jnp.inexact)
+    # Keys of random numbers, which NNX states hold, have no numeric dtype.
+    dtype = getattr(leaf, "dtype", None) or jax.dtypes.result_type(leaf)
+    return jnp.issubdtype(dtype, jnp.inexact)
 
 
 def _one_example(forward: Forward, params: PyTree, inputs: PyTree) -> PyTree:
@@ -76,9 +78,9 @@ def _lift(
     flat = jax.tree_util.tree_leaves_with_path(params)
     names = [f"params{jax.tree_util.keystr(path)}" for path, _ in flat]
     for name, (_, leaf) in zip(names, flat, strict=True):
-        if jnp.iscomplexobj(leaf):
+        if _is_float(leaf) and jnp.iscomplexobj(leaf):
             raise ValueError(
-                f"path norms are those of real weights, but {name} is complex; hold "
+                f"the weights of a path norm must be real, but {name} is complex; hold "
                 "real and imaginary parts as two arrays."
             )
     inputs = _one_example(forward, params, inputs)
@@ -92,15 +94,23 @@ def _lift(
         )
         for name, (_, leaf) in zip(names, flat, strict=True)
     ]
-    dtype = at_least_float32(*(w.value for w in weights if w.params))[0].dtype
+    floats = [jnp.asarray(leaf) for _, leaf in flat if _is_float(leaf)]
+    (dtype,) = {array.dtype for array in at_least_float32(jnp.float32(0), *floats)}
     activations = [
         Activation(Path(arithmetic.ones(np.shape(leaf), dtype)))
         if _is_float(leaf)
         else Weight(leaf)
         for leaf in jax.tree.leaves(inputs)
     ]
+    if any(
+        isinstance(getattr(x, "value", 0), jax.ShapeDtypeStruct) for x in activations
+    ):
+        raise ValueError(
+            "integers among the inputs are constants of the network, so their values "
+            "matter, but `inputs` holds only the shape of some; pass them as arrays."
+        )
     outputs = transform.interpret(closed.jaxpr, closed.consts, [*weights, *activations])
-    reached = []
+    reached: list[Any] = []
     for output, variable in zip(outputs, closed.jaxpr.outvars, strict=True):
         if isinstance(output, Unsupported):
             raise ValueError(output.message)

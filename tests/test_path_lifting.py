@@ -1,0 +1,646 @@
+r"""The path transform on real networks, against the networks themselves in float64.
+
+With ones as inputs and $|w|^p$ as weights every ReLU is the identity, so that the
+network itself is $F$, and its gradient is that of $F$. Where a network has a maximum,
+a mean or a number of its own, a twin says what these are in $F$.
+"""
+
+import functools
+import itertools
+
+import chex
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import normax
+
+RNG = np.random.default_rng(0)
+relu = jax.nn.relu
+
+
+def draw(*shape):
+    return jnp.asarray(RNG.normal(size=shape), jnp.float32)
+
+
+def redrawn(params):
+    """Draw all arrays anew, biases (which Flax starts at 0) included."""
+    return jax.tree.map(lambda w: jnp.asarray(0.7 * draw(*w.shape), w.dtype), params)
+
+
+def shape(*sizes):
+    return jax.ShapeDtypeStruct(sizes, jnp.float32)
+
+
+def linen(module, *sizes):
+    """Return `forward`, random parameters and the input's shape."""
+    variables = module.init(jax.random.key(0), jnp.ones(sizes))
+    forward = lambda params, x: module.apply({"params": params}, x)  # noqa: E731
+    return forward, redrawn(variables["params"]), shape(*sizes)
+
+
+def powers(params, p):
+    return jax.tree.map(lambda w: jnp.abs(jnp.asarray(w, jnp.float64)) ** p, params)
+
+
+def oracle(twin, params, inputs, p):
+    """Return F and the derivatives of F, in float64."""
+    with jax.enable_x64(True):
+        ones = jax.tree.map(lambda x: jnp.ones(x.shape, jnp.float64), inputs)
+        total = lambda v: sum(map(jnp.sum, jax.tree.leaves(twin(v, ones))))  # noqa: E731
+        value, gradient = jax.jit(jax.value_and_grad(total))(powers(params, p))
+        return float(value), jax.tree.map(np.asarray, gradient)
+
+
+def assert_scales(got, expected, rtol=3e-6):
+    chex.assert_trees_all_equal_structs(got, expected)
+    chex.assert_trees_all_close(got, expected, rtol=rtol, atol=0)
+
+
+def check(forward, params, inputs, p=2.0, twin=None):
+    _, gradient = oracle(twin or forward, params, inputs, p)
+    expected = jax.tree.map(lambda g: np.float32(g ** (2 / p)), gradient)
+    assert_scales(normax.path_scales(forward, params, inputs, p), expected)
+
+
+# Every path written out.
+
+
+def tiny(params, x):
+    """A network with biases, a skip connection and a layer that is used twice."""
+    h = relu(x @ params["first"] + params["b"])
+    h = relu(h @ params["square"] + h)
+    h = relu(h @ params["square"]) + x @ params["skip"]
+    return h @ params["last"] + params["c"]
+
+
+def edges_of_tiny():
+    """Yield (from, to, name, index) for each edge between nodes (layer, unit)."""
+    for i, j in itertools.product(range(2), range(3)):
+        yield ("x", i), ("h", j), "first", (i, j)
+        yield ("x", i), ("z", j), "skip", (i, j)
+    for j in range(3):
+        yield ("one", 0), ("h", j), "b", (0, j)
+        yield ("h", j), ("k", j), None, None
+        for k in range(3):
+            yield ("h", j), ("k", k), "square", (j, k)
+            yield ("k", j), ("z", k), "square", (j, k)
+        for o in range(2):
+            yield ("z", j), ("y", o), "last", (j, o)
+    for o in range(2):
+        yield ("one", 0), ("y", o), "c", (0, o)
+
+
+def paths_of_tiny():
+    edges = list(edges_of_tiny())
+    unfinished = [
+        ((layer, i), []) for layer, n in (("x", 2), ("one", 1)) for i in range(n)
+    ]
+    while unfinished:
+        node, path = unfinished.pop()
+        if node[0] == "y":
+            yield path
+        for start, end, name, index in edges:
+            if start == node:
+                unfinished.append((end, [*path, (name, index)]))
+
+
+def enumerated(params, p):
+    """Return equations (5) and (9), path by path, edge by edge."""
+    params = {name: np.asarray(w, np.float64) for name, w in params.items()}
+    weight = lambda name, index: 1.0 if name is None else params[name][index]  # noqa: E731
+    total, sums = 0.0, {name: np.zeros(w.shape) for name, w in params.items()}
+    for path in paths_of_tiny():
+        sizes = [abs(weight(*edge)) ** p for edge in path]
+        total += np.prod(sizes)
+        for position, (name, index) in enumerate(path):
+            if name is not None:
+                others = sizes[:position] + sizes[position + 1 :]
+                sums[name][index] += np.prod(others)
+    return total ** (1 / p), {name: s ** (2 / p) for name, s in sums.items()}
+
+
+def tiny_params(dtype):
+    sizes = {"first": (2, 3), "b": (1, 3), "square": (3, 3), "skip": (2, 3)}
+    sizes |= {"last": (3, 2), "c": (1, 2)}
+    rng = np.random.default_rng(1)
+    return {k: jnp.asarray(rng.normal(size=s), dtype) for k, s in sizes.items()}
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
+def test_enumerated_paths(dtype):
+    with jax.enable_x64(dtype == jnp.float64):
+        params, x = tiny_params(dtype), jnp.ones((1, 2), dtype)
+        rtol = 2e-6 if dtype == jnp.float32 else 1e-12
+
+        def values(params, p):
+            norm = normax.path_norm(tiny, params, x, p)
+            return norm, normax.path_scales(tiny, params, x, p)
+
+        traced = jax.jit(values)
+        static = jax.jit(values, static_argnums=1)
+        cases = [(1.5, traced), (3.0, traced)]
+        if dtype == jnp.float32:
+            cases += [(1, static), (2, static)]
+        for p, compiled in cases:
+            norm, scales = compiled(params, p)
+            expected_norm, expected = enumerated(params, p)
+            np.testing.assert_allclose(norm, expected_norm, rtol=rtol)
+            assert norm.dtype == dtype
+            for name in params:
+                assert scales[name].dtype == dtype
+                np.testing.assert_allclose(scales[name], expected[name], rtol=rtol)
+
+
+# Nonlinearities.
+
+
+@jax.custom_vjp
+def custom_vjp_relu(x):
+    return jnp.maximum(x, 0)
+
+
+custom_vjp_relu.defvjp(
+    lambda x: (jnp.maximum(x, 0), x), lambda x, cotangent: (cotangent * (x > 0),)
+)
+
+
+@jax.custom_jvp
+def custom_jvp_relu(x):
+    return jnp.where(x > 0, x, 0)
+
+
+custom_jvp_relu.defjvps(lambda tangent, y, x: tangent * (x > 0))
+
+
+RELUS = [
+    relu,
+    jax.nn.leaky_relu,
+    nn.leaky_relu,
+    nnx.relu,
+    jnp.abs,
+    custom_vjp_relu,
+    custom_jvp_relu,
+    jax.checkpoint(relu),
+    jax.jit(lambda x: jnp.where(x > 0, x, 0)),
+    lambda x: jnp.maximum(x, 0),
+    lambda x: jnp.maximum(jnp.zeros_like(x), x),
+    lambda x: jnp.where(x <= 0, 0, x),
+    lambda x: jnp.where(0 < x, x, jnp.zeros_like(x)),
+    lambda x: jnp.where(x >= 0, x, 0.1 * x),
+    lambda x: jnp.clip(x, 0),
+    lambda x: jnp.clip(x, 0, jnp.inf),
+    lambda x: jax.lax.clamp(jnp.float32(0), x, jnp.float32(jnp.inf)),
+    lambda x: x * (x > 0),
+    lambda x: (x > 0).astype(x.dtype) * x,
+    lambda x: -jnp.minimum(-x, 0),
+    lambda x: jnp.maximum(x, 0.2 * x),
+    lambda x: jnp.maximum(-x, 0.5 * x),
+    lambda x: jax.lax.stop_gradient(x),
+    lambda x: jax.lax.optimization_barrier((x, 1.0))[0],
+]
+
+
+def test_relu_in_every_way():
+    def forward(params, x, activations=RELUS):
+        for activation, w, b in zip(activations, *params, strict=True):
+            x = activation(x @ w + b)
+        return x
+
+    params = ([draw(3, 3) for _ in RELUS], [draw(1, 3) for _ in RELUS])
+    identity = functools.partial(forward, activations=[lambda x: x] * len(RELUS))
+    check(forward, params, shape(1, 3), 2, identity)
+
+
+def test_slopes_beyond_one_count():
+    # The steepest slope of a leaky ReLU is the factor of its paths.
+    forward = lambda w, x: jnp.where(x @ w > 0, x @ w, 0)  # noqa: E731, F841
+    steep = lambda w, x: (lambda h: jnp.where(h > 0, 0.5 * h, -3 * h))(x @ w)  # noqa: E731
+    w = jnp.array([[3.0], [4.0]])
+    np.testing.assert_allclose(normax.path_norm(steep, w, shape(1, 2)), 15.0, rtol=1e-6)
+
+
+def test_pooling():
+    def forward(params, x, pool=nn.max_pool, sub=nn.max_pool, p=1, top=jnp.max):
+        window = dict(window_shape=(2, 3), strides=(1, 2), padding=((1, 1), (1, 0)))
+        x = pool(relu(x @ params[0] + params[1]), **window)
+        x = sub(x @ params[2], (1, 1), (2, 2))
+        x = nn.avg_pool(x, (2, 2), padding="SAME", count_include_pad=False)
+        x = top(x.reshape(*x.shape[:-1], 2, 2), axis=-1) + jnp.min(
+            x, axis=-1, keepdims=True
+        )
+        return jnp.mean(x @ params[3], axis=(1, 2))
+
+    def twin(v, x):
+        def total(x, **window):
+            return 6 * nn.avg_pool(x, **window)
+
+        return forward(v, x, total, lambda x, *_: x[:, ::2, ::2], top=jnp.sum)
+
+    params = [draw(2, 3), draw(1, 1, 1, 3), draw(3, 4), draw(2, 5)]
+
+    def twin_min(v, x):  # a minimum over four is a sum over four
+        def sum4(x, axis, keepdims):
+            return jnp.sum(x, axis=axis, keepdims=keepdims)
+
+        return sum4, twin(v, x)
+
+    with pytest.MonkeyPatch.context() as patch:
+        got = normax.path_scales(forward, params, shape(1, 5, 6, 2), 1)
+        patch.setattr(jnp, "min", jnp.sum)
+        _, gradient = oracle(twin, params, shape(1, 5, 6, 2), 1)
+    assert_scales(got, jax.tree.map(lambda g: np.float32(g**2), gradient))
+
+
+# Linear layers.
+
+
+class Convolutions(nn.Module):
+    """Every kind of convolution, then every kind of dense layer."""
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.Conv(4, (3, 3))(x)
+        x = relu(nn.Conv(4, (3, 2), strides=2, padding=((0, 2), (1, 0)))(x))
+        x = relu(nn.Conv(6, (2, 2), kernel_dilation=2, feature_group_count=2)(x))
+        x = relu(nn.Conv(12, (3, 3), feature_group_count=6)(x))
+        x = relu(nn.ConvTranspose(3, (3, 3), strides=(2, 2))(x))
+        x = relu(nn.ConvTranspose(2, (2, 2), transpose_kernel=True)(x))
+        x = relu(nn.Conv(2, (3, 3), padding="CIRCULAR")(x))
+        x = relu(nn.Conv(2, (2, 2), padding=((0, 0), (1, 1)), input_dilation=2)(x))
+        x = relu(nn.Conv(2, (3,), padding="CAUSAL")(x[:, 0]))
+        x = relu(nn.ConvLocal(2, (3,), padding="VALID")(x))
+        x = relu(nn.DenseGeneral((2, 3), axis=-1)(x))
+        x = relu(nn.DenseGeneral(4, axis=(-2, -1))(x))
+        x = relu(nn.Einsum((x.shape[1], 4, 3), "bti,tij->btj")(x))
+        return nn.Dense(2)(x.reshape(x.shape[0], -1))
+
+
+def test_convolutions():
+    check(*linen(Convolutions(), 1, 7, 7, 2))
+
+
+class Connections(nn.Module):
+    """A residual block, a DenseNet block, a bottleneck, dropout, remat, flatten."""
+
+    @nn.compact
+    def __call__(self, x):
+        x = relu(nn.Conv(4, (3, 3))(x))
+        x = relu(x + nn.Conv(4, (3, 3))(x))
+        x = jnp.concatenate([x, relu(nn.Conv(2, (3, 3))(x))], axis=-1)
+        x = nn.Dropout(0.5, deterministic=True)(nn.remat(nn.Conv)(3, (1, 1))(x))
+        return nn.Dense(2)(relu(x).reshape(x.shape[0], -1))
+
+
+def test_connections():
+    check(*linen(Connections(), 1, 4, 4, 2))
+
+
+def test_structural_operations():
+    def forward(params, x):
+        ones = jnp.ones((1, 1))
+        x = relu(jnp.concatenate([x, ones], axis=-1) @ params["bias column"])
+        x = relu((params["transposed"] @ x.T).T)
+        for w, b in zip(
+            jnp.split(params["split"], 2, axis=1), params["indexed"], strict=True
+        ):
+            x = relu(x @ w + b)
+        x = jnp.tile(jnp.roll(x[:, jnp.array([2, 0, 2, 1])], 1, axis=-1), (1, 2))
+        x = jnp.repeat(x @ params["taken"][:, jnp.array([1, 1, 0])], 2, axis=-1)[
+            :, ::-1
+        ]
+        x = jnp.pad(jnp.stack([x, jnp.flip(x)], axis=1), ((0, 0), (0, 1), (1, 0)))
+        mask = jnp.arange(7).reshape(1, 1, 7) < 5
+        x = jnp.swapaxes(jnp.where(mask, x, 0), 1, 2)[:, 1:]
+        x = jax.vmap(lambda x, w: relu(x @ w), in_axes=(1, 0), out_axes=1)(
+            x, params["vmap"]
+        )
+        x = jnp.sum(jnp.squeeze(x[:, ::2], axis=0), axis=0, keepdims=True)
+        return x * params["scale"] * params["scale"] / 1.0 + params["scale"].reshape(
+            1, 1
+        )
+
+    params = {
+        "bias column": draw(3, 4), "transposed": draw(3, 4), "split": draw(3, 6),
+        "indexed": draw(2, 1, 3), "taken": draw(8, 2), "vmap": draw(6, 3, 2),
+        "scale": draw(1),
+    }  # fmt: skip
+    params["scale"] = params["scale"].reshape(1, 1)
+    check(forward, params, shape(1, 2), 1.5)
+
+
+def test_inputs_of_many_arrays_and_outputs_of_many():
+    def forward(params, x):
+        hidden = relu(x["a"] @ params["w"][0]) + x["b"][0] @ params["w"][1]
+        return {"one": hidden, "two": (hidden @ params["v"], params["c"])}
+
+    params = {"w": [draw(2, 3), draw(4, 3)], "v": draw(3, 2), "c": draw(2)}
+    check(forward, params, {"a": shape(1, 2), "b": (shape(1, 4),)})
+
+
+def test_only_the_shape_of_one_example_matters():
+    params = [draw(2, 3), draw(3), draw(3, 2)]
+    forward = lambda w, x: relu(x @ w[0] + w[1].reshape(*[1] * (x.ndim - 1), 3)) @ w[2]  # noqa: E731
+    expected = normax.path_scales(forward, params, jnp.ones(2))
+    for inputs in (shape(2), shape(1, 2), shape(7, 2), jnp.full((5, 2), jnp.nan)):
+        assert_scales(normax.path_scales(forward, params, inputs), expected, 1e-6)
+
+
+# Batch norm.
+
+
+class Block(nn.Module):
+    """A ResNet block; `folded` has the batch norms in its convolutions."""
+
+    width: int
+    strides: int = 1
+    folded: bool = False
+
+    @nn.compact
+    def __call__(self, x):
+        conv = functools.partial(nn.Conv, self.width, use_bias=self.folded)
+        norm = lambda x: x if self.folded else nn.BatchNorm(True)(x)  # noqa: E731
+        y = relu(norm(conv((3, 3), self.strides)(x)))
+        y = norm(conv((3, 3))(y))
+        if x.shape != y.shape:
+            x = norm(conv((1, 1), self.strides)(x))
+        return relu(x + y)
+
+
+class ResNet(nn.Module):
+    widths: tuple[int, ...]
+    folded: bool = False
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.Conv(self.widths[0], (3, 3), use_bias=self.folded)(x)
+        x = relu(x if self.folded else nn.BatchNorm(True)(x))
+        for stage, width in enumerate(self.widths):
+            for block in range(2 if len(self.widths) > 1 else 1):
+                strides = 2 if stage and not block else 1
+                x = Block(width, strides, self.folded)(x)
+        return nn.Dense(3)(jnp.sum(x, axis=(1, 2)))
+
+
+def folded(params, stats):
+    """Fold the i-th batch norm of each module into its i-th convolution."""
+    result, factors = {}, {}
+    for name, sub in params.items():
+        if name.startswith("Conv_"):
+            norm, mean = (
+                params[name.replace("Conv", "BatchNorm")],
+                stats[name.replace("Conv", "BatchNorm")],
+            )
+            factor = norm["scale"] / np.sqrt(mean["var"] + 1e-5)
+            bias = norm["bias"] - mean["mean"] * factor
+            result[name] = {"kernel": sub["kernel"] * factor, "bias": bias}
+            factors[name] = {"kernel": factor}
+        elif name.startswith("Block_"):
+            result[name], factors[name] = folded(sub, stats[name])
+        elif not name.startswith("BatchNorm_"):
+            result[name] = sub
+    return result, factors
+
+
+def resnet(widths, size):
+    x = shape(1, size, size, 2)
+    variables = ResNet(widths).init(jax.random.key(0), jnp.ones(x.shape))
+    params = redrawn(variables["params"])
+    stats = jax.tree.map(
+        lambda s: jnp.abs(draw(*s.shape)) + 0.5, variables["batch_stats"]
+    )
+    forward = lambda params, x: ResNet(widths).apply(
+        {"params": params, "batch_stats": stats}, x
+    )  # noqa: E731
+    twin = lambda params, x: ResNet(widths, folded=True).apply({"params": params}, x)  # noqa: E731
+    as64 = jax.tree.map(lambda a: np.asarray(a, np.float64), (params, stats))
+    return forward, params, twin, *folded(*as64), x
+
+
+def test_folding_batch_norm_changes_nothing():
+    forward, params, twin, folded_params, factors, x = resnet((3,), 4)
+    value, gradient = oracle(twin, folded_params, x, 2)
+    scales = normax.path_scales(forward, params, x)
+    norm = normax.path_norm(forward, params, x)
+    np.testing.assert_allclose(norm, np.sqrt(value), rtol=2e-6)
+    assert_scales(scales["Dense_0"], jax.tree.map(np.float32, gradient["Dense_0"]))
+    for name in ("Conv_0", "Conv_1"):
+        kernel = gradient["Block_0"][name]["kernel"]
+        expected = kernel * factors["Block_0"][name]["kernel"] ** 2
+        got = scales["Block_0"][name]["kernel"]
+        np.testing.assert_allclose(got, expected, rtol=3e-6)
+        shift = scales["Block_0"][name.replace("Conv", "BatchNorm")]["bias"]
+        expected = gradient["Block_0"][name]["bias"]
+        np.testing.assert_allclose(shift, expected, rtol=3e-6)
+
+
+def test_resnet_18():
+    forward, params, twin, folded_params, _, x = resnet((2, 3, 4, 5), 8)
+    with jax.enable_x64(True):
+        total = jax.jit(twin)(powers(folded_params, 2), jnp.ones(x.shape, jnp.float64))
+    log_norm = normax.log_path_norm(forward, params, x)
+    np.testing.assert_allclose(
+        log_norm, np.log(np.sum(np.asarray(total))) / 2, rtol=2e-6
+    )
+
+
+class VGG(nn.Module):
+    pool: object = nn.max_pool
+
+    @nn.compact
+    def __call__(self, x):
+        for width in (2, "M", 3, "M", 4, 4, "M", 5, 5, "M", 5, 5, "M"):
+            if width == "M":
+                x = self.pool(x, (2, 2), (2, 2))
+            else:
+                x = relu(nn.Conv(width, (3, 3))(x))
+        x = relu(nn.Dense(6)(x.reshape(x.shape[0], -1)))
+        return nn.Dense(3)(x)
+
+
+def test_vgg_11():
+    forward, params, x = linen(VGG(), 1, 32, 32, 3)
+    twin = VGG(lambda x, *args: 4 * nn.avg_pool(x, *args))
+    with jax.enable_x64(True):
+        total = jax.jit(twin.apply)(
+            {"params": powers(params, 2)}, jnp.ones(x.shape, jnp.float64)
+        )
+    log_norm = normax.log_path_norm(forward, params, x)
+    np.testing.assert_allclose(
+        log_norm, np.log(np.sum(np.asarray(total))) / 2, rtol=2e-6
+    )
+
+
+def test_constants_are_signed_until_the_next_layer():
+    def forward(params, x):
+        h = (x @ params["w"] + params["b"] - 5.0) * params["s"] + params["c"]
+        return (h - params["c"][:, ::-1]) @ params["v"] + params["d"] - 1.0
+
+    params = {k: draw(1, 2) for k in "bscd"} | {"w": draw(3, 2), "v": draw(2, 2)}
+    w = {k: np.asarray(a, np.float64) for k, a in params.items()}
+    hidden = np.sum(w["w"] ** 2, 0, keepdims=True) * w["s"] ** 2
+    hidden += ((w["b"] - 5) * w["s"] + w["c"] - w["c"][:, ::-1]) ** 2
+    total = np.sum(hidden @ w["v"] ** 2 + (w["d"] - 1) ** 2)
+    norm = normax.path_norm(forward, params, shape(1, 3))
+    np.testing.assert_allclose(norm, np.sqrt(total), rtol=1e-6)
+
+
+# Scans.
+
+
+def unrolled(body, carry, xs):
+    results = []
+    for step in range(len(jax.tree.leaves(xs)[0])):
+        carry, y = body(carry, jax.tree.map(lambda x: x[step], xs))  # noqa: B023
+        results.append(y)
+    return carry, jax.tree.map(lambda *ys: jnp.stack(ys), *results)
+
+
+def residual_stack(params, x, loop):
+    zeros = jnp.zeros((1, 4))
+
+    def body(carry, layer):
+        h, count = carry
+        wider = jnp.maximum(h @ layer["w"] + layer["b"], zeros)
+        h = h + wider @ params["shared"] + layer["c"]
+        return (h, count + 1), (jnp.sum(wider) * layer["s"], h > 0)
+
+    (h, count), (side, _) = loop(body, (x + params["c"], 0), params["layers"])
+    return h * jnp.asarray(count, h.dtype), side
+
+
+def test_scan_is_the_loop():
+    layers = {
+        "w": draw(2, 4, 4),
+        "b": draw(2, 1, 4),
+        "c": draw(2, 1, 4),
+        "s": draw(2, 1),
+    }
+    params = {"layers": layers, "shared": draw(4, 4), "c": draw(1, 4)}
+
+    def scales(loop):
+        forward = functools.partial(residual_stack, loop=loop)
+        return normax.path_scales(forward, params, shape(1, 4), 2)
+
+    assert_scales(scales(jax.lax.scan), scales(unrolled))
+
+
+def recurrent(params, x, loop):
+    def cell(h, x):
+        h = relu(h @ params["h"] + x @ params["x"] + params["b"])
+        return h, h @ params["o"]
+
+    return jnp.sum(loop(cell, jnp.zeros((1, 3), x.dtype), x)[1], axis=0)
+
+
+def test_tied_weights_count_every_step():
+    params = {"h": draw(3, 3), "x": draw(2, 3), "b": draw(1, 3), "o": draw(3, 2)}
+    forward = functools.partial(recurrent, loop=jax.lax.scan)
+    twin = functools.partial(recurrent, loop=unrolled)
+    check(forward, params, shape(4, 1, 2), 2, twin)
+
+
+class Layer(nn.Module):
+    @nn.compact
+    def __call__(self, x, _):
+        return relu(nn.Dense(3)(x)), None
+
+
+class Stacked(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        layer = nn.remat(Layer, prevent_cse=False)
+        axes = dict(variable_axes={"params": 0}, split_rngs={"params": True})
+        return nn.scan(layer, length=4, **axes)()(x, None)[0]
+
+
+def test_linen_scan_with_remat():
+    check(*linen(Stacked(), 1, 3))
+
+
+def test_nested_and_reversed_scans_and_fori_loop():
+    def forward(params, x):
+        inner = lambda h, w: (relu(h @ w), None)  # noqa: E731
+        outer = lambda h, ws: (jax.lax.scan(inner, h, ws, reverse=True)[0], None)  # noqa: E731
+        h = jax.lax.scan(outer, x, params["w"])[0]
+        return jax.lax.fori_loop(0, 3, lambda i, h: relu(h @ params["v"][i]), h)
+
+    def twin(params, x):
+        for w in params["w"]:
+            x = x @ w[1] @ w[0]
+        return functools.reduce(jnp.matmul, params["v"], x)
+
+    params = {"w": draw(2, 2, 3, 3), "v": draw(3, 3, 3)}
+    check(forward, params, shape(1, 3), 2, twin)
+
+
+# Parameters and dtypes.
+
+
+class NNXNetwork(nnx.Module):
+    def __init__(self, rngs):
+        self.hidden = nnx.Linear(4, 5, rngs=rngs)
+        self.dropout = nnx.Dropout(0.5, deterministic=True, rngs=rngs)
+        self.output = nnx.Linear(5, 3, rngs=rngs)
+
+    def __call__(self, x):
+        return self.output(self.dropout(relu(self.hidden(x))))
+
+
+def test_nnx_states():
+    model = NNXNetwork(nnx.Rngs(0))
+    graphdef, params, rest = nnx.split(model, nnx.Param, ...)
+    params = redrawn(params)
+    forward = lambda params, x: nnx.merge(graphdef, params, rest)(x)  # noqa: E731
+    check(forward, params, shape(1, 4))
+    # The whole state holds keys of random numbers, which are no weights.
+    graphdef, state = nnx.split(nnx.merge(graphdef, params, rest))
+    whole = normax.path_scales(
+        lambda s, x: nnx.merge(graphdef, s)(x), state, shape(1, 4)
+    )
+    expected = normax.path_scales(forward, params, shape(1, 4))
+    chex.assert_trees_all_equal(whole["hidden"], expected["hidden"])
+    assert jax.tree.leaves(whole["dropout"]) == []
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_half_precision_parameters(dtype):
+    def forward(params, x):
+        step = lambda h, layer: (relu(h @ layer[0]) + layer[1], None)  # noqa: E731
+        h = jax.lax.scan(step, x @ params["w"], params["layers"])[0]
+        return jnp.mean(h, axis=-1)
+
+    def twin(v, x):
+        x = x @ v["w"]
+        for w, b in zip(*v["layers"], strict=True):
+            x = x @ w + b
+        return jnp.sum(x, axis=-1) / 7**2
+
+    params = {"w": draw(3, 7), "layers": (draw(2, 7, 7), draw(2, 1, 7))}
+    params = jax.tree.map(lambda w: w.astype(dtype), params)
+    check(forward, params, jax.ShapeDtypeStruct((1, 3), dtype), 2, twin)
+
+
+def test_integers_numbers_and_none_among_the_parameters():
+    params = {"w": draw(2, 3), "n": jnp.int32(3), "s": 2.0, "none": None}
+    forward = lambda params, x: relu(x @ params["w"]) * params["n"] * params["s"]  # noqa: E731
+    scales = normax.path_scales(forward, params, shape(1, 2))
+    np.testing.assert_allclose(scales["w"], np.full((2, 3), 36.0), rtol=1e-6)
+    expected = 9 * np.sum(np.square(params["w"]))
+    np.testing.assert_allclose(scales["s"], expected, rtol=1e-6)
+    assert scales["n"] is None and scales["none"] is None
+
+
+def test_constants_of_another_dtype_in_a_scan():
+    with jax.enable_x64(True):
+
+        def forward(w, x):
+            body = lambda h, w: (relu(h @ w) * np.float64(2), None)  # noqa: E731
+            return jax.lax.scan(body, x.astype(jnp.float64), w)[0]
+
+        w = jnp.ones((2, 1, 1), jnp.float32)
+        scales = normax.path_scales(forward, w, jnp.ones((1, 1), jnp.float32))
+    np.testing.assert_allclose(scales, np.full((2, 1, 1), 16.0))
