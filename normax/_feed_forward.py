@@ -51,13 +51,17 @@ def _natural(names: tuple[str, ...]) -> list[list[tuple[int, int | str]]]:
     ]
 
 
-def feed_forward_layers(params: PyTree) -> list[Layer]:
+def feed_forward_layers(
+    params: PyTree,
+    fix: str = "pass `forward` and `inputs`, which describe any network",
+) -> list[Layer]:
     """Find the layers of a stack, in natural order of their names.
 
     Args:
       params: Pytree of kernels, of rank two and more with the outputs last, and
         biases, of rank one. A bias stands beside its kernel: in a subtree of their
         own, or both in the order of the layers.
+      fix: What the user is told to do if they are no such stack.
 
     Returns:
       The layers, from the inputs to the outputs.
@@ -85,8 +89,7 @@ def feed_forward_layers(params: PyTree) -> list[Layer]:
             raise ValueError(
                 "a plain stack of layers holds kernels, each with at most one bias of "
                 f"as many entries as the kernel has outputs, but {', '.join(names)} "
-                f"have shapes {shapes}; pass `forward` and `inputs`, which describe "
-                "any network."
+                f"have shapes {shapes}; {fix}."
             )
         pairs = zip(kernels, biases or [None] * len(kernels), strict=True)
         for (key, position, _), bias in pairs:
