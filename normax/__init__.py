@@ -11,6 +11,9 @@ from normax._invariance import ScaleInvarianceReport as ScaleInvarianceReport
 from normax._invariance import scale_invariance_report as scale_invariance_report
 from normax._invariance import scale_invariant_axes as scale_invariant_axes
 from normax._invariance import weight_decay_mask as weight_decay_mask
+from normax._max_norm import balance as balance
+from normax._max_norm import group_norm as group_norm
+from normax._max_norm import max_norm as max_norm
 from normax._measures import MonitorWeightDynamicsState as MonitorWeightDynamicsState
 from normax._measures import angular_update as angular_update
 from normax._measures import monitor_weight_dynamics as monitor_weight_dynamics
@@ -22,6 +25,8 @@ from normax._path_sgd import path_norm as path_norm
 from normax._path_sgd import path_scales as path_scales
 from normax._path_sgd import path_sgd as path_sgd
 from normax._path_sgd import scale_by_path_sgd as scale_by_path_sgd
+from normax._rescaling import random_rescaling as random_rescaling
+from normax._rescaling import rescale_units as rescale_units
 from normax._rotation import RotateByAngleState as RotateByAngleState
 from normax._rotation import rotate_by_angle as rotate_by_angle
 from normax._rotation import rotational_adamw as rotational_adamw

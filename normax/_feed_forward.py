@@ -52,13 +52,18 @@ def _natural(names: tuple[str, ...]) -> list[list[tuple[int, int | str]]]:
     ]
 
 
-def feed_forward_layers(params: PyTree) -> list[Layer]:
+def feed_forward_layers(
+    params: PyTree,
+    fix: str = "pass `forward` and `inputs`, which describe any network",
+) -> list[Layer]:
     """Find the layers of a stack, in natural order of their names.
 
     Args:
       params: Pytree of kernels, of rank two and more with the outputs last, and
-        biases, of rank one; integers and arrays without entries are left alone. A bias stands beside its kernel: in a subtree of their
-        own, or both in the order of the layers.
+        biases, of rank one; integers and arrays without entries are left alone. A
+        bias stands beside its kernel: in a subtree of their own, or both in the order
+        of the layers.
+      fix: What the user is told to do if they are no such stack.
 
     Returns:
       The layers, from the inputs to the outputs.
@@ -88,8 +93,7 @@ def feed_forward_layers(params: PyTree) -> list[Layer]:
             raise ValueError(
                 "a plain stack of layers holds kernels, each with at most one bias of "
                 f"as many entries as the kernel has outputs, but {', '.join(found)} "
-                f"have shapes {shapes}; pass `forward` and `inputs`, which describe "
-                "any network."
+                f"have shapes {shapes}; {fix}."
             )
         places: list[int | None] = [None] * len(kernels)
         places[: len(biases)] = [entry[1] for entry in biases]

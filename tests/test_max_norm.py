@@ -1,0 +1,269 @@
+"""Group norms against their definition; the least max-norm against brute force."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.optimize
+
+import normax
+
+
+def draw(seed, widths, biases=False, dtype=jnp.float64):
+    rng = np.random.default_rng(seed)
+    layers = []
+    for n_in, n_out in itertools.pairwise(widths):
+        layers.append({"kernel": jnp.asarray(rng.normal(size=(n_in, n_out)), dtype)})
+        if biases:
+            layers[-1]["bias"] = jnp.asarray(rng.normal(size=n_out), dtype)
+    return layers
+
+
+def conv_draw(seed, biases=True):
+    rng = np.random.default_rng(seed)
+    shapes = [(3, 2, 4), (2, 2, 4), (8, 1)]  # the second in two groups, then a flatten
+    return [
+        {"kernel": jnp.asarray(rng.normal(size=shape))}
+        | ({"bias": jnp.asarray(rng.normal(size=shape[-1]))} if biases else {})
+        for shape in shapes
+    ]
+
+
+def columns(params):
+    """Return the weights into every unit, biases included."""
+    for layer in params:
+        kernel = np.asarray(layer["kernel"], np.float64)
+        for j in range(kernel.shape[-1]):
+            weights = kernel[..., j].ravel()
+            yield np.append(weights, layer["bias"][j]) if "bias" in layer else weights
+
+
+def unit_norms(params, p):
+    return np.array([np.linalg.norm(column, p) for column in columns(params)])
+
+
+POWERS = [1, 1.5, 2, np.inf]
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_group_norms_are_their_definition(seed):
+    with jax.enable_x64(True):
+        for params in (draw(seed, (3, 4, 2), seed == 1), conv_draw(seed)):
+            for p, q in itertools.product(POWERS, POWERS):
+                expected = np.linalg.norm(unit_norms(params, p), q)
+                measured = normax.group_norm(params, p, q)
+                np.testing.assert_allclose(measured, expected, 1e-12)
+                traced = jax.jit(normax.group_norm)(params, p, q)
+                np.testing.assert_allclose(traced, expected, 1e-12)
+            np.testing.assert_allclose(
+                normax.max_norm(params), max(unit_norms(params, 2))
+            )
+        squares = sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(params))
+        np.testing.assert_allclose(normax.group_norm(params, 2, 2) ** 2, squares)
+
+
+@pytest.mark.parametrize("p", POWERS)
+@pytest.mark.parametrize("scale", [1e-30, 1e30])
+def test_group_norms_at_any_scale(p, scale):
+    params = draw(0, (3, 4, 2), True, jnp.float32)
+    scaled = jax.tree.map(lambda w: w * scale, params)
+    for q in (1.0, np.inf):
+        ratio = normax.group_norm(scaled, p, q) / normax.group_norm(params, p, q)
+        np.testing.assert_allclose(ratio, scale, 2e-6)
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    assert normax.group_norm(zeros, p, p) == 0
+    slopes = jax.grad(normax.group_norm)(zeros, p, p)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(slopes))
+    broken = [{"kernel": params[0]["kernel"].at[0, 0].set(jnp.inf)}]
+    assert normax.max_norm(broken, p) == np.inf
+    broken = [{"kernel": params[0]["kernel"].at[0, 0].set(jnp.nan)}]
+    assert np.isnan(normax.max_norm(broken, p))
+
+
+def test_dtypes_and_refusals():
+    low = draw(0, (3, 4, 2), True, jnp.bfloat16)
+    assert normax.group_norm(low, 2, 2).dtype == jnp.float32
+    for p, q in ((0.5, 2), (2, 0.9), (np.nan, 2), (-np.inf, 2)):
+        with pytest.raises(ValueError, match="must be at least 1"):
+            normax.group_norm(low, p, q)
+    for p in (0.5, 33, np.inf):
+        with pytest.raises(ValueError, match="p must be at least 1"):
+            normax.balance(low, p)
+    with pytest.raises(ValueError, match=r"params\['scale'\].*fold batch norms"):
+        normax.max_norm({"scale": jnp.ones(3), "bias": jnp.ones(3)})
+
+
+def rescaled_norms(params, sources, logs, p):
+    """Log norm of what enters every unit, hidden units rescaled, in plain NumPy."""
+    ends = np.cumsum([np.shape(layer["kernel"])[-1] for layer in params[:-1]])
+    factors = [*np.split(np.exp(logs), ends)[:-1], None]
+    scaled = []
+    for i, layer in enumerate(params):
+        kernel = np.array(layer["kernel"])
+        for index in np.ndindex(kernel.shape):
+            if i > 0:
+                kernel[index] /= factors[i - 1][sources[i - 1](index)]
+            if factors[i] is not None:
+                kernel[index] *= factors[i][index[-1]]
+        scaled.append({"kernel": kernel})
+        if "bias" in layer:
+            factor = 1.0 if factors[i] is None else factors[i]
+            scaled[-1]["bias"] = np.array(layer["bias"]) * factor
+    return np.log(unit_norms(scaled, p))
+
+
+def least_log_max_norm(params, sources, p):
+    """Minimize the largest of convex functions, as an epigraph."""
+    hidden = sum(np.shape(layer["kernel"])[-1] for layer in params[:-1])
+
+    def slack(z):
+        return z[-1] - rescaled_norms(params, sources, z[:-1], p)
+
+    start = np.zeros(hidden + 1)
+    start[-1] = np.max(rescaled_norms(params, sources, start[:-1], p))
+    found = scipy.optimize.minimize(
+        *(lambda z: z[-1], start), method="SLSQP",
+        jac=lambda z: np.eye(len(z))[-1], options={"maxiter": 500, "ftol": 1e-13},
+        constraints={"type": "ineq", "fun": slack},
+    )  # fmt: skip
+    assert found.success
+    return found.fun
+
+
+def dense(index):
+    return index[0]
+
+
+CASES = {  # parameters, the unit that an entry of a kernel comes from
+    "one output": (lambda: draw(0, (2, 3, 2, 1)), [dense, dense]),
+    "several outputs": (lambda: draw(1, (2, 3, 2, 3)), [dense, dense]),
+    "biases": (lambda: draw(2, (2, 3, 2, 2), True), [dense, dense]),
+    "small weights, large biases": (
+        lambda: [
+            {"kernel": 0.01 * layer["kernel"], "bias": 10 * layer["bias"]}
+            for layer in draw(3, (2, 3, 2, 1), True)
+        ],
+        [dense, dense],
+    ),
+    "convolutions": (
+        lambda: conv_draw(4),
+        [lambda i: 2 * (i[-1] // 2) + i[-2], lambda i: i[0] % 4],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_balance_attains_the_minimum_of_brute_force(case):
+    with jax.enable_x64(True):
+        make, sources = CASES[case]
+        params = make()
+        for p in (1.0, 2.0, 1.5) if case == "biases" else (2.0,):
+            balanced = normax.balance(params, p)
+            least = np.exp(least_log_max_norm(params, sources, p))
+            np.testing.assert_allclose(normax.max_norm(balanced, p), least, 1e-7)
+            assert normax.max_norm(params, p) > 1.05 * least
+            outputs = np.shape(params[-1]["kernel"])[-1]
+            norms = unit_norms(balanced, p)  # of hidden units all the same
+            np.testing.assert_allclose(norms[:-outputs], least, 1e-7)
+            np.testing.assert_allclose(max(norms[-outputs:]), least, 1e-7)
+
+
+def forward(params, x):
+    for i, layer in enumerate(params):
+        x = x @ layer["kernel"]
+        x = x + layer["bias"][None] if "bias" in layer else x
+        x = jax.nn.relu(x) if i < len(params) - 1 else x
+    return x
+
+
+@pytest.mark.parametrize("p", [1.0, 1.5, 2.0, 3.0])
+def test_lemma_3_1(p):
+    with jax.enable_x64(True):
+        x = jnp.ones((1, 3))
+        one = draw(0, (3, 4, 5, 1))
+        measured = normax.max_norm(normax.balance(one, p), p) ** 3
+        np.testing.assert_allclose(measured, normax.path_norm(forward, one, x, p))
+
+        several = draw(1, (3, 4, 3))
+        norms = [
+            normax.path_norm(
+                lambda w, x, k=k: forward(w, x)[:, k : k + 1], several, x, p
+            )
+            for k in range(3)
+        ]
+        measured = normax.max_norm(normax.balance(several, p), p) ** 2
+        np.testing.assert_allclose(measured, max(norms))
+
+        biased = draw(2, (3, 4, 5, 1), True)
+        m = normax.max_norm(normax.balance(biased, p), p)
+        divided = jax.tree.map(lambda w: w / m, biased)
+        np.testing.assert_allclose(normax.path_norm(forward, divided, x, p), 1.0)
+        plain = normax.path_norm(forward, biased, x, p) ** (1 / 3)
+        assert not np.isclose(m, plain, rtol=1e-2)  # as the lemma would have it
+
+
+def test_rescaled_networks_have_one_balanced_form():
+    params = draw(3, (4, 6, 6, 2), True, jnp.float32)
+    balanced = normax.balance(params)
+    close = lambda x, y: np.testing.assert_allclose(x, y, 1e-5)  # noqa: E731
+    jax.tree.map(close, normax.balance(balanced), balanced)
+    wild = normax.rescale_units(
+        params, [10 ** np.linspace(-27, 27, 6), 10 ** np.linspace(10, -20, 6)]
+    )
+    jax.tree.map(close, normax.balance(wild), balanced)
+
+
+def test_dead_units_are_out_of_the_way():
+    params = draw(4, (3, 4, 4, 2), True, jnp.float32)
+    kernel, bias = params[0]["kernel"], params[0]["bias"]
+    kernel = kernel.at[:, :2].set(0)
+    params[0] = {"kernel": kernel, "bias": bias.at[:2].set(0)}  # nothing enters two
+    second = params[1]["kernel"].at[2:, 3].set(0)  # another hears of these alone
+    params[1] = {
+        "kernel": second.at[0].multiply(1e20).at[:, 1].set(0),
+        "bias": params[1]["bias"].at[3].set(0).at[1].set(0),
+    }
+    params[2]["kernel"] = params[2]["kernel"].at[2].set(0)  # nothing leaves a third
+    params[2]["kernel"] = params[2]["kernel"].at[1].set(0)  # nor enters nor leaves
+    x = np.random.default_rng(0).normal(size=(8, 3)).astype(np.float32)
+    for p in (1.0, 2.0):
+        balanced = normax.balance(params, p)
+        np.testing.assert_allclose(forward(balanced, x), forward(params, x), 1e-4, 1e-5)
+        alive = [
+            {"kernel": params[0]["kernel"][:, 2:], "bias": params[0]["bias"][2:]},
+            {
+                "kernel": params[1]["kernel"][2:, jnp.array([0, 2])],
+                "bias": params[1]["bias"][jnp.array([0, 2])],
+            },
+            {
+                "kernel": params[2]["kernel"][jnp.array([0, 2])],
+                "bias": params[2]["bias"],
+            },
+        ]
+        least = normax.max_norm(normax.balance(alive, p), p)
+        np.testing.assert_allclose(normax.max_norm(balanced, p), least, 1e-5)
+    nothing = jax.tree.map(jnp.zeros_like, params)
+    jax.tree.map(np.testing.assert_array_equal, normax.balance(nothing), nothing)
+
+
+def test_depth_and_layers_of_any_scale():
+    depth, width = 60, 4
+    rng = np.random.default_rng(0)
+    scales = [1e10] * 20 + [1.0] * 20 + [1e-10] * 20  # the product overflows midway
+    params = [
+        jnp.asarray(rng.normal(size=(width, width)) * scale, jnp.float32)
+        for scale in scales
+    ]
+    balanced = jax.tree.leaves(normax.balance(params))
+    norms = [np.linalg.norm(np.float64(w), axis=0) for w in balanced]
+    m = norms[0][0]
+    np.testing.assert_allclose(np.stack(norms[:-1]), m, 1e-5)
+    np.testing.assert_allclose(np.max(norms[-1]), m, 1e-4)
+    v = np.ones(width)
+    log_norm = 0.0
+    for w in params:  # the path norms of the outputs, in float64
+        v = np.sqrt(np.float64(w).T ** 2 @ v**2)
+        log_norm, v = log_norm + np.log(np.max(v)), v / np.max(v)
+    np.testing.assert_allclose(depth * np.log(m), log_norm, 1e-4, 1e-3)
