@@ -14,9 +14,10 @@ drawn anew for every example, are left out of the loss, but not of the path scal
 $\gamma_p$.
 
 Step sizes are $\eta = 10^{-\alpha}$, $\alpha = 0, \dots, 10$. For every rule and start
-the one is taken that reaches the smallest validation error, and of several that reach
-it the fastest; the network is then trained anew on all training data. Every seed is an
-experiment of its own: weights, factors, validation set, batches and step sizes.
+(once for Path-SGD, from the balanced one) the one is taken that reaches the smallest
+validation error, and of several that reach it the fastest; the network is then trained
+anew on all training data. Every seed is an experiment of its own: weights, factors,
+validation set, batches and step sizes.
 
 Written to `--out`: a picture (cross-entropy, training error and test error by epoch;
 median, smallest and largest over seeds) and all numbers as CSV. Printed: the final
@@ -52,6 +53,7 @@ import normax
 
 Results = dict[str, np.ndarray]
 Params = list[jax.Array]
+Point = tuple[str, str, int]
 
 
 class Setting(NamedTuple):
@@ -112,62 +114,78 @@ def unbalanced(key: jax.Array, params: Params) -> Params:
     return [w / before[:, None] * after[None] for before, w, after in pairs]
 
 
-def as_inputs(data: datasets.Dataset) -> datasets.Dataset:
-    """Return one row for each image; over all training pixels mean 0, variance 1."""
-    mean, deviation = data.x_train.mean(), data.x_train.std()
-    x_train, x_test = (
-        ((images - mean) / deviation).reshape(len(images), -1).astype(np.float32)
-        for images in (data.x_train, data.x_test)
+class Split(NamedTuple):
+    """Indices to train on, and weights that average over those and over the test."""
+
+    train: np.ndarray
+    shares: tuple[np.ndarray, np.ndarray]
+
+
+def make_split(count: int, train: np.ndarray, test: np.ndarray) -> Split:
+    """Return the split of all images, of which some may be in neither set."""
+    one, other = (np.bincount(x, minlength=count) / len(x) for x in (train, test))
+    return Split(train, (one.astype(np.float32), other.astype(np.float32)))
+
+
+def splits(data: datasets.Dataset, seed: int) -> tuple[Split, Split]:
+    """Return training and validation set, and the entire training and test set."""
+    n, count = len(data.x_train), len(data.x_train) + len(data.x_test)
+    held, kept = np.split(
+        np.random.default_rng(seed).permutation(n), [min(10_000, n // 5)]
     )
-    return data._replace(x_train=x_train, x_test=x_test)
+    entire, test = np.split(np.arange(count), [n])
+    return make_split(count, kept, held), make_split(count, entire, test)
 
 
-def hold_out(data: datasets.Dataset, seed: int) -> datasets.Dataset:
-    """Return a validation set, drawn from the training set, for the test set."""
-    x, y = data.x_train, data.y_train
-    order = np.random.default_rng(seed).permutation(len(x))
-    held, kept = np.split(order, [min(10_000, len(x) // 5)])
-    return datasets.Dataset(x[kept], y[kept], x[held], y[held])
+def all_examples(data: datasets.Dataset) -> tuple[np.ndarray, np.ndarray]:
+    """Return rows of mean 0 and variance 1 over all training pixels, and classes."""
+    images = np.concatenate([data.x_train, data.x_test])
+    rows = (images - data.x_train.mean()) / data.x_train.std()
+    labels = np.concatenate([data.y_train, data.y_test])
+    return rows.reshape(len(rows), -1).astype(np.float32), labels
 
 
-def batches(key: jax.Array, size: int, epochs: int) -> jax.Array:
-    """Return indices (epochs, steps, batch), a new permutation for each epoch."""
-    steps = size // BATCH_SIZE
-    order = jax.vmap(lambda key: jax.random.permutation(key, size))(
-        jax.random.split(key, epochs)
-    )
-    return order[:, : steps * BATCH_SIZE].reshape(epochs, steps, BATCH_SIZE)
-
-
-def measure(params: Params, x: Any, y: Any) -> tuple[jax.Array, jax.Array]:
-    """Return cross-entropy and 0/1 error, without dropout."""
+@jax.jit
+def measure(
+    examples: tuple[jax.Array, jax.Array],
+    shares: tuple[jax.Array, jax.Array],
+    params: Params,
+) -> dict[str, jax.Array]:
+    """Return cross-entropy and both errors, without dropout."""
 
     def one(example: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         logits = network(params, example[0])
         loss = optax.softmax_cross_entropy_with_integer_labels(logits, example[1])
         return loss, logits.argmax() != example[1]
 
-    losses, errors = jax.lax.map(one, (x, y), batch_size=1000)
-    return losses.mean(), errors.mean()
+    losses, errors = jax.lax.map(one, examples, batch_size=1000)
+    # The class that is largest among NaNs is no answer.
+    errors = jnp.where(jnp.isfinite(losses), errors, jnp.nan)
+    train, test = shares
+    pairs = (train, losses), (train, errors), (test, errors)
+    means = (jnp.where(share > 0, share * x, 0).sum() for share, x in pairs)
+    return dict(zip(MEASURES, means, strict=True))
 
 
-def make_train(rule: str, dropout: bool) -> Callable[..., dict[str, jax.Array]]:
-    """Return the training run, a function of data, start, batches and step size."""
+def make_epoch(rule: str, dropout: bool) -> Callable[..., Any]:
+    """Return an epoch of training, with the measures at its end."""
 
-    def train(
-        data: datasets.Dataset,
+    def epoch(
+        examples: tuple[jax.Array, jax.Array],
+        shares: tuple[jax.Array, jax.Array],
         params: Params,
-        key: jax.Array,
+        state: optax.OptState,
         order: jax.Array,
+        key: jax.Array,
         eta: jax.Array,
-    ) -> dict[str, jax.Array]:
+    ) -> tuple[Params, optax.OptState, dict[str, jax.Array]]:
         optimizer = RULES[rule](eta)
+        x, y = examples
 
         def loss_fn(params: Params, indices: jax.Array, key: jax.Array) -> jax.Array:
-            logits = network(params, data.x_train[indices], key if dropout else None)
-            labels = data.y_train[indices]
+            logits = network(params, x[indices], key if dropout else None)
             return optax.softmax_cross_entropy_with_integer_labels(
-                logits, labels
+                logits, y[indices]
             ).mean()
 
         def step(carry: Any, batch: Any) -> Any:
@@ -176,26 +194,11 @@ def make_train(rule: str, dropout: bool) -> Callable[..., dict[str, jax.Array]]:
             updates, state = optimizer.update(grads, state, params)
             return (optax.apply_updates(params, updates), state), None
 
-        def report(params: Params) -> dict[str, jax.Array]:
-            loss, training_error = measure(params, data.x_train, data.y_train)
-            _, test_error = measure(params, data.x_test, data.y_test)
-            # The class that is largest among NaNs is no answer.
-            values = (
-                jnp.where(jnp.isfinite(loss), value, jnp.nan)
-                for value in (loss, training_error, test_error)
-            )
-            return dict(zip(MEASURES, values, strict=True))
+        keys = jax.random.split(key, len(order))
+        (params, state), _ = jax.lax.scan(step, (params, state), (order, keys))
+        return params, state, measure(examples, shares, params)
 
-        def epoch(carry: Any, batch: Any) -> Any:
-            carry, _ = jax.lax.scan(step, carry, batch)
-            return carry, report(carry[0])
-
-        keys = jax.random.split(key, order.shape[:2])
-        start = report(params)
-        _, curves = jax.lax.scan(epoch, (params, optimizer.init(params)), (order, keys))
-        return jax.tree.map(lambda a, b: jnp.append(a, b), start, curves)
-
-    return train
+    return epoch
 
 
 def fastest(errors: np.ndarray) -> int:
@@ -204,59 +207,82 @@ def fastest(errors: np.ndarray) -> int:
     return int(np.lexsort((errors.argmin(1), errors.min(1)))[0])
 
 
+def chosen_at(rule: str, start: str, seed: int) -> Point:
+    """Return the runs that decide on a step size.
+
+    The starts of Path-SGD train alike up to rounding, but a validation error that is
+    nearly the same at two step sizes could part them.
+    """
+    return rule, "balanced" if rule == "Path-SGD" else start, seed
+
+
 def run(
     data: datasets.Dataset, setting: Setting, dropout: bool, seeds: Sequence[int]
 ) -> Results:
     """Choose the step sizes and train; return one array entry per run and epoch."""
-    data = as_inputs(data)
-    classes = int(max(data.y_train.max(), data.y_test.max())) + 1
-    widths = (data.x_train.shape[1], setting.width, setting.width, classes)
-    phases = ("selection", "final")
-    inputs: dict[tuple[str, str, int], Any] = {}
+    examples = jax.device_put(all_examples(data))
+    classes = int(examples[1].max()) + 1
+    widths = examples[0].shape[1], setting.width, setting.width, classes
+    steps = len(data.x_train) // BATCH_SIZE
+    starts: dict[tuple[str, int], Params] = {}
     for seed in seeds:
-        init_key, factor_key, *keys = jax.random.split(jax.random.key(seed), 6)
-        params = balanced(init_key, widths)
-        starts = params, unbalanced(factor_key, params)
-        lengths = max(setting.epochs // 4, 1), setting.epochs
-        sets = hold_out(data, seed), data
-        for phase, length, part in zip(phases, lengths, sets, strict=True):
-            order_key, dropout_key, *keys = keys
-            order = batches(order_key, len(part.x_train), length)
-            shared = jax.device_put((part, dropout_key, order))
-            for start, params in zip(STARTS, starts, strict=True):
-                inputs[phase, start, seed] = (shared[0], params, *shared[1:])
+        init_key, factor_key = jax.random.split(jax.random.key(seed))
+        params = starts["balanced", seed] = balanced(init_key, widths)
+        starts["unbalanced", seed] = unbalanced(factor_key, params)
 
-    def compile_run(program: tuple[str, str]) -> Any:
-        phase, rule = program
-        train = jax.jit(make_train(rule, dropout))
-        return train.lower(*inputs[phase, STARTS[0], seeds[0]], 0.0).compile()
+    def batches(split: Split, seed: int, epoch: int) -> tuple[np.ndarray, jax.Array]:
+        # An epoch has as many steps with images held out as without: one program
+        # serves both.
+        order = np.random.default_rng((seed, epoch)).permutation(split.train)
+        key = jax.random.fold_in(jax.random.key(seed), epoch)
+        return np.resize(order, (steps, BATCH_SIZE)), key
 
-    def train(phase: str, rule: str, start: str, seed: int, eta: float) -> Any:
-        values = compiled[phase, rule](*inputs[phase, start, seed], eta)
+    def compile_epoch(rule: str) -> tuple[Any, optax.OptState]:
+        split, params = splits(data, seeds[0])[1], starts[STARTS[0], seeds[0]]
+        # No state at the start depends on the parameters' values.
+        state = jax.jit(RULES[rule](jnp.ones(())).init)(params)
+        epoch = jax.jit(make_epoch(rule, dropout))
+        arguments = split.shares, params, state, *batches(split, seeds[0], 0)
+        return epoch.lower(examples, *arguments, 1.0).compile(), state
+
+    def train(point: Point, split: Split, eta: float, epochs: int) -> Results:
+        epoch, state = compiled[point[0]]
+        params = starts[point[1:]]
+        rows = [measure(examples, split.shares, params)]
+        for number in range(epochs):
+            batch = batches(split, point[2], number)
+            carry = params, state
+            params, state, row = epoch(examples, split.shares, *carry, *batch, eta)
+            rows.append(row)
         progress.update()
-        return jax.device_get(values)
+        curves = jax.device_get(rows)
+        return {name: np.array([row[name] for row in curves]) for name in MEASURES}
 
-    def select(point: tuple[str, str, int]) -> float:
-        errors = [train("selection", *point, eta)["test_error"] for eta in STEP_SIZES]
-        return STEP_SIZES[fastest(np.stack(errors)[:, 1:])]
+    def choose(point: Point) -> float:
+        split, _ = splits(data, point[2])
+        epochs = max(setting.epochs // 4, 1)
+        runs = [train(point, split, eta, epochs) for eta in STEP_SIZES]
+        return STEP_SIZES[fastest(np.stack([run["test_error"][1:] for run in runs]))]
 
-    def experiment(point: tuple[str, str, int]) -> Results:
-        step_size = select(point)
-        curves = train("final", *point, step_size)
-        names = dict(zip(("rule", "start", "seed"), point, strict=True))
+    def experiment(point: Point) -> Results:
+        _, split = splits(data, point[2])
+        step_size = choices[chosen_at(*point)]
+        curves = train(point, split, step_size, setting.epochs)
+        columns = dict(zip(("rule", "start", "seed"), point, strict=True))
+        columns |= {"step_size": step_size}
         epochs = np.arange(setting.epochs + 1)
-        columns = {name: np.full(epochs.shape, value) for name, value in names.items()}
-        columns["step_size"] = np.full(epochs.shape, step_size)
-        return columns | {"epoch": epochs} | curves
+        same = {name: np.full(epochs.shape, value) for name, value in columns.items()}
+        return same | {"epoch": epochs} | curves
 
-    programs = list(itertools.product(phases, RULES))
     points = list(itertools.product(RULES, STARTS, seeds))
+    choosing = list(dict.fromkeys(itertools.starmap(chosen_at, points)))
     # A small run does not fill the cores of a CPU; several at once do. Other devices
     # are filled by one.
     workers = os.cpu_count() if jax.default_backend() == "cpu" else 1
-    total = len(points) * (len(STEP_SIZES) + 1)
+    total = len(choosing) * len(STEP_SIZES) + len(points)
     with ThreadPoolExecutor(workers) as pool, tqdm(total=total, unit="run") as progress:
-        compiled = dict(zip(programs, pool.map(compile_run, programs), strict=True))
+        compiled = dict(zip(RULES, pool.map(compile_epoch, RULES), strict=True))
+        choices = dict(zip(choosing, pool.map(choose, choosing), strict=True))
         rows = list(pool.map(experiment, points))
     return {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}
 
@@ -292,16 +318,16 @@ def difference(results: Results) -> dict[str, float]:
 def table(results: Results) -> str:
     """Return the final numbers, medians over seeds, as text."""
     text = """
-                                  cross-   training  test     epochs to the loss of
-rule      start       step size   entropy  error     error    balanced SGD at its end
+                                        cross-   training  test     epochs to loss of
+rule      start       step size         entropy  error     error    SGD, balanced
 """
     targets = select(results, "SGD", "balanced")["cross_entropy"][:, -1]
     for rule, start in itertools.product(RULES, STARTS):
         curves = select(results, rule, start)
         powers = np.unique(np.log10(curves["step_size"]).round().astype(int))[::-1]
-        sizes = "10^" + ",".join(map(str, powers))
+        sizes = ", ".join(f"1e{power}" for power in powers)
         final = [np.median(curves[name][:, -1]) for name in MEASURES]
-        text += f"{rule:10}{start:12}{sizes:12}"
+        text += f"{rule:10}{start:12}{sizes:18}"
         text += "{:<9.2g}{:<10.2%}{:<9.2%}".format(*final)
         failed = diverged(curves)
         if failed.any():
@@ -391,11 +417,10 @@ def main(argv: Sequence[str] | None = None) -> Results:
         data = datasets.load(options.dataset, options.data)
     except (OSError, ValueError) as error:
         parser.error(str(error))
-    left = len(hold_out(data, 0).x_train)
-    if left < BATCH_SIZE:
+    if len(data.x_train) < BATCH_SIZE:
         parser.error(
-            f"a batch is {BATCH_SIZE} images, but {options.dataset} has only {left} to "
-            "train on beside the validation set."
+            f"a batch is {BATCH_SIZE} images, but {options.dataset} has only "
+            f"{len(data.x_train)} to train on."
         )
     results = run(data, setting, options.dropout, range(options.seeds))
     print(table(results))
