@@ -6,12 +6,14 @@ import urllib.error
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 datasets: Any = importlib.import_module("datasets")
 effective_learning_rate: Any = importlib.import_module("effective_learning_rate")
+path_sgd: Any = importlib.import_module("path_sgd")
 table_1: Any = importlib.import_module("table_1")
 
 
@@ -256,4 +258,139 @@ def test_table_1_refuses_bad_input(
     ):
         with pytest.raises(SystemExit):
             table_1.main(arguments)
+        assert message in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def path_sgd_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
+    out = tmp_path_factory.mktemp("out")
+    small = ["--width", "32", "--epochs", "4", "--seeds", "1"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(path_sgd, "STEP_SIZES", np.array([1e-1, 1e-2]))
+        return path_sgd.main([*small, "--out", str(out)]), out
+
+
+def test_path_sgd_trains_alike_from_both_starts(path_sgd_run: tuple[Any, Path]) -> None:
+    results, _ = path_sgd_run
+    assert {len(column) for column in results.values()} == {3 * 2 * 5}
+    one, other = (
+        path_sgd.select(results, "Path-SGD", start) for start in path_sgd.STARTS
+    )
+    np.testing.assert_array_equal(one["step_size"], other["step_size"])
+    np.testing.assert_allclose(one["cross_entropy"], other["cross_entropy"], rtol=1e-3)
+    assert path_sgd.difference(results)["cross_entropy"] < 1e-3
+    assert one["test_error"][0, -1] < 0.5 * one["test_error"][0, 0]
+    assert not path_sgd.diverged(one).any()
+
+
+@pytest.mark.parametrize("rule", ["SGD", "AdaGrad"])
+def test_other_rules_do_not(path_sgd_run: tuple[Any, Path], rule: str) -> None:
+    results, _ = path_sgd_run
+    one, other = (path_sgd.select(results, rule, start) for start in path_sgd.STARTS)
+    first = one["cross_entropy"][0, 0], other["cross_entropy"][0, 0]
+    assert first[0] == pytest.approx(first[1], rel=1e-5)
+    assert one["cross_entropy"][0, -1] < 0.7 * first[0]
+    assert not other["cross_entropy"][0, -1] < 2 * one["cross_entropy"][0, -1]
+
+
+def test_path_sgd_writes_picture_and_csv(path_sgd_run: tuple[Any, Path]) -> None:
+    results, out = path_sgd_run
+    lines = (out / "path_sgd.csv").read_text().splitlines()
+    assert lines[0].split(",") == list(results)
+    assert len(lines) == 1 + len(results["epoch"])
+    assert (out / "path_sgd.png").stat().st_size > 10_000
+
+
+def test_step_size_is_that_of_the_smallest_error_reached_first() -> None:
+    nan = np.nan
+    errors = [[nan, nan, nan], [0.5, 0.2, 0.1], [0.5, 0.1, 0.3], [0.2, 0.2, 0.2]]
+    assert path_sgd.fastest(np.array(errors)) == 2
+
+
+def test_dropout_keeps_half_of_the_units_and_the_mean() -> None:
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(2, 5)).astype(np.float32)
+    params = [rng.normal(size=shape).astype(np.float32) for shape in ((5, 4), (4, 3))]
+    keys = jax.random.split(jax.random.key(0), 4000)
+    outputs = jax.jit(jax.vmap(lambda key: path_sgd.network(params, x, key)))(keys)
+    units = np.maximum(x @ params[0], 0)
+    # Twice a fair coin has mean 1 and variance 1.
+    variance = units**2 @ params[1] ** 2
+    np.testing.assert_allclose(outputs.var(0), variance, rtol=0.1)
+    error = (outputs.mean(0) - units @ params[1]) / np.sqrt(variance / len(keys))
+    assert np.abs(error).max() < 4
+
+
+def test_validation_set_is_taken_from_the_training_set() -> None:
+    data = datasets.load("digits")
+    for split, train, test in zip(
+        path_sgd.splits(data, 0), (1038, 1297), (259, 500), strict=True
+    ):
+        used = [set(np.flatnonzero(share)) for share in split.shares]
+        assert used[0] == set(split.train)
+        assert (len(used[0]), len(used[1])) == (train, test)
+        assert not used[0] & used[1]
+        limit = 1297 if test == 259 else 1797
+        assert max(used[0] | used[1]) == limit - 1
+        np.testing.assert_allclose([share.sum() for share in split.shares], 1, 1e-5)
+
+
+def test_measures_are_means_over_their_own_images() -> None:
+    x = np.array([[1.0, 0.0], [0.0, 1.0], [2.0, 0.0], [np.inf, 0.0]], np.float32)
+    examples = x, np.array([0, 0, 1, 1])
+    split = path_sgd.make_split(4, np.array([0, 1]), np.array([1, 2]))
+    measured = path_sgd.measure(examples, split.shares, [np.eye(2, dtype=np.float32)])
+    losses = np.log1p(np.exp([-1.0, 1.0])).mean()
+    values = [measured[name] for name in path_sgd.MEASURES]
+    np.testing.assert_allclose(values, [losses, 0.5, 1.0], rtol=1e-6)
+    split = path_sgd.make_split(4, np.array([0, 3]), np.array([1]))
+    measured = path_sgd.measure(examples, split.shares, [np.eye(2, dtype=np.float32)])
+    values = [measured[name] for name in path_sgd.MEASURES]
+    np.testing.assert_array_equal(values, [np.nan, np.nan, 1.0])
+
+
+def test_path_sgd_says_what_diverged() -> None:
+    runs = [(r, s, i) for r in path_sgd.RULES for s in path_sgd.STARTS for i in (0, 1)]
+    epochs = 3
+    results = {
+        name: np.repeat([run[position] for run in runs], epochs)
+        for position, name in enumerate(("rule", "start", "seed"))
+    }
+    count = len(runs)
+    results["step_size"] = np.full(count * epochs, 0.01)
+    results["epoch"] = np.tile(np.arange(epochs), count)
+    for name in path_sgd.MEASURES:
+        results[name] = np.tile([0.5, 0.25, 0.125], count)
+    lost = (results["rule"] == "SGD") & (results["start"] == "unbalanced")
+    for name in path_sgd.MEASURES:
+        results[name][lost & (results["seed"] == 1) & (results["epoch"] > 0)] = np.nan
+    slow = (results["rule"] == "AdaGrad") & (results["epoch"] == 2)
+    results["cross_entropy"][slow] = 0.2
+    text = path_sgd.table(results)
+    rows = [line.split()[5:] for line in text.splitlines()[3:9]]
+    assert rows == [
+        ["12.50%", "2"],
+        ["12.50%", "2"],
+        ["12.50%", "2"],
+        ["nan%", "-", "(diverged:", "1", "of", "2)"],
+        ["12.50%", "-"],
+        ["12.50%", "-"],
+    ]
+    assert text.count("1e-2 ") == 6
+    path_sgd.picture(results, "digits", True).canvas.draw()
+
+
+def test_path_sgd_refuses_bad_input(
+    tmp_path: Path, arrays: dict[str, np.ndarray], capsys: pytest.CaptureFixture[str]
+) -> None:
+    np.savez(tmp_path / "mnist.npz", **arrays)  # type: ignore[arg-type]
+    (tmp_path / "file").touch()
+    few = ["--dataset", "mnist", "--data", str(tmp_path), "--out", str(tmp_path)]
+    for arguments, message in (
+        (few, "a batch is 100 images, but mnist has only 6 to train on"),
+        (["--out", str(tmp_path / "file")], "File exists"),
+        (["--seeds", "0"], "--seeds must be at least 1"),
+    ):
+        with pytest.raises(SystemExit):
+            path_sgd.main(arguments)
         assert message in capsys.readouterr().err

@@ -1,0 +1,435 @@
+r"""Path-SGD, SGD and AdaGrad from balanced and from unbalanced weights.
+
+Neyshabur, Salakhutdinov and Srebro (2015, section 5, figures 2 and 3) train networks
+of two hidden layers of ReLUs from two starts. *Balanced*: kernels are Gaussian with
+standard deviation $1/\sqrt{\text{inputs}}$. *Unbalanced*: the same network, but hidden
+units, a quarter of their number, are picked with replacement; the incoming weights of
+each are multiplied by $10^c$ and its outgoing ones divided, $c$ log-normal. Both starts
+compute the same function. The steps of Path-SGD,
+
+$$w_e \leftarrow w_e - \frac{\eta}{\gamma_p(w, e)} \frac{\partial L}{\partial w_e},$$
+
+keep it so; those of SGD and AdaGrad do not. With `--dropout`, half of the hidden units,
+drawn anew for every example, are left out of the loss, but not of the path scales
+$\gamma_p$.
+
+Step sizes are $\eta = 10^{-\alpha}$, $\alpha = 0, \dots, 10$. For every rule and start
+(once for Path-SGD, from the balanced one) the one is taken that reaches the smallest
+validation error, and of several that reach it the fastest; the network is then trained
+anew on all training data. Every seed is an experiment of its own: weights, factors,
+validation set, batches and step sizes.
+
+Written to `--out`: a picture (cross-entropy, training error and test error by epoch;
+median, smallest and largest over seeds) and all numbers as CSV. Printed: the final
+numbers; when a rule first reaches the cross-entropy with which balanced SGD ends; and
+how far apart the two starts of Path-SGD came.
+
+What differs from the paper: by default the data are 8x8 digits and the layers have 128
+units, which takes a minute; `--dataset cifar10` has the paper's data, widths, batches
+and epochs. Step sizes are chosen in runs of a quarter of the epochs. What the paper
+does not say: inputs have mean 0 and variance 1 over all pixels, the log-normal
+distribution is the standard one, and dropout spares the inputs.
+"""
+
+import argparse
+import csv
+import itertools
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import datasets
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from matplotlib.figure import Figure
+from matplotlib.ticker import NullLocator
+from tqdm import tqdm
+
+import normax
+
+Results = dict[str, np.ndarray]
+Params = list[jax.Array]
+Point = tuple[str, str, int]
+
+
+class Setting(NamedTuple):
+    """Network and training run that suit a data set."""
+
+    width: int
+    epochs: int
+
+
+SETTINGS = dict.fromkeys(datasets.NAMES, Setting(4000, 100))
+SETTINGS["digits"] = Setting(128, 100)
+BATCH_SIZE = 100
+STEP_SIZES = 10.0 ** -np.arange(11)
+RULES: dict[str, Callable[[jax.Array], optax.GradientTransformation]] = {
+    "Path-SGD": normax.path_sgd,
+    "SGD": normax.UPDATE_RULES["sgd"].make,
+    "AdaGrad": normax.UPDATE_RULES["adagrad"].make,
+}
+STARTS = ("balanced", "unbalanced")
+PERCENT_TICKS = (0, 0.001, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1)
+MEASURES = ("cross_entropy", "training_error", "test_error")
+
+
+def matmul(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """Multiply in float32: elsewhere than on a CPU the default has fewer digits."""
+    return jnp.matmul(x, kernel, precision="highest")
+
+
+def network(params: Params, x: jax.Array, key: jax.Array | None = None) -> jax.Array:
+    """Return the logits; with a key, those of a network with dropout."""
+    for layer, kernel in enumerate(params[:-1]):
+        x = jax.nn.relu(matmul(x, kernel))
+        if key is not None:
+            kept = jax.random.bernoulli(jax.random.fold_in(key, layer), 0.5, x.shape)
+            x = jnp.where(kept, 2 * x, 0)
+    return matmul(x, params[-1])
+
+
+def balanced(key: jax.Array, widths: Sequence[int]) -> Params:
+    """Draw the balanced start."""
+    keys = jax.random.split(key, len(widths) - 1)
+    return [
+        jax.random.normal(key, shape) / np.sqrt(shape[0])
+        for key, shape in zip(keys, itertools.pairwise(widths), strict=True)
+    ]
+
+
+def unbalanced(key: jax.Array, params: Params) -> Params:
+    """Rescale a quarter of the hidden units."""
+    hidden = [kernel.shape[1] for kernel in params[:-1]]
+    pick_key, exponent_key = jax.random.split(key)
+    picks = jax.random.randint(pick_key, (sum(hidden) // 4,), 0, sum(hidden))
+    exponents = jnp.exp(jax.random.normal(exponent_key, picks.shape))
+    factors = 10 ** jnp.zeros(sum(hidden)).at[picks].add(exponents)
+    split = jnp.split(factors, np.cumsum(hidden)[:-1])
+    one = jnp.ones(1)
+    pairs = zip([one, *split], params, [*split, one], strict=True)
+    return [w / before[:, None] * after[None] for before, w, after in pairs]
+
+
+class Split(NamedTuple):
+    """Indices to train on, and weights that average over those and over the test."""
+
+    train: np.ndarray
+    shares: tuple[np.ndarray, np.ndarray]
+
+
+def make_split(count: int, train: np.ndarray, test: np.ndarray) -> Split:
+    """Return the split of all images, of which some may be in neither set."""
+    one, other = (np.bincount(x, minlength=count) / len(x) for x in (train, test))
+    return Split(train, (one.astype(np.float32), other.astype(np.float32)))
+
+
+def splits(data: datasets.Dataset, seed: int) -> tuple[Split, Split]:
+    """Return training and validation set, and the entire training and test set."""
+    n, count = len(data.x_train), len(data.x_train) + len(data.x_test)
+    held, kept = np.split(
+        np.random.default_rng(seed).permutation(n), [min(10_000, n // 5)]
+    )
+    entire, test = np.split(np.arange(count), [n])
+    return make_split(count, kept, held), make_split(count, entire, test)
+
+
+def all_examples(data: datasets.Dataset) -> tuple[np.ndarray, np.ndarray]:
+    """Return rows of mean 0 and variance 1 over all training pixels, and classes."""
+    images = np.concatenate([data.x_train, data.x_test])
+    rows = (images - data.x_train.mean()) / data.x_train.std()
+    labels = np.concatenate([data.y_train, data.y_test])
+    return rows.reshape(len(rows), -1).astype(np.float32), labels
+
+
+@jax.jit
+def measure(
+    examples: tuple[jax.Array, jax.Array],
+    shares: tuple[jax.Array, jax.Array],
+    params: Params,
+) -> dict[str, jax.Array]:
+    """Return cross-entropy and both errors, without dropout."""
+
+    def one(example: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        logits = network(params, example[0])
+        loss = optax.softmax_cross_entropy_with_integer_labels(logits, example[1])
+        return loss, logits.argmax() != example[1]
+
+    losses, errors = jax.lax.map(one, examples, batch_size=1000)
+    # The class that is largest among NaNs is no answer.
+    errors = jnp.where(jnp.isfinite(losses), errors, jnp.nan)
+    train, test = shares
+    pairs = (train, losses), (train, errors), (test, errors)
+    means = (jnp.where(share > 0, share * x, 0).sum() for share, x in pairs)
+    return dict(zip(MEASURES, means, strict=True))
+
+
+def make_epoch(rule: str, dropout: bool) -> Callable[..., Any]:
+    """Return an epoch of training, with the measures at its end."""
+
+    def epoch(
+        examples: tuple[jax.Array, jax.Array],
+        shares: tuple[jax.Array, jax.Array],
+        params: Params,
+        state: optax.OptState,
+        order: jax.Array,
+        key: jax.Array,
+        eta: jax.Array,
+    ) -> tuple[Params, optax.OptState, dict[str, jax.Array]]:
+        optimizer = RULES[rule](eta)
+        x, y = examples
+
+        def loss_fn(params: Params, indices: jax.Array, key: jax.Array) -> jax.Array:
+            logits = network(params, x[indices], key if dropout else None)
+            return optax.softmax_cross_entropy_with_integer_labels(
+                logits, y[indices]
+            ).mean()
+
+        def step(carry: Any, batch: Any) -> Any:
+            params, state = carry
+            grads = jax.grad(loss_fn)(params, *batch)
+            updates, state = optimizer.update(grads, state, params)
+            return (optax.apply_updates(params, updates), state), None
+
+        keys = jax.random.split(key, len(order))
+        (params, state), _ = jax.lax.scan(step, (params, state), (order, keys))
+        return params, state, measure(examples, shares, params)
+
+    return epoch
+
+
+def fastest(errors: np.ndarray) -> int:
+    """Return the row in which the smallest error of all comes first."""
+    errors = np.where(np.isnan(errors), np.inf, errors)
+    return int(np.lexsort((errors.argmin(1), errors.min(1)))[0])
+
+
+def chosen_at(rule: str, start: str, seed: int) -> Point:
+    """Return the runs that decide on a step size.
+
+    The starts of Path-SGD train alike up to rounding, but a validation error that is
+    nearly the same at two step sizes could part them.
+    """
+    return rule, "balanced" if rule == "Path-SGD" else start, seed
+
+
+def run(
+    data: datasets.Dataset, setting: Setting, dropout: bool, seeds: Sequence[int]
+) -> Results:
+    """Choose the step sizes and train; return one array entry per run and epoch."""
+    examples = jax.device_put(all_examples(data))
+    classes = int(examples[1].max()) + 1
+    widths = examples[0].shape[1], setting.width, setting.width, classes
+    steps = len(data.x_train) // BATCH_SIZE
+    starts: dict[tuple[str, int], Params] = {}
+    for seed in seeds:
+        init_key, factor_key = jax.random.split(jax.random.key(seed))
+        params = starts["balanced", seed] = balanced(init_key, widths)
+        starts["unbalanced", seed] = unbalanced(factor_key, params)
+
+    def batches(split: Split, seed: int, epoch: int) -> tuple[np.ndarray, jax.Array]:
+        # An epoch has as many steps with images held out as without: one program
+        # serves both.
+        order = np.random.default_rng((seed, epoch)).permutation(split.train)
+        key = jax.random.fold_in(jax.random.key(seed), epoch)
+        return np.resize(order, (steps, BATCH_SIZE)), key
+
+    def compile_epoch(rule: str) -> tuple[Any, optax.OptState]:
+        split, params = splits(data, seeds[0])[1], starts[STARTS[0], seeds[0]]
+        # No state at the start depends on the parameters' values.
+        state = jax.jit(RULES[rule](jnp.ones(())).init)(params)
+        epoch = jax.jit(make_epoch(rule, dropout))
+        arguments = split.shares, params, state, *batches(split, seeds[0], 0)
+        return epoch.lower(examples, *arguments, 1.0).compile(), state
+
+    def train(point: Point, split: Split, eta: float, epochs: int) -> Results:
+        epoch, state = compiled[point[0]]
+        params = starts[point[1:]]
+        rows = [measure(examples, split.shares, params)]
+        for number in range(epochs):
+            batch = batches(split, point[2], number)
+            carry = params, state
+            params, state, row = epoch(examples, split.shares, *carry, *batch, eta)
+            rows.append(row)
+        progress.update()
+        curves = jax.device_get(rows)
+        return {name: np.array([row[name] for row in curves]) for name in MEASURES}
+
+    def choose(point: Point) -> float:
+        split, _ = splits(data, point[2])
+        epochs = max(setting.epochs // 4, 1)
+        runs = [train(point, split, eta, epochs) for eta in STEP_SIZES]
+        return STEP_SIZES[fastest(np.stack([run["test_error"][1:] for run in runs]))]
+
+    def experiment(point: Point) -> Results:
+        _, split = splits(data, point[2])
+        step_size = choices[chosen_at(*point)]
+        curves = train(point, split, step_size, setting.epochs)
+        columns = dict(zip(("rule", "start", "seed"), point, strict=True))
+        columns |= {"step_size": step_size}
+        epochs = np.arange(setting.epochs + 1)
+        same = {name: np.full(epochs.shape, value) for name, value in columns.items()}
+        return same | {"epoch": epochs} | curves
+
+    points = list(itertools.product(RULES, STARTS, seeds))
+    choosing = list(dict.fromkeys(itertools.starmap(chosen_at, points)))
+    # A small run does not fill the cores of a CPU; several at once do. Other devices
+    # are filled by one.
+    workers = os.cpu_count() if jax.default_backend() == "cpu" else 1
+    total = len(choosing) * len(STEP_SIZES) + len(points)
+    with ThreadPoolExecutor(workers) as pool, tqdm(total=total, unit="run") as progress:
+        compiled = dict(zip(RULES, pool.map(compile_epoch, RULES), strict=True))
+        choices = dict(zip(choosing, pool.map(choose, choosing), strict=True))
+        rows = list(pool.map(experiment, points))
+    return {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}
+
+
+def select(results: Results, rule: str, start: str) -> Results:
+    """Return the numbers of one rule from one start, as arrays (seed, epoch)."""
+    mask = (results["rule"] == rule) & (results["start"] == start)
+    seeds = len(np.unique(results["seed"]))
+    return {name: x[mask].reshape(seeds, -1) for name, x in results.items()}
+
+
+def diverged(curves: Results) -> np.ndarray:
+    """Return which runs end above the cross-entropy they started at, or at none."""
+    loss = curves["cross_entropy"]
+    return ~(loss[:, -1] <= loss[:, 0])
+
+
+def first_epoch(curves: Results, targets: np.ndarray) -> str:
+    """Return when the cross-entropy reaches the targets, the median, or a dash."""
+    reached = curves["cross_entropy"] <= targets[:, None]
+    epoch = np.median(np.where(reached.any(1), reached.argmax(1), np.inf))
+    return f"{epoch:.0f}" if np.isfinite(epoch) else "-"
+
+
+def difference(results: Results) -> dict[str, float]:
+    """Return how far apart the two starts of Path-SGD come, the loss relatively."""
+    one, other = (select(results, "Path-SGD", start) for start in STARTS)
+    gaps = {name: np.abs(one[name] - other[name]) for name in MEASURES}
+    gaps["cross_entropy"] /= one["cross_entropy"]
+    return {name: float(gap.max()) for name, gap in gaps.items()}
+
+
+def table(results: Results) -> str:
+    """Return the final numbers, medians over seeds, as text."""
+    text = """
+                                        cross-   training  test     epochs to loss of
+rule      start       step size         entropy  error     error    SGD, balanced
+"""
+    targets = select(results, "SGD", "balanced")["cross_entropy"][:, -1]
+    for rule, start in itertools.product(RULES, STARTS):
+        curves = select(results, rule, start)
+        powers = np.unique(np.log10(curves["step_size"]).round().astype(int))[::-1]
+        sizes = ", ".join(f"1e{power}" for power in powers)
+        final = [np.median(curves[name][:, -1]) for name in MEASURES]
+        text += f"{rule:10}{start:12}{sizes:18}"
+        text += "{:<9.2g}{:<10.2%}{:<9.2%}".format(*final)
+        failed = diverged(curves)
+        if failed.any():
+            text += f"- (diverged: {failed.sum()} of {failed.size})\n"
+        else:
+            text += f"{first_epoch(curves, targets)}\n"
+    text += (
+        "Path-SGD from the two starts: cross-entropies differ by at most "
+        "{cross_entropy:.1e} of\ntheir value, training errors by {training_error:.2%} "
+        "and test errors by {test_error:.2%}.\n"
+    )
+    return text.format(**difference(results))
+
+
+def picture(results: Results, dataset: str, dropout: bool) -> Figure:
+    """Draw cross-entropy, training error and test error by epoch."""
+    figure = Figure(figsize=(11, 4.4), layout="constrained")
+    panels = figure.subplots(1, 3)
+    for colour, rule in enumerate(RULES):
+        for start in STARTS:
+            curves = select(results, rule, start)
+            label = f"{rule}, {start}" + " (diverged)" * bool(diverged(curves).any())
+            style: dict[str, Any] = {"color": f"C{colour}", "linewidth": 1.5}
+            if start == "unbalanced":
+                style |= {"linestyle": (0, (4, 3)), "zorder": 3}
+            # Both starts of Path-SGD are to be seen, though they coincide.
+            if rule == "Path-SGD":
+                wide = {"linewidth": 5, "alpha": 0.4}
+                style |= {"color": "black"} if start == "unbalanced" else wide
+            for axes, name in zip(panels, MEASURES, strict=True):
+                values = curves[name]
+                x = np.arange(values.shape[1])
+                axes.plot(x, np.median(values, 0), label=label, **style)
+                limits = values.min(0), values.max(0)
+                axes.fill_between(x, *limits, color=style["color"], alpha=0.1, lw=0)
+    titles = ("cross-entropy, training data", "training error", "test error")
+    for axes, title in zip(panels, titles, strict=True):
+        axes.set_title(title)
+        axes.set_xlabel("epoch")
+        axes.set_xlim(0, results["epoch"].max())
+    panels[0].set_yscale("log")
+    panels[0].set_ylim(top=5 * results["cross_entropy"][0])
+    # Linear below the first tick, because training errors become 0.
+    panels[1].set_yscale("symlog", linthresh=1e-3)
+    panels[1].set_ylim(0, 1)
+    panels[2].set_yscale("log")
+    panels[2].set_ylim(top=1)
+    for axes, ticks in ((panels[1], PERCENT_TICKS), (panels[2], PERCENT_TICKS[3:])):
+        axes.set_yticks(ticks)
+        axes.set_yticklabels([f"{100 * tick:g}%" for tick in ticks])
+        axes.yaxis.set_minor_locator(NullLocator())
+    figure.suptitle(f"{dataset}, dropout" if dropout else dataset)
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(
+        handles, labels, loc="outside lower center", ncols=len(RULES), frameon=False
+    )
+    return figure
+
+
+def write_csv(results: Results, path: Path) -> None:
+    """Write one row for each epoch of each run."""
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(results)
+        writer.writerows(zip(*results.values(), strict=True))
+
+
+def main(argv: Sequence[str] | None = None) -> Results:
+    """Run the experiment; return the numbers, one entry for each run and epoch."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    add = parser.add_argument
+    add("--out", type=Path, default=Path("out"), help="folder of the results")
+    add("--dataset", default="digits", choices=datasets.NAMES)
+    add("--data", type=Path, help="folder of the data sets' files, <name>.npz")
+    add("--dropout", action="store_true", help="leave out half of the hidden units")
+    add("--width", type=int, help="units of a layer; default: what suits the data set")
+    add("--epochs", type=int, help="default: what suits the data set")
+    add("--seeds", type=int, default=3, help="number of repetitions")
+    options = parser.parse_args(argv)
+    setting = SETTINGS[options.dataset]
+    given = {"width": options.width, "epochs": options.epochs}
+    setting = setting._replace(**{k: v for k, v in given.items() if v is not None})
+    if min(*setting, options.seeds) < 1:
+        parser.error("--width, --epochs and --seeds must be at least 1.")
+    try:
+        options.out.mkdir(parents=True, exist_ok=True)
+        data = datasets.load(options.dataset, options.data)
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
+    if len(data.x_train) < BATCH_SIZE:
+        parser.error(
+            f"a batch is {BATCH_SIZE} images, but {options.dataset} has only "
+            f"{len(data.x_train)} to train on."
+        )
+    results = run(data, setting, options.dropout, range(options.seeds))
+    print(table(results))
+    name = "path_sgd_dropout" if options.dropout else "path_sgd"
+    write_csv(results, options.out / f"{name}.csv")
+    figure = picture(results, options.dataset, options.dropout)
+    figure.savefig(options.out / f"{name}.png", dpi=150)
+    return results
+
+
+if __name__ == "__main__":
+    main()
