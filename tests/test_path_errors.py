@@ -1,6 +1,5 @@
 """What has no paths raises, and the message leads to the line that is to blame."""
 
-import functools
 import inspect
 
 import flax.linen as nn
@@ -69,10 +68,19 @@ NOT_HOMOGENEOUS = {
     "round": (lambda params, h: h.astype(jnp.int32).astype(h.dtype), "convert"),
     "sort": (lambda params, h: jnp.sort(h), "sort"),
     "index": (lambda params, h: jax.nn.one_hot(jnp.argmax(h, -1), 4), "argmax"),
-    "padding": (lambda params, h: jnp.pad(h, ((0, 0), (2, 0)), constant_values=1.0)[:, :4], "pad"),
-    "branch": (lambda params, h: jax.lax.cond(h[0, 0] > 0, lambda: h, lambda: -h), "cond"),
-    "standardize": (lambda params, h: jax.nn.standardize(h), "square|integer_pow|mul|sub"),
-}  # fmt: skip
+    "padding": (
+        lambda params, h: jnp.pad(h, ((0, 0), (2, 0)), constant_values=1.0)[:, :4],
+        "pad",
+    ),
+    "branch": (
+        lambda params, h: jax.lax.cond(h[0, 0] > 0, lambda: h, lambda: -h),
+        "cond",
+    ),
+    "standardize": (
+        lambda params, h: jax.nn.standardize(h),
+        "square|integer_pow|mul|sub",
+    ),
+}
 
 
 @pytest.mark.parametrize("name", NOT_HOMOGENEOUS)

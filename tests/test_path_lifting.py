@@ -412,10 +412,14 @@ def resnet(widths, size):
     stats = jax.tree.map(
         lambda s: jnp.abs(draw(*s.shape)) + 0.5, variables["batch_stats"]
     )
-    forward = lambda params, x: ResNet(widths).apply(
-        {"params": params, "batch_stats": stats}, x
-    )  # noqa: E731
-    twin = lambda params, x: ResNet(widths, folded=True).apply({"params": params}, x)  # noqa: E731
+
+    def forward(params, x):
+        variables = {"params": params, "batch_stats": stats}
+        return ResNet(widths).apply(variables, x)
+
+    def twin(params, x):
+        return ResNet(widths, folded=True).apply({"params": params}, x)
+
     as64 = jax.tree.map(lambda a: np.asarray(a, np.float64), (params, stats))
     return forward, params, twin, *folded(*as64), x
 

@@ -249,7 +249,9 @@ def test_masked(row, mask):
         lambda keep, sub: jax.tree.map(lambda _: keep, sub), tree, params
     )
     if row.network:
-        with pytest.raises(ValueError, match="whole network.*outside of optax.masked"):
+        with pytest.raises(
+            ValueError, match=r"whole network.*outside of optax\.masked"
+        ):
             optax.masked(row.make(), mask).init(params)
         return
     after, _ = run(optax.masked(row.make(), mask), params)
@@ -272,7 +274,7 @@ def test_partition_and_named_chain(row):
     labels = {"dense": "ours", "conv": "theirs"}
     tx = optax.partition({"ours": row.make(), "theirs": optax.set_to_zero()}, labels)
     if row.network:
-        with pytest.raises(ValueError, match="whole network.*optax.partition"):
+        with pytest.raises(ValueError, match=r"whole network.*optax\.partition"):
             tx.init(params)
     else:
         after, _ = run(tx, params)
