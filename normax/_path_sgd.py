@@ -8,6 +8,7 @@ rescaling changes.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -15,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import AxisType, PartitionSpec
 
 import normax._path_layers  # registers its rules
 import normax._path_rules
@@ -125,6 +127,19 @@ def _lift(
     return transform, transform.total(reached), weights
 
 
+def _with_automatic_sharding(fn: Callable[[PyTree], Any]) -> Callable[[PyTree], Any]:
+    """Have XLA lay out what the paths are summed in, also on an explicit mesh."""
+
+    @functools.wraps(fn)
+    def call(params):
+        mesh = jax.sharding.get_abstract_mesh()
+        if AxisType.Explicit not in mesh.axis_types:
+            return fn(params)
+        return jax.sharding.auto_axes(fn, out_sharding=PartitionSpec())(params)
+
+    return call
+
+
 def _compiled(
     result: Callable[..., Any],
     forward: Forward,
@@ -137,7 +152,7 @@ def _compiled(
     def evaluate(params):
         return result(*_lift(forward, params, inputs, p))
 
-    return jax.jit(evaluate)(params)
+    return jax.jit(_with_automatic_sharding(evaluate))(params)
 
 
 def _scale_factors(
@@ -321,7 +336,7 @@ def path_scales(
 
         return jax.tree.map(finish, params, factors)
 
-    return jax.jit(evaluate)(params)
+    return jax.jit(_with_automatic_sharding(evaluate))(params)
 
 
 class ScaleByPathSGDState(NamedTuple):
@@ -405,12 +420,14 @@ def scale_by_path_sgd(
     every_step = isinstance(update_every, int) and update_every == 1
 
     @jax.jit
+    @_with_automatic_sharding
     def compute(params):
         network = dense_stack(params) if forward is None else (forward, inputs)
         factors = _scale_factors(network[0], params, network[1], p)
         # All of them before the first is used: XLA:CPU would copy every donated
         # parameter that is read for another's scale after its own update.
-        mantissas = [leaf for leaf in jax.tree.leaves(factors) if _is_float(leaf)]
+        leaves = [leaf for leaf in jax.tree.leaves(factors) if leaf.size]
+        mantissas = [leaf for leaf in leaves if _is_float(leaf)]
         event = jnp.stack([jnp.max(mantissa) for mantissa in mantissas])
         return jax.tree.map(
             lambda leaf: wait(leaf, event) if _is_float(leaf) else leaf, factors
@@ -442,7 +459,7 @@ def scale_by_path_sgd(
             del param
             if update is None or factors is None:
                 return update
-            return arithmetic.divide_by_path_scale(update, factors)
+            return arithmetic.divide_by_path_scale(jnp.asarray(update), factors)
 
         kept = None if every_step else scales
         count = optax.safe_increment(state.count)

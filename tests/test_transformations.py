@@ -64,6 +64,7 @@ LAYERS = ARRAYS | {"conv": (6, 8)}
 def network(params, x):
     """The plain stack that has `LAYERS` as parameters."""
     dense = params["dense"]
+    x = x.astype(dense["bias"].dtype)
     return jax.nn.relu(x @ params["conv"]) @ dense["kernel"] + dense["bias"]
 
 
