@@ -24,7 +24,7 @@ import normax._path_scan  # noqa: F401
 from normax._axes import PyTree
 from normax._checks import check_range, require_params
 from normax._feed_forward import dense_stack, require_whole_network
-from normax._norms import at_least_float32, wait
+from normax._norms import at_least_float32
 from normax._path_arithmetic import PathArithmetic
 from normax._path_lifting import (
     Activation,
@@ -423,22 +423,17 @@ def scale_by_path_sgd(
     @_with_automatic_sharding
     def compute(params):
         network = dense_stack(params) if forward is None else (forward, inputs)
-        factors = _scale_factors(network[0], params, network[1], p)
-        # All of them before the first is used: XLA:CPU would copy every donated
-        # parameter that is read for another's scale after its own update.
-        leaves = [leaf for leaf in jax.tree.leaves(factors) if leaf.size]
-        mantissas = [leaf for leaf in leaves if _is_float(leaf)]
-        event = jnp.stack([jnp.max(mantissa) for mantissa in mantissas])
-        return jax.tree.map(
-            lambda leaf: wait(leaf, event) if _is_float(leaf) else leaf, factors
-        )
+        return _scale_factors(network[0], params, network[1], p)
 
     def init_fn(params):
         require_whole_network("scale_by_path_sgd", params)
-        # Without parameters, as a placeholder of optax.tree.map_params stands for.
-        scales = compute(params) if jax.tree.leaves(params) else params
         count = jnp.zeros((), jnp.int32)
-        return ScaleByPathSGDState(count, None if every_step else scales)
+        if not jax.tree.leaves(params):  # a placeholder of optax.tree.map_params
+            return ScaleByPathSGDState(count, None if every_step else params)
+        if every_step:
+            jax.eval_shape(compute, params)  # raises what would be raised later
+            return ScaleByPathSGDState(count, None)
+        return ScaleByPathSGDState(count, compute(params))
 
     def update_fn(updates, state, params=None, **extra_args):
         del extra_args
