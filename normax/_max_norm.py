@@ -42,12 +42,14 @@ def _p_norm(x: jax.Array, p: jax.typing.ArrayLike, axes: tuple[int, ...]) -> jax
             return jnp.max(jnp.abs(x), axis=axes, initial=0.0)
         if p == 2:
             return jnp.squeeze(vector_norm(x, axes), axes)
-    size = jnp.max(jnp.abs(x), axis=axes, keepdims=True, initial=0.0)
-    size = lax.stop_gradient(jnp.minimum(nonzero(size), jnp.finfo(x.dtype).max))
-    power = jnp.asarray(p, x.dtype)
+    largest = jnp.max(jnp.abs(x), axis=axes, keepdims=True, initial=0.0)
+    # Not so large that its inverse, by which XLA multiplies, is flushed to 0.
+    size = lax.stop_gradient(jnp.minimum(nonzero(largest), jnp.finfo(x.dtype).max / 16))
+    power = jnp.where(jnp.isinf(p), 1, p).astype(x.dtype)
     total = jnp.sum((jnp.abs(x) / size) ** power, axis=axes)
     root = jnp.where(total == 0, 1, total) ** (1 / power)
-    return jnp.where(total == 0, 0, root * jnp.squeeze(size, axes))
+    norm = jnp.where(total == 0, 0, root * jnp.squeeze(size, axes))
+    return jnp.where(jnp.isinf(p), jnp.squeeze(largest, axes), norm)
 
 
 def _group_norm(leaves, layers, p, q) -> jax.Array:
