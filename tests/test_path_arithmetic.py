@@ -1,0 +1,134 @@
+"""Carried-scale numbers against logarithms in float64, far outside of float32."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from normax._path_arithmetic import PathArithmetic, Scaled
+
+RNG = np.random.default_rng(0)
+P = pytest.mark.parametrize("p", [1, 2, 1.5, 3.0, 32.0])
+
+
+def draw(arithmetic, *shape, spread=60):
+    """Return random scaled numbers, zeros among them, and their logarithms."""
+    weights = jnp.asarray(np.exp2(RNG.uniform(0, 2, shape)), jnp.float32)
+    x = arithmetic.of_weight(weights)
+    shift = RNG.integers(-spread, spread, shape)
+    x = Scaled(x.mantissa, x.exponent + jnp.asarray(shift, jnp.int32))
+    log = arithmetic.p * (np.log(np.asarray(weights, np.float64)) + shift * np.log(4))
+    dead = RNG.random(shape) < 0.2
+    zero = arithmetic.zeros(shape, jnp.float32)
+    x = jax.tree.map(lambda a, b: jnp.where(dead, a, b), zero, x)
+    return x, np.where(dead, -np.inf, log)
+
+
+def assert_log(arithmetic, x, expected):
+    # Logarithms near 1,000 have an error of their own in float32.
+    x = Scaled(x.mantissa.astype(jnp.float32), x.exponent)
+    assert np.all((x.mantissa == 0) == np.isneginf(expected))
+    live = np.isfinite(expected)
+    scale = np.asarray(x.exponent, np.float64) * np.log(4) * float(arithmetic.p)
+    with np.errstate(divide="ignore"):
+        got = np.log(np.asarray(x.mantissa, np.float64)) + scale
+    np.testing.assert_allclose(got[live], expected[live], rtol=1e-12, atol=3e-6)
+    np.testing.assert_allclose(arithmetic.log(x), expected, rtol=3e-7, atol=3e-6)
+
+
+def logsum(log, axis, keepdims=False):
+    return np.logaddexp.reduce(log, axis=axis, keepdims=keepdims)
+
+
+@P
+def test_sums_and_products(p):
+    arithmetic = PathArithmetic(p)
+    (x, log_x), (y, log_y) = (draw(arithmetic, 20, 30) for _ in range(2))
+    assert_log(arithmetic, x, log_x)
+    assert_log(arithmetic, arithmetic.add(x, y), np.logaddexp(log_x, log_y))
+    assert_log(arithmetic, arithmetic.multiply(x, y), log_x + log_y)
+    assert_log(arithmetic, arithmetic.sum(x, (0,)), logsum(log_x, 0))
+    kept = arithmetic.sum(x, (1,), keepdims=True)
+    assert_log(arithmetic, kept, logsum(log_x, 1, True))
+
+
+@P
+def test_contractions_with_weights_of_any_size(p):
+    arithmetic = PathArithmetic(p)
+    x, log_x = draw(arithmetic, 40, 1)
+    sizes = 10.0 ** RNG.uniform(-30, 30, (40, 30)) * RNG.choice([-1, 1], (40, 30))
+    weights = jnp.asarray(np.where(RNG.random((40, 30)) < 0.2, 0, sizes), jnp.float32)
+    with np.errstate(divide="ignore"):
+        log_w = p * np.log(np.abs(np.asarray(weights, np.float64)))
+    got = arithmetic.contract(weights, x, (0,))
+    assert_log(arithmetic, got, logsum(log_w + log_x, 0, True))
+
+
+def test_large_contractions_take_one_pass_only_where_it_is_safe():
+    arithmetic = PathArithmetic(2)
+    weights = RNG.normal(size=(600, 500))
+    for spread, factor in ((5, 1.0), (60, 1.0), (5, 1e-25), (5, 1e25), (5, 0.0)):
+        x, log_x = draw(arithmetic, 600, 1, spread=spread)
+        w = jnp.asarray(weights * factor, jnp.float32)
+        with np.errstate(divide="ignore"):
+            log_w = 2 * np.log(np.abs(np.asarray(w, np.float64)))
+        got = arithmetic.contract(w, x, (0,))
+        assert_log(arithmetic, got, logsum(log_w + log_x, 0, True))
+
+
+@P
+def test_roots_and_quotients(p):
+    arithmetic = PathArithmetic(p)
+    x, log_x = draw(arithmetic, 50, spread=7)
+    with np.errstate(over="ignore"):
+        root, gamma = np.exp(log_x / p), np.exp(2 * log_x / p)
+    np.testing.assert_allclose(arithmetic.pth_root(x), root, rtol=2e-6)
+    np.testing.assert_allclose(arithmetic.path_scale(x), gamma, rtol=2e-6)
+    update = jnp.asarray(RNG.normal(size=50), jnp.float32)
+    quotient = arithmetic.divide_by_path_scale(update, (x,))
+    expected = np.where(gamma == 0, 0, np.asarray(update) / np.where(gamma, gamma, 1))
+    np.testing.assert_allclose(quotient, expected, rtol=3e-6)
+
+
+def test_quotients_of_factors_far_apart():
+    arithmetic = PathArithmetic(2)
+    x, log_x = draw(arithmetic, 8, 1, spread=13)
+    y = Scaled(x.mantissa[::-1].T, -x.exponent[::-1].T)
+    y = Scaled(y.mantissa, jnp.where(y.mantissa == 0, -(2**20), y.exponent))
+    log_y = np.log(np.maximum(np.asarray(y.mantissa, np.float64), 1e-300))
+    log_y = np.where(y.mantissa == 0, -np.inf, log_y + y.exponent * np.log(16.0))
+    update = jnp.ones((8, 8))
+    with np.errstate(over="ignore"):
+        expected = np.exp(-(log_x + log_y))
+    expected = np.where(np.isinf(log_x + log_y), 0, expected)
+    quotient = arithmetic.divide_by_path_scale(update, (x, y))
+    representable = (expected == 0) | ((expected > 1e-37) & (expected < 1e38))
+    assert np.count_nonzero(representable & (expected != 0)) > 8
+    np.testing.assert_allclose(
+        np.where(representable, quotient, 0),
+        np.where(representable, expected, 0),
+        rtol=3e-6,
+    )
+
+
+@pytest.mark.parametrize("p", [1.0, 2.0, 3.5])
+def test_a_traced_power_gives_the_same(p):
+    arithmetic = PathArithmetic(p)
+    (x, _), (y, _) = (draw(arithmetic, 9) for _ in range(2))
+    traced = jax.jit(lambda p: PathArithmetic(p).log(PathArithmetic(p).add(x, y)))(p)
+    expected = arithmetic.log(arithmetic.add(x, y))
+    np.testing.assert_allclose(traced, expected, rtol=2e-6, atol=1e-5)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_what_is_not_finite_stays_so(bad):
+    arithmetic = PathArithmetic(2)
+    one = arithmetic.ones((3,), jnp.float32)
+    x = arithmetic.of_weight(jnp.array([1.0, bad, 0.0]))
+    for result in (
+        arithmetic.add(x, one),
+        arithmetic.multiply(x, one),
+        arithmetic.sum(x, (0,), keepdims=True),
+    ):
+        finite = np.isfinite(arithmetic.log(result))
+        assert not finite[1 if len(finite) > 1 else 0]
