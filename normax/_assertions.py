@@ -30,6 +30,14 @@ class Comparison(NamedTuple):
     tolerance: jax.typing.ArrayLike
 
 
+def compiled(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the function compiled anew, unless the user has compiled it."""
+    # Of the same function `jax.jit` would keep what it closed over at its first call.
+    if isinstance(fn, jax.stages.Wrapped):
+        return fn
+    return jax.jit(functools.partial(fn))
+
+
 def named_leaves(name: str, tree: PyTree) -> list[tuple[str, jax.Array]]:
     return [
         (f"{name}{jax.tree_util.keystr(path)}", at_least_float32(leaf)[0])
@@ -215,7 +223,7 @@ def assert_scale_invariant(
     must keep its value to within `rtol` of the largest.
 
     Args:
-      fn: Called as `fn(params)`; returns a pytree of arrays. It is compiled once.
+      fn: Called as `fn(params)`; returns a pytree of arrays. It is compiled.
       params: Pytree of arrays.
       axes: Which entries form one weight vector, as in `normax.weight_norm`.
       rtol: Tolerance relative to the largest entry of each output. The default lets
@@ -242,22 +250,19 @@ def assert_scale_invariant(
       van Laarhoven, L2 Regularization versus Batch and Weight Normalization,
       2017, section 1.
     """
-    compiled = jax.jit(fn)
-    expected = named_leaves("outputs", compiled(params))
+    compiled_fn = compiled(fn)
+    expected = named_leaves("outputs", compiled_fn(params))
     comparisons = [
         Comparison(f"{output} for {rescaling.where}", x, y, atol + rtol * largest(y))
         for rescaling in rescalings(params, axes)
         for (output, x), (_, y) in zip(
-            named_leaves("outputs", compiled(rescaling.params)), expected, strict=True
+            named_leaves("outputs", compiled_fn(rescaling.params)),
+            expected,
+            strict=True,
         )
     ]
     claim = "assert_scale_invariant: rescaled weight vectors must not change fn"
     check_all(claim, comparisons, custom_message)
-
-
-def _gradient(loss_fn: Callable[[PyTree], Any]) -> Callable[[PyTree], PyTree]:
-    # The loss is compiled, not its gradient, so that other calls find it again.
-    return jax.grad(jax.jit(loss_fn), allow_int=True)
 
 
 def assert_inverse_gradient_scaling(
@@ -278,7 +283,7 @@ def assert_inverse_gradient_scaling(
     $\nabla_w L(w)$.
 
     Args:
-      loss_fn: Called as `loss_fn(params)`; returns a scalar. It is compiled once.
+      loss_fn: Called as `loss_fn(params)`; returns a scalar. It is compiled.
       params: Pytree of arrays.
       axes: Which entries form one weight vector, as in `normax.weight_norm`.
       rtol: Tolerance relative to the largest entry of each array's gradient. A
@@ -307,7 +312,7 @@ def assert_inverse_gradient_scaling(
       van Laarhoven, L2 Regularization versus Batch and Weight Normalization,
       2017, section 3.
     """
-    gradient = _gradient(loss_fn)
+    gradient = jax.grad(compiled(loss_fn), allow_int=True)
     gradients = jax.tree.leaves(gradient(params))
     products = [
         largest(w) * largest(g)
@@ -348,7 +353,7 @@ def assert_orthogonal_gradient(
     scale-invariant loss.
 
     Args:
-      loss_fn: Called as `loss_fn(params)`; returns a scalar.
+      loss_fn: Called as `loss_fn(params)`; returns a scalar. It is compiled.
       params: Pytree of arrays.
       axes: Which entries form one weight vector, as in `normax.weight_norm`.
       rtol: Largest cosine of the angle between a weight vector and its gradient.
@@ -377,7 +382,7 @@ def assert_orthogonal_gradient(
       van Laarhoven, L2 Regularization versus Batch and Weight Normalization,
       2017, section 3.
     """
-    gradients = _gradient(loss_fn)(params)
+    gradients = jax.grad(compiled(loss_fn), allow_int=True)(params)
 
     def size(vector_axes, w, g):
         w, g = at_least_float32(w, g)

@@ -78,11 +78,14 @@ def sets_of_axes(shape: tuple[int, ...]) -> list[tuple[int, ...]]:
     return sorted(sets, key=lambda axes: (len(axes), axes != unit))
 
 
-def word(axes: tuple[int, ...], shape: tuple[int, ...]) -> str | tuple[int, ...]:
+def word(
+    axes: tuple[int, ...], shape: tuple[int, ...], in_tree: bool
+) -> str | tuple[int, ...]:
     long = tuple(axis for axis, length in enumerate(shape) if length > 1)
     if axes == tuple(axis for axis in long if axis < len(shape) - 1):
         return "unit"
-    return "layer" if axes == long else axes
+    # A bare word leaves an array of rank one alone if that is all there is.
+    return "layer" if axes == long and (in_tree or len(shape) > 1) else axes
 
 
 def perturb(w: np.ndarray, scale: float, rng: np.random.Generator) -> np.ndarray:
@@ -117,7 +120,7 @@ Products: TypeAlias = dict[int, np.ndarray]  # w * gradient, by position
 
 def radial_products(loss: Loss) -> Callable[..., tuple[Products, PyTree]]:
     """Return the function that takes the gradient at random parameters."""
-    # The loss is compiled, not its gradient, so that other calls find it again.
+    # The loss is compiled, not its gradient: the user may have done so already.
     value_and_grad = jax.value_and_grad(lambda w: loss.compiled(loss.merge(w)))
 
     def products(key, enlarged=frozenset()):

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from normax._assertions import compiled
 from normax._axes import Axes, PyTree, map_vectors
 from normax._checks import check_range
 from normax._detection import (
@@ -149,7 +150,7 @@ def scale_invariance_report(
     dtypes = [jax.dtypes.result_type(leaf) for leaf in leaves]
     positions = [i for i, d in enumerate(dtypes) if jnp.issubdtype(d, jnp.floating)]
     names = [f"params{jax.tree_util.keystr(path)}" for path, _ in paths]
-    loss = Loss(jax.jit(loss_fn), treedef, names, leaves, positions)
+    loss = Loss(compiled(loss_fn), treedef, names, leaves, positions)
     strict = max([rtol, *(4 * float(jnp.finfo(dtypes[i]).eps) for i in positions)])
     near = max(_NEAR, 3 * strict)
 
@@ -182,7 +183,9 @@ def scale_invariance_report(
             ArrayScaleInvariance(
                 name=names[i],
                 shape=jnp.shape(leaf),
-                axes=word(shown.axes, jnp.shape(leaf)) if i in confirmed else "none",
+                axes=word(shown.axes, jnp.shape(leaf), in_tree=bool(paths[i][0]))
+                if i in confirmed
+                else "none",
                 radial=shown.radial,
                 change=changes.get(i, math.nan),
                 log10_chance=sum(log10_chance(t, shown.vectors) for t in (near, strict))

@@ -6,6 +6,7 @@ The rotational optimizers take that angle from the first step on.
 """
 
 import math
+import operator
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -17,12 +18,7 @@ import optax
 from normax._axes import Axes, PyTree, check_axes, map_vectors
 from normax._checks import check_range, requiring_params
 from normax._measures import weight_norm
-from normax._norms import (
-    at_least_float32,
-    nonzero,
-    polar_decomposition,
-    vector_norm,
-)
+from normax._norms import at_least_float32, nonzero, polar_decomposition
 from normax._unit_norm import project_unit_norm
 
 
@@ -38,6 +34,11 @@ class RotateByAngleState(NamedTuple):
 
     steps: jax.Array
     update_norm: PyTree
+
+
+class _Turn(NamedTuple):
+    update: jax.Array | None
+    update_norm: jax.Array | None
 
 
 def rotate_by_angle(
@@ -101,37 +102,44 @@ def rotate_by_angle(
         theta = angle(state.steps) if callable(angle) else angle
         steps = optax.safe_increment(state.steps)
 
-        def average(vector_axes, w, u, old):
-            _, _, _, new = polar_decomposition(*at_least_float32(w, u), vector_axes)
-            new = jnp.squeeze(new, vector_axes).astype(old.dtype)
-            # A norm of norms: a sum of squares could overflow. Selected: without
-            # averaging, a NaN does not outlive its step.
-            root = jnp.sqrt(jnp.asarray([decay, 1 - decay], old.dtype))
-            both = jnp.stack([root[0] * old, root[1] * new])
-            return jnp.where(decay == 0, new, jnp.squeeze(vector_norm(both, (0,)), 0))
-
-        def turn(vector_axes, w, u, update_norm):
+        def turn(vector_axes, w, u, old):
             x, y = at_least_float32(w, u)
-            w_norm, _, radial, _ = polar_decomposition(x, y, vector_axes)
-            tangential = y - radial * (x / nonzero(w_norm))
+            w_norm, _, radial, new = polar_decomposition(x, y, vector_axes)
+            new = jnp.squeeze(new, vector_axes).astype(old.dtype)
+            kept, added = jnp.sqrt(jnp.asarray([decay, 1 - decay], old.dtype))
+            # Selected: without averaging, a NaN does not outlive its step.
+            mean = jnp.where(decay == 0, new, jnp.hypot(kept * old, added * new))
             started = 1 - jnp.asarray(decay, x.dtype) ** steps.astype(x.dtype)
-            norm = jnp.expand_dims(update_norm, vector_axes) / jnp.sqrt(started)
+            norm = jnp.expand_dims(mean, vector_axes) / jnp.sqrt(started)
+            tangential = y - radial * (x / nonzero(w_norm))
             length = jnp.asarray(theta, x.dtype) * w_norm
             step = length * (tangential / nonzero(norm))
             with jax.numpy_dtype_promotion("standard"):
-                return step.astype(jnp.result_type(w, u))
+                return _Turn(step.astype(jnp.result_type(w, u)), mean)
 
-        averages = map_vectors(average, axes, params, updates, state.update_norm)
-        averages = jax.tree.map(
+        turned = map_vectors(
+            turn,
+            axes,
+            params,
+            updates,
+            state.update_norm,
+            otherwise=lambda w, u, old: _Turn(u, None),
+        )
+        updates, means = (
+            jax.tree.map(
+                operator.itemgetter(field),
+                turned,
+                is_leaf=lambda node: isinstance(node, _Turn),
+            )
+            for field in (0, 1)
+        )
+        update_norm = jax.tree.map(
             lambda old, new: old if new is None else new,
             state.update_norm,
-            averages,
+            means,
             is_leaf=lambda node: node is None,
         )
-        updates = map_vectors(
-            turn, axes, params, updates, averages, otherwise=lambda w, u, norm: u
-        )
-        return updates, RotateByAngleState(steps, averages)
+        return updates, RotateByAngleState(steps, update_norm)
 
     chain = optax.chain(
         optax.GradientTransformationExtraArgs(init_fn, update_fn),

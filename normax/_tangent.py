@@ -12,7 +12,7 @@ import optax
 
 from normax._axes import Axes, PyTree, check_axes, map_vectors
 from normax._checks import check_range, requiring_params
-from normax._norms import at_least_float32, inner_product, unit_vector
+from normax._norms import at_least_float32, nonzero, polar_decomposition
 from normax._unit_norm import remove_radial_component
 
 
@@ -27,8 +27,8 @@ def _cosine_rule(params: PyTree, grads: PyTree, delta: jax.typing.ArrayLike) -> 
         w, g = at_least_float32(w, g)
 
         def orthogonal(axes):
-            w_unit, g_unit = unit_vector(w, axes)[0], unit_vector(g, axes)[0]
-            cosine = jnp.abs(inner_product(w_unit, g_unit, axes))
+            _, g_norm, radial, _ = polar_decomposition(w, g, axes)
+            cosine = jnp.abs(radial) / nonzero(g_norm)
             entries = w.size / max(cosine.size, 1)
             return jnp.max(cosine, initial=0.0) < delta / max(entries, 1) ** 0.5
 

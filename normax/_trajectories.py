@@ -9,7 +9,14 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from normax._assertions import Comparison, check_all, largest, maximum, named_leaves
+from normax._assertions import (
+    Comparison,
+    check_all,
+    compiled,
+    largest,
+    maximum,
+    named_leaves,
+)
 from normax._axes import PyTree
 from normax._checks import check_range
 from normax._norms import nonzero
@@ -55,7 +62,7 @@ def assert_rescaling_equivalent(
       params: Pytree of arrays $w$.
       other: Pytree $\tilde w$ of the same structure and shapes.
       fn: Called as `fn(params)`; returns a pytree of arrays, for instance the
-        network's outputs on a batch. It is compiled once.
+        network's outputs on a batch. It is compiled.
       rtol: Tolerance relative to the largest entry of each output.
       atol: Absolute tolerance.
       custom_message: Added to the message of the error.
@@ -82,12 +89,12 @@ def assert_rescaling_equivalent(
       Deep Neural Networks, 2015, section 2.
     """
     _check_same_structure(params, other, custom_message)
-    compiled = jax.jit(fn)
+    compiled_fn = compiled(fn)
     comparisons = [
         Comparison(where, x, y, atol + rtol * largest(y))
         for (where, y), (_, x) in zip(
-            named_leaves("outputs", compiled(params)),
-            named_leaves("outputs", compiled(other)),
+            named_leaves("outputs", compiled_fn(params)),
+            named_leaves("outputs", compiled_fn(other)),
             strict=True,
         )
     ]

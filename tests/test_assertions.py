@@ -1,5 +1,7 @@
 """Assertions about weight vectors: they pass what is right and name what is wrong."""
 
+import functools
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -23,6 +25,7 @@ def draw(dtype=jnp.float32):
     )
 
 
+@functools.partial(jax.jit, static_argnames="statistics")
 def network(params, statistics=0, epsilon=1e-5):
     """Batch norm for statistics over axis 0, layer norm over axis 1."""
     z = INPUTS.astype(params["head"].dtype) @ params["dense"]["kernel"]
@@ -32,14 +35,17 @@ def network(params, statistics=0, epsilon=1e-5):
     return jax.nn.relu(z) @ params["head"]
 
 
+@jax.jit
 def layer_network(params):
     return network(params, statistics=1)
 
 
+@jax.jit
 def loss(params):
     return jnp.mean(jnp.sin(network(params)) ** 2)
 
 
+@jax.jit
 def layer_loss(params):
     return jnp.mean(jnp.sin(layer_network(params)) ** 2)
 
@@ -121,6 +127,7 @@ def test_large_epsilon_is_seen(check):
         check(lambda params: jnp.mean(network(params, epsilon=0.3) ** 4), draw(), AXES)
 
 
+@jax.jit
 def scaled_loss(params):
     return params["size"] * loss(params)
 

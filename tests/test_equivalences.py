@@ -65,7 +65,8 @@ def functions(name, scale, hyper):
 # the run from alpha w. Decay is coupled but for AdamW, whose eta lambda is kept.
 # Inside the root epsilon has the units of the squared gradient, beside it, of the
 # gradient. In AdaDelta's numerator it has those of the squared weights; in the
-# denominator, where it has others, it must be negligible.
+# denominator, where it has others, it must be negligible. Newton's damping has those of
+# the Hessian.
 SGD = (
     dict(learning_rate=0.5, weight_decay=0.2),
     dict(learning_rate=2, weight_decay=-2),
@@ -95,6 +96,10 @@ RULES = {
         dict(learning_rate=1, weight_decay=-1, eps=-1),
     ),
     "normalized_sgd": (dict(learning_rate=0.3), dict(learning_rate=2)),
+    "newton": (
+        dict(learning_rate=0.5, weight_decay=0.2, damping=2.0),
+        dict(learning_rate=0, weight_decay=-2, damping=-2),
+    ),
 }
 
 

@@ -206,12 +206,10 @@ def words(axes):
 
 
 @pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    # And the precision of the detection, so that what it compiled serves the tests.
-    jax.config.update("jax_disable_most_optimizations", True)
+def precision(quick_compilation):
+    # That of the detection, so that what it compiled serves the tests.
     with jax.default_matmul_precision("highest"):
         yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="module")
@@ -223,6 +221,7 @@ def found():
     def total(params):
         return sum(loss(params[name]) for name, loss in losses.items())
 
+    total = jax.jit(total)
     return total, params, normax.scale_invariance_report(total, params, key=KEY)
 
 
@@ -318,6 +317,7 @@ ACTIVATIONS = {
 }
 
 
+@jax.jit
 def scale_variant(params):
     """The losses of one random layer of every shape; the data depend on the seed."""
     total, key = 0.0, jax.random.key(params["seed"])
@@ -363,6 +363,29 @@ def test_accidents_are_rejected_by_rescaling():
     report = normax.scale_invariance_report(loss, params | {"size": 1}, key=KEY)
     assert words(report.axes) == {}
     assert report.arrays[1].radial < 1e-3 and report.arrays[1].change > 0.1
+
+
+def test_what_the_loss_closes_over_may_change():
+    scale = 0.0
+
+    def loss(w):
+        return jnp.sum(jnp.sin(w / jnp.linalg.norm(w)) + scale * w)
+
+    w = arrays()["head"]
+    assert normax.scale_invariant_axes(loss, w, key=KEY) == "layer"
+    normax.assert_scale_invariant(loss, w, "layer")
+    scale = 1.0
+    assert normax.scale_invariant_axes(loss, w, key=KEY) == "none"
+    for check in (normax.assert_scale_invariant, normax.assert_orthogonal_gradient):
+        with pytest.raises(AssertionError):
+            check(loss, w, "layer")
+
+
+def test_an_array_of_rank_one_without_a_tree():
+    axes = normax.scale_invariant_axes(
+        lambda w: jnp.sum(jnp.sin(w / jnp.linalg.norm(w))), jnp.arange(1.0, 5), key=KEY
+    )
+    assert normax.weight_decay_mask(axes, jnp.ones(4)) is True
 
 
 @pytest.mark.parametrize("factor", [1e-20, 1e-6, 1e8])
