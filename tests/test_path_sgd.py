@@ -1,4 +1,4 @@
-"""Path norms, path scales and Path-SGD: ranges, dead edges, gradients, the optimizer."""
+"""Path norms, path scales and Path-SGD: ranges, dead edges, gradients, optimizers."""
 
 import functools
 
@@ -69,9 +69,8 @@ def numpy_path_sgd(params, grads, rate, momentum, nesterov, update_every):
     for step in range(6):
         if step % update_every == 0:
             scales = numpy_scales(params)
-        move = jax.tree.map(
-            lambda g, s: np.asarray(g[step], np.float64) / s, grads, scales
-        )  # noqa: B023
+        now = jax.tree.map(lambda g, step=step: np.asarray(g[step], np.float64), grads)
+        move = jax.tree.map(np.divide, now, scales)
         velocity = jax.tree.map(lambda v, m: momentum * v + m, velocity, move)
         if nesterov:
             move = jax.tree.map(lambda v, m: momentum * v + m, velocity, move)
@@ -256,10 +255,10 @@ def test_training_loops_of_linen_and_nnx():
     params = model.init(jax.random.key(0), BATCH)["params"]
     network = lambda params, x: model.apply({"params": params}, x)  # noqa: E731
     walk, lifted = normax.path_sgd(0.01), normax.path_sgd(0.01, network, ONE)
+    loss = lambda w: jnp.mean((network(w, BATCH) - BATCH[:, :2]) ** 2)  # noqa: E731
     losses = []
     for tx in (walk, lifted):
         w, state = params, tx.init(params)
-        loss = lambda w: jnp.mean((network(w, BATCH) - BATCH[:, :2]) ** 2)  # noqa: E731
         step = jax.jit(lambda w, state, tx=tx: tx.update(jax.grad(loss)(w), state, w))
         for _ in range(20):
             updates, state = step(w, state)
@@ -379,7 +378,9 @@ def test_convolutions_with_factors_of_1e25_between_units():
             normax.log_path_norm(forward, balanced, x), expected_norm, rtol=1e-6
         )
         first, second = normax.path_scales(forward, balanced, x, log=True)
-        np.testing.assert_allclose(first, plain[0] - 2 * c[None, None], rtol=1e-6, atol=2e-5)
+        np.testing.assert_allclose(
+            first, plain[0] - 2 * c[None, None], rtol=1e-6, atol=2e-5
+        )
         np.testing.assert_allclose(
             second, plain[1] + 2 * c[None, ::-1, None], rtol=1e-6, atol=2e-5
         )

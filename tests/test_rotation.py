@@ -155,9 +155,7 @@ def test_ordinary_rules_settle_at_the_angle(rule):
     _, ordinary, hyper, _ = RULES[rule]
     # Not far from equilibrium, which it is to find within 4 time constants.
     begin = {"sgd": 1.3, "adamw": 0.3, "lion": 0.3}[rule] * start(shape=(64, 30))
-    angles, _ = random_stream(
-        ordinary, begin, hyper, steps=2000, scale_invariant=True
-    )
+    angles, _ = random_stream(ordinary, begin, hyper, steps=2000, scale_invariant=True)
     settled = jnp.sqrt(jnp.mean(angles[-600:] ** 2))
     np.testing.assert_allclose(settled, published_angle(rule, ETA, DECAY), rtol=0.03)
 
