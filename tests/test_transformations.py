@@ -111,12 +111,7 @@ ROWS = [
 
 def rows(some):
     """Parametrize a test by rows."""
-    rules = set(normax.UPDATE_RULES) - {"newton", "normalized_sgd"}
-    marks = {name: pytest.mark.composition for name in rules}
-    return pytest.mark.parametrize(
-        "row",
-        [pytest.param(row, id=row.name, marks=marks.get(row.name, ())) for row in some],
-    )
+    return pytest.mark.parametrize("row", [pytest.param(r, id=r.name) for r in some])
 
 
 # The rules are one chain with different links: two stand for all where tests are slow.
