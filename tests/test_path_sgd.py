@@ -379,7 +379,9 @@ def test_convolutions_with_factors_of_1e25_between_units():
             normax.log_path_norm(forward, balanced, x), expected_norm, rtol=1e-6
         )
         first, second = normax.path_scales(forward, balanced, x, log=True)
-        np.testing.assert_allclose(first, plain[0] - 2 * c[None, None], rtol=1e-6, atol=2e-5)
+        np.testing.assert_allclose(
+            first, plain[0] - 2 * c[None, None], rtol=1e-6, atol=2e-5
+        )
         np.testing.assert_allclose(
             second, plain[1] + 2 * c[None, ::-1, None], rtol=1e-6, atol=2e-5
         )
@@ -462,7 +464,7 @@ def test_gradient_of_the_path_norm_by_finite_differences():
         gradient = jax.grad(norm)(flat)
         steps = 1e-6 * jnp.eye(flat.size)
         differences = (
-            jax.vmap(norm)(flat + steps) - jax.vmap(norm)(flat - steps)
+            jax.vmap(norm)(flat[None] + steps) - jax.vmap(norm)(flat[None] - steps)
         ) / 2e-6
         np.testing.assert_allclose(gradient, differences, rtol=1e-6, atol=1e-8)
 
