@@ -87,7 +87,8 @@ class PathArithmetic:
     def power(self, x: jax.Array) -> jax.Array:
         """Return $|x|^p$; by products where p is a plain 1 or 2."""
         if isinstance(self.p, int) and self.p in (1, 2):
-            return jnp.abs(x) if self.p == 1 else x * x
+            # The sign has the derivative 0 at 0 that the other powers have.
+            return x * jnp.sign(x) if self.p == 1 else x * x
         return jnp.power(jnp.abs(x), jnp.asarray(self.p, x.dtype))
 
     def root(self, x: jax.Array) -> jax.Array:

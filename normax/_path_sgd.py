@@ -25,7 +25,7 @@ from normax._axes import PyTree
 from normax._checks import check_range, require_params
 from normax._feed_forward import dense_stack, require_whole_network
 from normax._norms import at_least_float32
-from normax._path_arithmetic import PathArithmetic
+from normax._path_arithmetic import PathArithmetic, Scaled
 from normax._path_lifting import (
     Activation,
     Factors,
@@ -165,13 +165,40 @@ def _scale_factors(
     transform.run_backward()
     factors: list[Factors | None] = []
     for w in weights:
-        if w.cotangent is not None:
+        if w.cotangent is not None and len(w.cotangent) > 2:
+            factors.append((transform.arithmetic.broadcast(w.cotangent, w.shape),))
+        elif w.cotangent is not None:
             factors.append(w.cotangent)
         elif w.params:  # no path uses it
             factors.append((transform.arithmetic.zeros(w.shape, one.mantissa.dtype),))
         else:
             factors.append(None)
     return jax.tree.unflatten(jax.tree.structure(params), factors)
+
+
+def _two_factors(params: PyTree, factors: PyTree) -> tuple[tuple[PyTree, PyTree], ...]:
+    """Return path scales as trees like the parameters, whose leaves are arrays.
+
+    Optimizers' states hold such trees only, if they are to pass through Flax NNX.
+
+    Args:
+      params: The parameters.
+      factors: A tuple of factors for each.
+
+    Returns:
+      Two factors, each the tree of its mantissas and that of its exponents.
+    """
+
+    def tree(index, part):
+        def pick(leaf, product):
+            if product is None:
+                return None
+            one = PathArithmetic(1).ones((1,) * np.ndim(leaf), product[0][0].dtype)
+            return (*product, one)[index][part]
+
+        return jax.tree.map(pick, params, factors)
+
+    return tuple((tree(index, 0), tree(index, 1)) for index in range(2))
 
 
 def path_norm(
@@ -344,8 +371,8 @@ class ScaleByPathSGDState(NamedTuple):
 
     Attributes:
       count: Number of updates so far, an int32 scalar.
-      path_scales: The path scales of the last time they were computed, in factors;
-        None if they are computed at every step.
+      path_scales: The path scales of the last time they were computed, two factors of
+        mantissas and exponents; None if they are computed at every step.
     """
 
     count: jax.Array  # type: ignore[assignment]  # hides tuple.count, as in optax
@@ -423,42 +450,47 @@ def scale_by_path_sgd(
     @_with_automatic_sharding
     def compute(params):
         network = dense_stack(params) if forward is None else (forward, inputs)
-        return _scale_factors(network[0], params, network[1], p)
+        factors = _scale_factors(network[0], params, network[1], p)
+        return _two_factors(params, factors)
+
+    def scales_of(params):
+        # Without parameters, as a placeholder of optax.tree.map_params stands for.
+        return compute(params) if jax.tree.leaves(params) else ((params,) * 2,) * 2
 
     def init_fn(params):
         require_whole_network("scale_by_path_sgd", params)
         count = jnp.zeros((), jnp.int32)
-        if not jax.tree.leaves(params):  # a placeholder of optax.tree.map_params
-            return ScaleByPathSGDState(count, None if every_step else params)
         if every_step:
-            jax.eval_shape(compute, params)  # raises what would be raised later
+            if jax.tree.leaves(params):
+                jax.eval_shape(compute, params)  # raises what would be raised later
             return ScaleByPathSGDState(count, None)
-        return ScaleByPathSGDState(count, compute(params))
+        return ScaleByPathSGDState(count, scales_of(params))
 
     def update_fn(updates, state, params=None, **extra_args):
         del extra_args
         params = require_params("scale_by_path_sgd", params)
         require_whole_network("scale_by_path_sgd", params)
-        if every_step or not jax.tree.leaves(params):
-            scales = compute(params) if jax.tree.leaves(params) else params
+        if every_step:
+            scales = scales_of(params)
         else:
             scales = jax.lax.cond(
                 state.count % update_every == 0,
-                compute,
+                scales_of,
                 lambda params: state.path_scales,
                 params,
             )
         arithmetic = PathArithmetic(p)
 
-        def divide(param, update, factors):
+        def divide(param, update, *arrays):
             del param
-            if update is None or factors is None:
+            if update is None or arrays[0] is None:
                 return update
+            factors = (Scaled(*arrays[:2]), Scaled(*arrays[2:]))
             return arithmetic.divide_by_path_scale(jnp.asarray(update), factors)
 
         kept = None if every_step else scales
         count = optax.safe_increment(state.count)
-        updates = jax.tree.map(divide, params, updates, scales)
+        updates = jax.tree.map(divide, params, updates, *scales[0], *scales[1])
         return updates, ScaleByPathSGDState(count, kept)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

@@ -463,7 +463,7 @@ def test_gradient_of_the_path_norm_by_finite_differences():
         gradient = jax.grad(norm)(flat)
         steps = 1e-6 * jnp.eye(flat.size)
         differences = (
-            jax.vmap(norm)(flat + steps) - jax.vmap(norm)(flat - steps)
+            jax.vmap(norm)(flat[None] + steps) - jax.vmap(norm)(flat[None] - steps)
         ) / 2e-6
         np.testing.assert_allclose(gradient, differences, rtol=1e-6, atol=1e-8)
 
