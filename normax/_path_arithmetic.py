@@ -305,15 +305,15 @@ class PathArithmetic:
             exponent = jnp.where(live, x.exponent - top, 0)
             # A quotient, which XLA computes once for each unit, while it would
             # repeat the integer operations of `_exp2` for each weight.
-            scale = 1 / _exp2(2 * exponent, x.mantissa.dtype)
+            scale = 1 / _exp2(exponent, x.mantissa.dtype)
             root = self.root(x.mantissa)
             inverse = jnp.where(live, 1 / _select(live, root * root), 0)
             scales.append(scale)
             shrunk.append(scale * inverse)
         (result,) = at_least_float32(update)
-        # In two steps: the square of the scale can leave the range of floats though
-        # the result does not.
-        for parts in (shrunk, scales):
+        # In four steps: the fourth power of the scale can leave the range of floats
+        # though the result does not.
+        for parts in (shrunk, scales, scales, scales):
             factor = math.prod(parts[1:], start=parts[0])
             result = result * factor.astype(result.dtype)
         return result.astype(update.dtype)
