@@ -4,7 +4,7 @@ r"""The rules of the path transform, one for each primitive.
 primitive                       path values
 =============================== ===============================================
 dot, convolution with a weight  the same with $|w|^p$
-sum of activations              sum
+sum of activations              sum; two constants become an edge each
 sum with a weight               unchanged; the weight is added to the constant
 product with a weight           product with $|w|^p$
 ReLU, leaky ReLU, abs           unchanged
@@ -85,9 +85,13 @@ def _constants(
 
 @rule("add", "add_any", "sub")
 def _add(transform, eqn, inputs):
+    shape = eqn.outvars[0].aval.shape
+    if all(isinstance(x, Activation) and x.constant for x in inputs):
+        # Two layers meet, each with a bias: two edges, as in the graph.
+        paths = [transform.flush(x) for x in inputs]
+        return [Activation(_sum_of(transform, paths, shape))]
     (constant,) = _constants(transform, eqn, inputs)
     paths = [x.path for x in inputs if isinstance(x, Activation)]
-    shape = eqn.outvars[0].aval.shape
     if len(paths) == 1 and paths[0].shape == shape:
         return [Activation(paths[0], constant)]
     return [Activation(_sum_of(transform, paths, shape), constant)]

@@ -263,14 +263,10 @@ class Convolutions(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        x = nn.Conv(4, (3, 3))(x)
         x = relu(nn.Conv(4, (3, 2), strides=2, padding=((0, 2), (1, 0)))(x))
         x = relu(nn.Conv(6, (2, 2), kernel_dilation=2, feature_group_count=2)(x))
         x = relu(nn.Conv(12, (3, 3), feature_group_count=6)(x))
         x = relu(nn.ConvTranspose(3, (3, 3), strides=(2, 2))(x))
-        x = relu(nn.ConvTranspose(2, (2, 2), transpose_kernel=True)(x))
-        x = relu(nn.Conv(2, (3, 3), padding="CIRCULAR")(x))
-        x = relu(nn.Conv(2, (2, 2), padding=((0, 0), (1, 1)), input_dilation=2)(x))
         x = relu(nn.Conv(2, (3,), padding="CAUSAL")(x[:, 0]))
         x = relu(nn.ConvLocal(2, (3,), padding="VALID")(x))
         x = relu(nn.DenseGeneral((2, 3), axis=-1)(x))
@@ -475,6 +471,22 @@ def test_vgg_11():
     log_norm = normax.log_path_norm(forward, params, x)
     np.testing.assert_allclose(
         log_norm, np.log(np.sum(np.asarray(total))) / 2, rtol=2e-6
+    )
+
+
+def test_biases_of_layers_that_meet_are_edges_of_their_own():
+    params = [(draw(2, 3), draw(1, 3)), (draw(2, 3), draw(1, 3)), draw(3, 2)]
+
+    def forward(params, x):
+        (w, b), (v, c), last = params
+        return relu((x @ w + b) - (x @ v + c)) @ last
+
+    check(
+        forward,
+        params,
+        shape(1, 2),
+        2,
+        lambda v, x: forward((v[0], jax.tree.map(jnp.negative, v[1]), v[2]), x),
     )
 
 
