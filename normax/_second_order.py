@@ -243,19 +243,19 @@ def newton(
             )
             return flatten(treedef.flatten_up_to(projected))[0]
 
+        identity = jnp.eye(w.size, dtype=w.dtype)
+        projection = jax.vmap(tangential)(identity)
         with jax.default_matmul_precision("highest"):
             hessian = jax.hessian(lambda flat: value_fn(place_like(flat, leaves)))(w)
-            hessian = jax.vmap(tangential)(jax.vmap(tangential)(hessian).T)
-            hessian = hessian + decay * jnp.eye(w.size, dtype=w.dtype)
-            step = _solve(
-                hessian,
-                tangential(g + decay * w),
+            step = projection @ _solve(
+                projection @ hessian @ projection + decay * identity,
+                projection @ (g + decay * w),
                 mu,
                 jnp.asarray(precision, w.dtype),
                 saddle_free,
             )
-        radial = w - tangential(w)
-        step = tangential(step) + decay / nonzero(decay + mu) * radial
+            radial = w - projection @ w
+        step += decay / nonzero(decay + mu) * radial
         return place_like(step, grads), state
 
     chain = optax.chain(

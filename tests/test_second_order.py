@@ -11,6 +11,7 @@ from jax.flatten_util import ravel_pytree
 
 import normax
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 RNG = np.random.default_rng(0)
 FACTOR, TARGET = RNG.normal(size=(7, 7)), RNG.normal(size=7)
 INPUTS = RNG.normal(size=(40, 6))
@@ -255,14 +256,13 @@ def test_the_scale_of_the_weights_does_not_fool_newton():
         assert distance(normax.UPDATE_RULES[name].make(0.1)) > 0.01
 
 
-@pytest.mark.parametrize("axes", ["none", "unit"])
-def test_effective_learning_rate_visits_the_same_functions(axes):
+def test_effective_learning_rate_visits_the_same_functions():
     """L_lambda(alpha w) = L_{lambda alpha^2}(w), and the step has the units of w."""
     rule, decay, w = normax.UPDATE_RULES["newton"], 0.3, network()["hidden"]
 
     @jax.jit
     def run(w, rate, decay):
-        return trajectory(rule.make(rate, decay, axes=axes), w, hidden_loss, 8)
+        return trajectory(rule.make(rate, decay, axes="unit"), w, hidden_loss, 8)
 
     for alpha in (1e-2, 7.0):
         rate = rule.effective_learning_rate(0.1, alpha)
@@ -369,11 +369,12 @@ def test_derivative_of_the_step(saddle_free):
         return tx.update(g, tx.init(w), w, value_fn=loss)[0]
 
     x = jnp.array([3.0, 3.0, 0.0, 0.0, 0.3, -0.2, 0.5, 1.0, 2.0, 0.1])
-    moved = jax.jit(moved)
-    steps = 1e-5 * jnp.eye(10)
-    differences = [(moved(x + d) - moved(x - d)) / 2e-5 for d in steps]
-    jacobian = jax.jacobian(moved)(x)
-    expected = jnp.stack(differences, 1)
+    @jax.jit
+    def difference(d):
+        return (moved(x + d) - moved(x - d)) / 2e-5
+
+    expected = np.stack([difference(d) for d in 1e-5 * np.eye(10)], 1)
+    jacobian = jax.jit(jax.jacfwd(moved))(x)
     np.testing.assert_allclose(jacobian, expected, rtol=1e-6, atol=1e-6)
 
 
