@@ -369,6 +369,7 @@ def test_derivative_of_the_step(saddle_free):
         return tx.update(g, tx.init(w), w, value_fn=loss)[0]
 
     x = jnp.array([3.0, 3.0, 0.0, 0.0, 0.3, -0.2, 0.5, 1.0, 2.0, 0.1])
+
     @jax.jit
     def difference(d):
         return (moved(x + d) - moved(x - d)) / 2e-5
