@@ -300,7 +300,8 @@ class PathArithmetic:
             live = x.mantissa != 0
             # Only the sum of the exponents matters: the largest of all but the last
             # factor are left to the last, so that no factor's power leaves the range.
-            top = jnp.max(x.exponent) if x is not factors[-1] else -net
+            last = x is factors[-1]
+            top = -net if last else jnp.max(x.exponent, initial=DEAD)
             net = net + top
             exponent = jnp.where(live, x.exponent - top, 0)
             # A quotient, which XLA computes once for each unit, while it would
