@@ -258,25 +258,36 @@ def test_pooling():
 # Linear layers.
 
 
-class Convolutions(nn.Module):
-    """Every kind of convolution, then every kind of dense layer."""
+LAYERS = {
+    "strided": (nn.Conv(3, (3, 2), strides=2, padding=((0, 2), (1, 0))), (1, 7, 6, 2)),
+    "dilated groups": (
+        nn.Conv(6, (2, 2), kernel_dilation=2, feature_group_count=2),
+        (1, 4, 3, 4),
+    ),
+    "depthwise": (nn.Conv(6, (3, 3), feature_group_count=3), (1, 4, 3, 3)),
+    "transposed": (nn.ConvTranspose(3, (3, 2), strides=(2, 2)), (1, 3, 2, 2)),
+    "causal": (nn.Conv(3, (3,), padding="CAUSAL"), (1, 5, 2)),
+    "circular": (nn.Conv(3, (3,), padding="CIRCULAR"), (1, 5, 2)),
+    "local": (nn.ConvLocal(3, (3,), padding="VALID"), (1, 5, 2)),
+    "split": (nn.DenseGeneral((2, 3), axis=-1), (1, 5, 4)),
+    "join": (nn.DenseGeneral(4, axis=(-2, -1)), (1, 5, 2, 3)),
+    "einsum": (nn.Einsum((5, 4, 3), "bti,tij->btj"), (1, 5, 4)),
+}
 
-    @nn.compact
-    def __call__(self, x):
-        x = relu(nn.Conv(4, (3, 2), strides=2, padding=((0, 2), (1, 0)))(x))
-        x = relu(nn.Conv(6, (2, 2), kernel_dilation=2, feature_group_count=2)(x))
-        x = relu(nn.Conv(12, (3, 3), feature_group_count=6)(x))
-        x = relu(nn.ConvTranspose(3, (3, 3), strides=(2, 2))(x))
-        x = relu(nn.Conv(2, (3,), padding="CAUSAL")(x[:, 0]))
-        x = relu(nn.ConvLocal(2, (3,), padding="VALID")(x))
-        x = relu(nn.DenseGeneral((2, 3), axis=-1)(x))
-        x = relu(nn.DenseGeneral(4, axis=(-2, -1))(x))
-        x = relu(nn.Einsum((x.shape[1], 4, 3), "bti,tij->btj")(x))
-        return nn.Dense(2)(x.reshape(x.shape[0], -1))
 
+@pytest.mark.parametrize("name", LAYERS)
+def test_linear_layers(name):
+    layer, sizes = LAYERS[name]
+    variables = layer.init(jax.random.key(0), jnp.ones(sizes))
+    outputs = jax.eval_shape(layer.apply, variables, shape(*sizes)).shape
+    params = {"in": draw(*sizes), "layer": redrawn(variables["params"])}
+    params["out"] = draw(*outputs)  # every input and output of the layer differs
 
-def test_convolutions():
-    check(*linen(Convolutions(), 1, 7, 7, 2))
+    def forward(params, x):
+        h = layer.apply({"params": params["layer"]}, x * params["in"])
+        return relu(h) * params["out"]
+
+    check(forward, params, shape(*sizes), 2)
 
 
 class Connections(nn.Module):
@@ -440,7 +451,7 @@ def test_folding_batch_norm_changes_nothing():
 def test_resnet_18():
     forward, params, twin, folded_params, _, x = resnet((2, 3, 4, 5), 8)
     with jax.enable_x64(True):
-        total = jax.jit(twin)(powers(folded_params, 2), jnp.ones(x.shape, jnp.float64))
+        total = twin(powers(folded_params, 2), jnp.ones(x.shape, jnp.float64))
     log_norm = normax.log_path_norm(forward, params, x)
     np.testing.assert_allclose(
         log_norm, np.log(np.sum(np.asarray(total))) / 2, rtol=2e-6
@@ -465,7 +476,7 @@ def test_vgg_11():
     forward, params, x = linen(VGG(), 1, 32, 32, 3)
     twin = VGG(lambda x, *args: 4 * nn.avg_pool(x, *args))
     with jax.enable_x64(True):
-        total = jax.jit(twin.apply)(
+        total = twin.apply(
             {"params": powers(params, 2)}, jnp.ones(x.shape, jnp.float64)
         )
     log_norm = normax.log_path_norm(forward, params, x)
