@@ -18,8 +18,9 @@ from normax._axes import PyTree
 from normax._checks import check_range
 from normax._feed_forward import Layer
 from normax._norms import at_least_float32, nonzero, vector_norm
-from normax._path_arithmetic import PathArithmetic, Scaled
+from normax._path_arithmetic import PathArithmetic, Scaled, of_rank, power_of_two
 from normax._rescaling import (
+    Factors,
     Forward,
     all_source_units,
     chained_layers,
@@ -143,7 +144,7 @@ def max_norm(params: PyTree, p: jax.typing.ArrayLike = 2.0) -> jax.Array:
 @functools.partial(jax.jit, static_argnames=("layers", "p"))
 def _balancing_factors(
     leaves: Sequence[jax.Array], *, layers: tuple[Layer, ...], p: float
-) -> list[Scaled]:
+) -> list[Factors]:
     r"""Return the factors $1/u$, where $u$ are the least scales that the norm allows.
 
     What enters a unit has norm $m$ or less if, with $c = 1/u$ and $u = 1$ for inputs,
@@ -162,25 +163,24 @@ def _balancing_factors(
 
     def spread(x: Scaled, position: int) -> Scaled:
         rank = arrays[layers[position].kernel].ndim
-        parts = (expand_to(part[sources[position - 1]], rank) for part in x)
-        return Scaled(*parts)
+        root = expand_to(x.root[sources[position - 1]], rank)
+        return Scaled(root, of_rank(x.exponent, rank))
 
     def path_values(m: jax.Array) -> list[Scaled]:
         values: list[Scaled] = []
+        share = arithmetic.of_weight(jnp.expand_dims(1 / m, 0))
         for position, layer in enumerate(layers):
             kernel = arrays[layer.kernel]
-            axes = tuple(range(kernel.ndim - 1))
             if position == 0:
                 entering = arithmetic.ones((1,) * kernel.ndim, dtype)
             else:
                 entering = spread(values[-1], position)
+            axes = tuple(range(kernel.ndim - 1))
             value = arithmetic.contract(kernel, entering, axes)
-            value = Scaled(*(jnp.squeeze(part, axes) for part in value))
+            value = Scaled(jnp.squeeze(value.root, axes), of_rank(value.exponent, 1))
             if layer.bias is not None:
-                bias = arithmetic.of_weight(arrays[layer.bias])
+                bias = arithmetic.normalize(arithmetic.of_weight(arrays[layer.bias]))
                 value = arithmetic.add(value, bias)
-            share = arithmetic.of_weight(1 / m)
-            share = Scaled(*(jnp.expand_dims(part, 0) for part in share))
             values.append(arithmetic.multiply(value, share))
         return values
 
@@ -206,29 +206,26 @@ def _balancing_factors(
     start = jnp.ones((), dtype), jnp.zeros((), dtype), 0, nothing
     m, _, _, values = lax.while_loop(unfinished, newton, start)
 
-    def log4(x):
-        return jnp.log2(x) / 2
-
-    log_m, log_eps = log4(m), log4(jnp.finfo(dtype).eps)
-    later = jnp.zeros_like(values[-1].mantissa)
-    factors: list[Scaled] = []
+    log_m, log_eps = jnp.log2(m), jnp.log2(jnp.finfo(dtype).eps)
+    later = jnp.zeros_like(values[-1].root)
+    factors: list[Factors] = []
     for position in range(len(layers) - 2, -1, -1):
-        root, exponent = (
-            arithmetic.root(values[position].mantissa),
-            values[position].exponent,
-        )
+        root, shared = values[position]
+        scale, exponent = power_of_two(root)
+        mantissa = jnp.square(root / scale)
+        exponent = 2 * (exponent + shared)
         # A unit that nothing enters: no norm feels it if it is scaled down enough.
         kernel = arrays[layers[position + 1].kernel]
-        room = expand_to(log_m + later, kernel.ndim) - log4(jnp.abs(kernel))
+        room = expand_to(log_m + later, kernel.ndim) - jnp.log2(jnp.abs(kernel))
         room = jnp.min(room, axis=tuple(range(kernel.ndim - 2)))
         source = sources[position]
         room = jnp.min(room, axis=1, keepdims=True) if source.shape[1] == 1 else room
         least = jnp.full_like(root, jnp.inf).at[source].min(room)
         least = jnp.where(least == jnp.inf, 0, jnp.floor(least + log_eps))
         exponent = jnp.where(root == 0, least.astype(jnp.int32), exponent)
-        root = jnp.where(root == 0, 1, root)
-        later = log4(root) + exponent.astype(dtype)
-        factors.insert(0, Scaled(1 / root, -exponent))
+        mantissa = jnp.where(root == 0, 1, mantissa)
+        later = jnp.log2(mantissa) + exponent.astype(dtype)
+        factors.insert(0, Factors(1 / mantissa, -exponent))
     return factors
 
 

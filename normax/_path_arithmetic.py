@@ -3,20 +3,21 @@ r"""Sums over paths in carried-scale arithmetic: nothing overflows or underflows
 Path values are sums of $p$-th powers of products of many weights. In float32 they
 leave the range of numbers at a depth of some tens of layers, or when the units of
 a network differ in scale by $10^{20}$ (as in the unbalanced networks of the
-Path-SGD paper). So every value carries a scale of its own,
+Path-SGD paper). So a value is held by a root of it, and an array of values has an
+exponent besides,
 
-$$x = m \cdot (4^e)^p, \qquad m \in \{0\} \cup [1, 4^p),$$
+$$x = (q \cdot 2^e)^{2p}, \qquad q \ge 0.$$
 
-with a floating-point mantissa $m$ and an integer exponent $e$. The scale $4^e$ has the
-units of a weight: weights are multiplied by scales, and only their quotients, which
-are close to one, are raised to the power $p$. Powers of two round nothing, so
-that the results are as accurate as plain float32, and the derivatives are those
-of the values.
+The exponent, one for a whole layer, carries what depth multiplies; the root tells
+apart units whose scales, in units of weights, are a factor of $2^{252}$ apart. Sums
+are taken of quotients close to one: only these are raised to the power. Scaling
+is by powers of two, which round nothing and have the derivative 0, so that the results
+are as accurate as plain float32, and the derivatives are those of the values.
 """
 
 import dataclasses
-import math
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -25,19 +26,20 @@ from jax import lax
 
 from normax._norms import at_least_float32
 
-DEAD = -(2**20)  # the exponent of 0: never the largest of any sum
+DEAD = -(2**20)  # the exponent of zeros: never the largest of any sum
 _LARGE = 2**18  # weights for which a second pass takes longer than its compilation
 
 
 class Scaled(NamedTuple):
-    """Non-negative numbers with a scale each.
+    """Non-negative numbers.
 
     Attributes:
-      mantissa: Float array.
-      exponent: Int32 array of the same shape.
+      root: Float array, the roots $q$.
+      exponent: Int32 array of the same rank that broadcasts against `root`, mostly
+        with one entry.
     """
 
-    mantissa: jax.Array
+    root: jax.Array
     exponent: jax.Array
 
 
@@ -46,18 +48,24 @@ def _layout(dtype) -> tuple[type, int, int]:
     return (jnp.int32 if info.bits == 32 else jnp.int64), info.nmant, info.maxexp - 1
 
 
-def _log2_floor(x: jax.Array) -> jax.Array:
-    # The exponent field of a non-negative float. Not `jnp.frexp`, whose many
-    # operations cost compile time.
+def power_of_two(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    r"""Return the largest powers of two that are at most $x > 0$, and their exponents.
+
+    Where no normal number is (0, infinity, NaN), it is 1. No derivative passes.
+    """
     integer, mantissa_bits, bias = _layout(x.dtype)
+    # Bits instead of `jnp.frexp`, whose many operations cost compile time.
     field = lax.shift_right_logical(
-        lax.bitcast_convert_type(x, integer), jnp.asarray(mantissa_bits, integer)
+        lax.bitcast_convert_type(lax.stop_gradient(x), integer),
+        jnp.asarray(mantissa_bits, integer),
     )
-    return field.astype(jnp.int32) - bias
+    field = jnp.where((field > 0) & (field <= 2 * bias), field, bias)
+    power = lax.shift_left(field, jnp.asarray(mantissa_bits, integer))
+    return lax.bitcast_convert_type(power, x.dtype), field.astype(jnp.int32) - bias
 
 
-def _exp2(n: jax.Array, dtype) -> jax.Array:
-    # Exact, unlike `jnp.exp2`; the nearest normal power outside the range.
+def exp2(n: jax.Array, dtype) -> jax.Array:
+    """Return $2^n$, exact, unlike `jnp.exp2`; the nearest normal power of all."""
     integer, mantissa_bits, bias = _layout(dtype)
     field = (jnp.clip(n, 1 - bias, bias) + bias).astype(integer)
     return lax.bitcast_convert_type(
@@ -65,8 +73,19 @@ def _exp2(n: jax.Array, dtype) -> jax.Array:
     )
 
 
-def _select(live: jax.Array, x: jax.Array) -> jax.Array:
-    # A harmless 1 where x is 0, for roots whose derivative there is infinite.
+def halves(n: jax.Array, dtype) -> tuple[jax.Array, jax.Array]:
+    """Return two numbers with product $2^n$, of twice the range of floats."""
+    half = lax.shift_right_arithmetic(n, jnp.ones_like(n))
+    return exp2(half, dtype), exp2(n - half, dtype)
+
+
+def of_rank(exponent: jax.Array, rank: int) -> jax.Array:
+    """Return a single exponent for an array of another rank."""
+    return jnp.reshape(exponent, (1,) * rank)
+
+
+def _or_one(live: jax.Array, x: jax.Array) -> jax.Array:
+    # For roots, whose derivative at 0 is infinite.
     return jnp.where(live, x, 1)
 
 
@@ -91,74 +110,93 @@ class PathArithmetic:
             return x * jnp.sign(x) if self.p == 1 else x * x
         return jnp.power(jnp.abs(x), jnp.asarray(self.p, x.dtype))
 
-    def root(self, x: jax.Array) -> jax.Array:
-        """Return $x^{1/p}$ for $x >= 0$, with derivative 0 at 0."""
-        live = x != 0
-        if isinstance(self.p, int) and self.p in (1, 2):
-            root = x if self.p == 1 else jnp.sqrt(_select(live, x))
-        else:
-            root = jnp.power(_select(live, x), jnp.asarray(1 / self.p, x.dtype))
-        return jnp.where(live, root, 0)
+    def value(self, q: jax.Array) -> jax.Array:
+        """Return $q^{2p}$."""
+        plain = isinstance(self.p, int) and self.p == 1
+        return q * q if plain else self.power(q * q)
 
-    def normalize(self, mantissa: jax.Array, exponent: jax.Array) -> Scaled:
-        """Bring any non-negative mantissas into $[1, 4^p)$."""
-        bits = _log2_floor(mantissa)
-        # Not further than the largest power of 4, also for 0.
-        limit = jnp.finfo(mantissa.dtype).maxexp - 1
-        if isinstance(self.p, int):
-            shift = jnp.maximum(bits // (2 * self.p), -(limit // (2 * self.p)))
+    def root(self, x: jax.Array) -> jax.Array:
+        """Return $q$ with $q^{2p} = x >= 0$, with derivative 0 at 0."""
+        live = x != 0
+        root = _or_one(live, x)
+        if isinstance(self.p, int) and self.p in (1, 2):
+            for _ in range(self.p):
+                root = jnp.sqrt(root)
         else:
-            lowest = -jnp.floor(jnp.asarray(limit / (2 * self.p), mantissa.dtype))
-            floor = jnp.floor(bits.astype(mantissa.dtype) / (2 * self.p))
-            shift = jnp.maximum(floor, lowest).astype(jnp.int32)
-        mantissa = mantissa * self.power(_exp2(-2 * shift, mantissa.dtype))
-        exponent = jnp.where(mantissa == 0, DEAD, exponent + shift)
-        return Scaled(mantissa, exponent)
+            root = jnp.power(root, jnp.asarray(0.5 / self.p, x.dtype))
+        return jnp.where(live, root, 0)
 
     def of_weight(self, weight: jax.Array) -> Scaled:
         r"""Return $|w|^p$."""
         (weight,) = at_least_float32(weight)
-        size = jnp.abs(weight)
-        exponent = jnp.where(size == 0, 0, _log2_floor(size) // 2)
-        mantissa = self.power(size * _exp2(-2 * exponent, size.dtype))
-        return Scaled(mantissa, jnp.where(mantissa == 0, DEAD, exponent))
+        live = weight != 0
+        root = jnp.where(live, jnp.sqrt(_or_one(live, jnp.abs(weight))), 0)
+        return Scaled(root, jnp.zeros((1,) * root.ndim, jnp.int32))
 
     def cast(self, weight: jax.typing.ArrayLike, x: Scaled) -> jax.Array:
         """Return weights in the dtype of path values."""
-        return at_least_float32(weight)[0].astype(x.mantissa.dtype)
+        return at_least_float32(weight)[0].astype(x.root.dtype)
 
     def ones(self, shape: tuple[int, ...], dtype) -> Scaled:
         """Return ones."""
-        return Scaled(jnp.ones(shape, dtype), jnp.zeros(shape, jnp.int32))
+        return Scaled(jnp.ones(shape, dtype), jnp.zeros((1,) * len(shape), jnp.int32))
 
     def zeros(self, shape: tuple[int, ...], dtype) -> Scaled:
         """Return zeros."""
-        return Scaled(jnp.zeros(shape, dtype), jnp.full(shape, DEAD, jnp.int32))
+        exponent = jnp.full((1,) * len(shape), DEAD, jnp.int32)
+        return Scaled(jnp.zeros(shape, dtype), exponent)
+
+    def normalize(self, x: Scaled) -> Scaled:
+        """Bring the largest root of each exponent into $[1, 2)$."""
+        shared = tuple(i for i, n in enumerate(x.exponent.shape) if n == 1)
+        top = jnp.max(x.root, axis=shared, keepdims=True, initial=0)
+        scale, shift = power_of_two(top)
+        exponent = jnp.where(top == 0, DEAD, x.exponent + shift)
+        return Scaled(x.root / scale, exponent)
 
     def align(self, x: Scaled, exponent: jax.Array) -> jax.Array:
-        """Return the mantissas of `x` at a given exponent, not below its own."""
-        shift = 2 * (x.exponent - exponent)
-        return x.mantissa * self.power(_exp2(shift, x.mantissa.dtype))
+        """Return the roots of `x` at a given exponent, not below its own."""
+        return x.root * exp2(x.exponent - exponent, x.root.dtype)
+
+    def common(self, x: Scaled, axes: tuple[int, ...] | None = None) -> Scaled:
+        """Give entries along some axes, or all, one exponent."""
+        axes = tuple(range(x.root.ndim)) if axes is None else axes
+        if all(x.exponent.shape[axis] == 1 for axis in axes):
+            return x
+        top = jnp.max(x.exponent, axis=axes, keepdims=True)
+        return Scaled(self.align(x, top), top)
+
+    def together(self, values: Sequence[Scaled]) -> tuple[list[jax.Array], jax.Array]:
+        """Return the roots of several arrays at one exponent, and that, a scalar."""
+        values = [self.common(value) for value in values]
+        top = functools.reduce(jnp.maximum, (of_rank(x.exponent, 0) for x in values))
+        if len(values) == 1:
+            return [values[0].root], top
+        return [self.align(x, of_rank(top, x.root.ndim)) for x in values], top
 
     def add(self, x: Scaled, y: Scaled) -> Scaled:
         """Return $x + y$."""
-        exponent = jnp.maximum(x.exponent, y.exponent)
-        total = self.align(x, exponent) + self.align(y, exponent)
-        return self.normalize(total, exponent)
+        top = jnp.maximum(x.exponent, y.exponent)
+        a, b = self.align(x, top), self.align(y, top)
+        scale, _ = power_of_two(jnp.maximum(a, b))
+        total = self.value(a / scale) + self.value(b / scale)
+        return Scaled(scale * self.root(total), top)
 
     def multiply(self, *factors: Scaled) -> Scaled:
         """Return the product of factors that broadcast against each other."""
-        mantissa, exponent = factors[0]
+        product = factors[0]
         for factor in factors[1:]:
-            mantissa = mantissa * factor.mantissa
-            exponent = exponent + factor.exponent
-            mantissa, exponent = self.normalize(mantissa, exponent)
-        return Scaled(mantissa, exponent)
+            product = self.normalize(
+                Scaled(product.root * factor.root, product.exponent + factor.exponent)
+            )
+        return product
 
     def broadcast(self, factors: tuple[Scaled, ...], shape: tuple[int, ...]) -> Scaled:
         """Multiply factors out to a shape."""
-        product = self.multiply(*factors)
-        return Scaled(*(jnp.broadcast_to(array, shape) for array in product))
+        root, exponent = self.multiply(*factors)
+        rank = len(shape) - exponent.ndim
+        exponent = jnp.expand_dims(exponent, tuple(range(rank)))
+        return Scaled(jnp.broadcast_to(root, shape), exponent)
 
     def linear(
         self,
@@ -170,7 +208,7 @@ class PathArithmetic:
         """Apply a linear map with non-negative coefficients.
 
         Args:
-          fn: The map, of mantissas.
+          fn: The map, of plain numbers.
           x: Its argument.
           axes: The only axes that the map mixes; their entries get a common scale.
           keepdims: Whether the map's result still has these axes.
@@ -178,11 +216,12 @@ class PathArithmetic:
         Returns:
           `fn(x)`.
         """
-        top = jnp.max(x.exponent, axis=axes, keepdims=True)
-        mantissa = fn(self.align(x, top))
+        x = self.common(x, axes)
+        scale, _ = power_of_two(jnp.max(x.root, axis=axes, keepdims=True, initial=0))
+        root, exponent = self.root(fn(self.value(x.root / scale))), x.exponent
         if not keepdims:
-            top = jnp.squeeze(top, axes)
-        return self.normalize(mantissa, jnp.broadcast_to(top, mantissa.shape))
+            scale, exponent = (jnp.squeeze(part, axes) for part in (scale, exponent))
+        return Scaled(scale * root, exponent)
 
     def sum(self, x: Scaled, axes: tuple[int, ...], keepdims: bool = False) -> Scaled:
         """Return the sum over some axes."""
@@ -193,32 +232,29 @@ class PathArithmetic:
     def weigh(
         self,
         weight: jax.Array,
-        exponent: jax.Array,
+        root: jax.Array,
         reduce: Callable[[jax.Array], jax.Array],
         spread: Callable[[jax.Array], jax.Array],
     ) -> tuple[jax.Array, jax.Array]:
         r"""Scale a weight array so that its powers sum in the range of floats.
 
-        $$w_{ij}\,4^{e_i} = a_{ij}\,4^{d_j}, \qquad \max_i |a_{ij}| \in [1/4, 1)$$
+        $$w_{ij}\,q_i^2 = a_{ij}\,s_j^2, \qquad \max_i |a_{ij}| \in [1, 4)$$
 
-        Square roots of weights and scales are multiplied, so that scales up to
-        $4^{\pm 126}$ apart are told from each other.
+        Square roots of weights are multiplied, which leaves no range.
 
         Args:
           weight: The $w_{ij}$.
-          exponent: The $e_i$, broadcastable against the weights.
+          root: The $q_i$, broadcastable against the weights.
           reduce: Takes an array like `weight` to its maxima over $i$.
           spread: Takes these to an array that broadcasts against the weights.
 
         Returns:
-          The $a_{ij}$, signed as the weights, and the $d_j$ as `reduce` shapes them.
+          The $a_{ij}$, signed as the weights, and the $s_j$ as `reduce` shapes them.
         """
-        top = jnp.max(exponent)
-        scale = _exp2(exponent - top, weight.dtype)
-        half = jnp.sqrt(jnp.abs(lax.stop_gradient(weight))) * scale
-        result = _log2_floor(reduce(half)) + top + 1
-        quotient = scale * _exp2(top - spread(result), weight.dtype)
-        return weight * quotient * quotient, result
+        half = jnp.sqrt(jnp.abs(lax.stop_gradient(weight))) * lax.stop_gradient(root)
+        scale, _ = power_of_two(reduce(half))
+        factor = root * spread(1 / scale)
+        return weight * factor * factor, scale
 
     def contract(self, weight: jax.Array, x: Scaled, axes: tuple[int, ...]) -> Scaled:
         r"""Return the path values behind a dense layer, $\sum_i |w_{ij}|^p x_i$.
@@ -234,52 +270,47 @@ class PathArithmetic:
         Returns:
           The sums, with length one on `axes`.
         """
-        weight, root = self.cast(weight, x), self.root(x.mantissa)
-        top = jnp.max(x.exponent)
+        weight, x = self.cast(weight, x), self.common(x)
 
         def total(scaled):
-            # Not |w|^p x: XLA:CPU sums a product of three arrays 300 times slower.
-            return jnp.sum(self.power(weight * scaled), axis=axes, keepdims=True)
+            return jnp.sum(self.power(scaled), axis=axes, keepdims=True)
 
         def carefully():
-            a, exponent = self.weigh(
+            scaled, scale = self.weigh(
                 weight,
-                x.exponent,
-                lambda half: jnp.max(half, axis=axes, keepdims=True),
-                lambda exponent: exponent,
+                x.root,
+                lambda half: jnp.max(half, axis=axes, keepdims=True, initial=0),
+                lambda scale: scale,
             )
-            sums = jnp.sum(self.power(a * root), axis=axes, keepdims=True)
-            return self.normalize(sums, exponent)
+            return scale * self.root(total(scaled))
 
         if weight.size < _LARGE:
-            return carefully()
-        direct = total(root * _exp2(2 * (x.exponent - top), root.dtype))
-        moderate = (x.mantissa == 0) | (x.exponent > top - 20)
+            return self.normalize(Scaled(carefully(), x.exponent))
+        # Not |w|^p x: XLA:CPU sums a product of three arrays 300 times slower.
+        direct = total(weight * (x.root * x.root))
+        moderate = (x.root == 0) | (x.root > 2.0**-20)
         safe = jnp.all(moderate) & jnp.all((direct > 2.0**-80) & (direct < 2.0**100))
-        return lax.cond(
-            safe,
-            lambda: self.normalize(direct, jnp.broadcast_to(top, direct.shape)),
-            carefully,
-        )
+        root = lax.cond(safe, lambda: self.root(direct), carefully)
+        return self.normalize(Scaled(root, x.exponent))
 
     def log(self, x: Scaled) -> jax.Array:
         r"""Return $\log x$, $-\infty$ for 0."""
-        live = x.mantissa != 0
-        exponent = jnp.where(live, x.exponent, 0).astype(x.mantissa.dtype)
-        scale = self.p * jnp.log(4.0).astype(x.mantissa.dtype)
-        logarithm = jnp.log(_select(live, x.mantissa)) + exponent * scale
+        live = x.root != 0
+        exponent = jnp.where(live, x.exponent, 0).astype(x.root.dtype)
+        log2 = jnp.log(2.0).astype(x.root.dtype)
+        logarithm = 2 * self.p * (jnp.log(_or_one(live, x.root)) + exponent * log2)
         return jnp.where(live, logarithm, -jnp.inf)
 
     def pth_root(self, x: Scaled) -> jax.Array:
         r"""Return $x^{1/p}$ as a plain number, $\infty$ where it is too large."""
-        scale = _exp2(x.exponent, x.mantissa.dtype)
-        return self.root(x.mantissa) * scale * scale
+        first, second = halves(x.exponent, x.root.dtype)
+        root = x.root * first * second
+        return root * root
 
     def path_scale(self, x: Scaled) -> jax.Array:
         r"""Return $\gamma = x^{2/p}$ as a plain number."""
-        root = self.root(x.mantissa)
-        scale = _exp2(x.exponent, root.dtype)
-        return root * root * scale * scale * scale * scale
+        root = self.pth_root(x)
+        return root * root
 
     def divide_by_path_scale(
         self, update: jax.Array, factors: tuple[Scaled, ...]
@@ -288,33 +319,27 @@ class PathArithmetic:
 
         Args:
           update: The $u$.
-          factors: The $x_k$; they broadcast against each other to the shape of
+          factors: One or two $x_k$; they broadcast against each other to the shape of
             `update`.
 
         Returns:
           Array in the dtype of `update`.
         """
-        scales, shrunk = [], []
-        net = jnp.zeros((), jnp.int32)
-        for x in factors:
-            live = x.mantissa != 0
-            # Only the sum of the exponents matters: the largest of all but the last
-            # factor are left to the last, so that no factor's power leaves the range.
-            last = x is factors[-1]
-            top = -net if last else jnp.max(x.exponent, initial=DEAD)
-            net = net + top
-            exponent = jnp.where(live, x.exponent - top, 0)
-            # A quotient, which XLA computes once for each unit, while it would
-            # repeat the integer operations of `_exp2` for each weight.
-            scale = 1 / _exp2(exponent, x.mantissa.dtype)
-            root = self.root(x.mantissa)
-            inverse = jnp.where(live, 1 / _select(live, root * root), 0)
-            scales.append(scale)
-            shrunk.append(scale * inverse)
+        one = self.ones((1,) * update.ndim, factors[0].root.dtype)
+        first, second = (*factors, one)[:2]
+        # Only the sum of the exponents is of moderate size.
+        scales = halves(-(first.exponent + second.exponent), first.root.dtype)
+
+        def inverse(q, scale):
+            # A quotient last, which XLA computes once for each unit, while it would
+            # repeat other operations for each weight.
+            live = q != 0
+            return jnp.where(live, scale, 0) / _or_one(live, q)
+
+        factor = inverse(first.root, scales[0]) * inverse(second.root, scales[1])
         (result,) = at_least_float32(update)
-        # In four steps: the fourth power of the scale can leave the range of floats
-        # though the result does not.
-        for parts in (shrunk, scales, scales, scales):
-            factor = math.prod(parts[1:], start=parts[0])
+        # In four steps: a power of the factor can leave the range of floats though the
+        # result does not.
+        for _ in range(4):
             result = result * factor.astype(result.dtype)
         return result.astype(update.dtype)

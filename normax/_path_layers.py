@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from normax._path_arithmetic import Scaled
+from normax._path_arithmetic import Scaled, of_rank, power_of_two
 from normax._path_lifting import (
     Activation,
     NotHomogeneous,
@@ -109,42 +109,43 @@ class _Layer:
         self, transform: PathTransform, x: Scaled, w: jax.Array, back: bool, shape
     ) -> Scaled:
         """Take path values forward, or cotangents back, to a given shape."""
-        arithmetic = transform.arithmetic
+        arithmetic, x = transform.arithmetic, transform.arithmetic.common(x)
         source, target = self.inputs, self.outputs
         if back:
             source, target = target, source
-        units = source.of_activation(x.exponent)
-        mantissa = arithmetic.align(x, source.to_activation(units))
-        scaled, exponent = arithmetic.weigh(
+        units, _ = power_of_two(source.of_activation(x.root))
+        values = arithmetic.value(x.root / source.to_activation(units))
+        scaled, scale = arithmetic.weigh(
             w, source.to_kernel(units), target.of_kernel, target.to_kernel
         )
         # `weigh` leaves sums in range; apply in full precision on every device.
         layer = functools.partial(_flip(self.apply), arithmetic.power(scaled))
         if back:
-            zeros = jax.ShapeDtypeStruct(shape, mantissa.dtype)
-            (result,) = jax.linear_transpose(layer, zeros)(mantissa)
+            zeros = jax.ShapeDtypeStruct(shape, values.dtype)
+            (result,) = jax.linear_transpose(layer, zeros)(values)
         else:
-            result = layer(mantissa)
-        exponent = jnp.broadcast_to(target.to_activation(exponent), shape)
-        return arithmetic.normalize(result, exponent)
+            result = layer(values)
+        root = target.to_activation(scale) * arithmetic.root(result)
+        return arithmetic.normalize(Scaled(root, of_rank(x.exponent, len(shape))))
 
     def correlate(
         self, transform: PathTransform, x: Scaled, cotangent: Scaled, shape
     ) -> Scaled:
         """Return the cotangent of the weights, a sum over positions."""
         arithmetic = transform.arithmetic
-        aligned, exponents = [], []
-        for units, value in ((self.inputs, x), (self.outputs, cotangent)):
-            top = units.of_activation(value.exponent)
-            # One more keeps the product of two mantissas in range.
-            aligned.append(arithmetic.align(value, units.to_activation(top + 1)))
-            exponents.append(units.to_kernel(top + 1))
-        zeros = jax.ShapeDtypeStruct(shape, aligned[0].dtype)
-        transposed = jax.linear_transpose(
-            functools.partial(self.apply, aligned[0]), zeros
-        )
-        (result,) = transposed(aligned[1])
-        return arithmetic.normalize(result, exponents[0] + exponents[1])
+        values, scales, exponent = [], [], jnp.zeros((), jnp.int32)
+        for units, of in ((self.inputs, x), (self.outputs, cotangent)):
+            of = arithmetic.common(of)
+            scale, _ = power_of_two(units.of_activation(of.root))
+            values.append(arithmetic.value(of.root / units.to_activation(scale)))
+            scales.append(units.to_kernel(scale))
+            exponent = exponent + of_rank(of.exponent, len(shape))
+        zeros = jax.ShapeDtypeStruct(shape, values[0].dtype)
+        (result,) = jax.linear_transpose(
+            functools.partial(self.apply, values[0]), zeros
+        )(values[1])
+        root = scales[0] * scales[1] * arithmetic.root(result)
+        return arithmetic.normalize(Scaled(root, exponent))
 
 
 def _flip(fn):
@@ -164,9 +165,8 @@ def _matmul(transform: PathTransform, layer: _Layer, path: Path, w: Weight, shap
             i for i in range(len(units.kernel)) if i not in target.axes.values()
         )
         total = arithmetic.contract(jnp.asarray(w.value), lay(value, units), others)
-        return Scaled(
-            *(jnp.reshape(target.to_activation(part), shape) for part in total)
-        )
+        root = jnp.reshape(target.to_activation(total.root), shape)
+        return Scaled(root, of_rank(total.exponent, len(shape)))
 
     def pull(factors):
         cotangent = transform.arithmetic.broadcast(factors, shape)

@@ -94,7 +94,7 @@ class Path:
     @property
     def shape(self) -> tuple[int, ...]:
         """Shape of the activation."""
-        return self.value.mantissa.shape
+        return self.value.root.shape
 
 
 @dataclasses.dataclass(eq=False)
@@ -373,12 +373,13 @@ class PathTransform:
         with jax.ensure_compile_time_eval():
             dtype = jnp.promote_types(jnp.float32, jnp.result_type(w.value))
             size = self.arithmetic.of_weight(jnp.asarray(w.uniform, dtype))
-        return Scaled(*(jnp.broadcast_to(part, w.shape) for part in size))
+        return self.arithmetic.broadcast((size,), w.shape)
 
     def flush(self, x: Activation | Weight) -> Path:
         """Turn the constant of an activation into an edge, and return its paths."""
         if isinstance(x, Weight):
-            return self.new(self.size(x), lambda factors: self.accumulate(x, factors))
+            size = self.arithmetic.normalize(self.size(x))
+            return self.new(size, lambda factors: self.accumulate(x, factors))
         if x.constant is None:
             return x.path
         path, edge = x.path, self.flush(x.constant)

@@ -31,7 +31,7 @@ from jax import lax
 from jax.extend.core import JaxprEqn
 
 from normax._norms import at_least_float32
-from normax._path_arithmetic import DEAD, Scaled
+from normax._path_arithmetic import Scaled, of_rank, power_of_two
 from normax._path_lifting import (
     SLICES,
     UNIFORM,
@@ -144,7 +144,7 @@ def _multiply(
 
 
 def _same_rank(*values: Scaled) -> list[Scaled]:
-    rank = max(value.mantissa.ndim for value in values)
+    rank = max(value.root.ndim for value in values)
     return [
         Scaled(*(jnp.reshape(a, (1,) * (rank - a.ndim) + a.shape) for a in value))
         for value in values
@@ -287,8 +287,8 @@ def _linear_layer(
     value = arithmetic.linear(fn, path.value, axes)
 
     def pull(factors):
-        cotangent = transform.arithmetic.broadcast(factors, value.mantissa.shape)
-        back = _transpose(fn, path.value.mantissa)
+        cotangent = transform.arithmetic.broadcast(factors, value.root.shape)
+        back = _transpose(fn, path.value.root)
         transform.accumulate(path, (arithmetic.linear(back, cotangent, out_axes),))
 
     return [Activation(transform.new(value, pull))]
@@ -366,9 +366,7 @@ def _move(eqn: JaxprEqn, operands: Sequence[Any], data: list[int], arrays: Any) 
     for position, array in zip(data, arrays, strict=True):
         filled[position] = array
     if eqn.primitive.name == "pad":
-        dtype = filled[0].dtype
-        value = DEAD if jnp.issubdtype(dtype, jnp.integer) else 0
-        filled[1] = jnp.asarray(value, dtype)
+        filled[1] = jnp.zeros((), filled[0].dtype)
     return _bind(eqn, *filled)
 
 
@@ -382,25 +380,26 @@ def _structural(transform, eqn, inputs):
         raise NotHomogeneous("it pads an activation with something else than 0")
     if any(isinstance(x, Sign) for x in inputs):
         raise NotHomogeneous("signs of activations are rearranged")
+    arithmetic = transform.arithmetic
     constants = _structural_constants(transform, eqn, inputs, data)
-    dtype = next(
-        x.path.value.mantissa.dtype for x in inputs if isinstance(x, Activation)
-    )
+    dtype = next(x.path.value.root.dtype for x in inputs if isinstance(x, Activation))
     # Weights among the data, such as a column of ones, are constants.
     paths = [
         inputs[i].path
         if isinstance(inputs[i], Activation)
-        else Path(transform.arithmetic.zeros(inputs[i].shape, dtype))
+        else Path(arithmetic.zeros(inputs[i].shape, dtype))
         for i in data
     ]
     operands = [getattr(x, "value", None) for x in inputs]
-    moved = [
-        _move(eqn, operands, data, [path.value[part] for path in paths])
-        for part in range(2)
+    roots, exponent = arithmetic.together([path.value for path in paths])
+    moved = _move(eqn, operands, data, roots)
+    values = [
+        Scaled(root, of_rank(exponent, root.ndim))
+        for root in (moved if eqn.primitive.multiple_results else [moved])
     ]
-    if not eqn.primitive.multiple_results:
-        moved = [[array] for array in moved]
-    results = [Path(Scaled(*value)) for value in zip(*moved, strict=True)]
+    if eqn.primitive.name in SLICES:  # of which some may be 0
+        values = [arithmetic.normalize(value) for value in values]
+    results = [Path(value) for value in values]
     pull = functools.partial(_pull_moved, transform, eqn, operands, data, paths)
     transform.record(results, lambda *cotangents: pull(cotangents))
     return [
@@ -428,7 +427,7 @@ def _pull_moved(transform, eqn, operands, data, nodes, cotangents) -> None:
         )
         return transform.accumulate(nodes[0], factors)
     shapes = [variable.aval.shape for variable in eqn.outvars]
-    dtype = next(c for c in cotangents if c is not None)[0].mantissa.dtype
+    dtype = next(c for c in cotangents if c is not None)[0].root.dtype
     values = [
         arithmetic.zeros(shape, dtype)
         if c is None
@@ -441,42 +440,43 @@ def _pull_moved(transform, eqn, operands, data, nodes, cotangents) -> None:
         return transform.accumulate(
             nodes[0], (_scatter(transform, eqn, operands, values),)
         )
-    floats = [[value[part].astype(dtype) for value in values] for part in range(2)]
-    shapes = [jnp.zeros(node.shape, dtype) for node in nodes]
+    primals = [jnp.zeros(node.shape, dtype) for node in nodes]
 
     def move(*arrays):
         moved = _move(eqn, operands, data, arrays)
         return moved if eqn.primitive.multiple_results else [moved]
 
-    back = jax.linear_transpose(move, *shapes)
-    mantissas, exponents = (back(part) for part in floats)
-    for node, mantissa, exponent in zip(nodes, mantissas, exponents, strict=True):
-        exponent = exponent.astype(jnp.int32)
-        transform.accumulate(node, (arithmetic.normalize(mantissa, exponent),))
+    roots, exponent = arithmetic.together(values)
+    moved = jax.linear_transpose(move, *primals)([x.astype(dtype) for x in roots])
+    for node, root in zip(nodes, moved, strict=True):
+        value = Scaled(root, of_rank(exponent, root.ndim))
+        transform.accumulate(node, (arithmetic.normalize(value),))
 
 
 def _scatter(transform, eqn, operands, values):
     # An entry may be taken several times, and its copies differ in scale.
-    (value,) = values
-    shape = eqn.invars[0].aval.shape
+    arithmetic, shape = transform.arithmetic, eqn.invars[0].aval.shape
+    (root,), exponent = arithmetic.together(values)
     entries = np.arange(math.prod(shape), dtype=np.int32).reshape(shape)
     index = _bind(eqn, jnp.asarray(entries), *operands[1:])
-    top = jnp.full(entries.size, DEAD).at[index].max(value.exponent, mode="drop")
-    aligned = transform.arithmetic.align(value, top.at[index].get(mode="clip"))
-    total = jnp.zeros(entries.size, aligned.dtype).at[index].add(aligned, mode="drop")
-    return transform.arithmetic.normalize(total.reshape(shape), top.reshape(shape))
+    none = jnp.zeros(entries.size, root.dtype)
+    scale, _ = power_of_two(none.at[index].max(root, mode="drop"))
+    copies = arithmetic.value(root / scale.at[index].get(mode="clip"))
+    total = arithmetic.root(none.at[index].add(copies, mode="drop"))
+    root = jnp.reshape(scale * total, shape)
+    return arithmetic.normalize(Scaled(root, of_rank(exponent, root.ndim)))
 
 
 def _unbroadcast(transform, eqn, values):
     kept = eqn.params["broadcast_dimensions"]
     shape = eqn.invars[0].aval.shape
     (value,) = values
-    new = tuple(axis for axis in range(value.mantissa.ndim) if axis not in kept)
+    new = tuple(axis for axis in range(value.root.ndim) if axis not in kept)
     value = transform.arithmetic.sum(value, new)
     stretched = tuple(
         axis
         for axis, (before, after) in enumerate(
-            zip(shape, value.mantissa.shape, strict=True)
+            zip(shape, value.root.shape, strict=True)
         )
         if before != after
     )

@@ -75,7 +75,7 @@ class _Body:
     def __init__(self, transform: PathTransform, eqn, inputs: Sequence[Any]):
         self.arithmetic, self.closed = transform.arithmetic, eqn.params["jaxpr"]
         self.dtype = next(
-            x.path.value.mantissa.dtype for x in inputs if isinstance(x, Activation)
+            x.path.value.root.dtype for x in inputs if isinstance(x, Activation)
         )
         self.kinds = [self.kind(transform, x) for x in inputs]
         self.shared = eqn.params["num_consts"] + eqn.params["num_carry"]
@@ -104,18 +104,23 @@ class _Body:
             return Activation(value.path, Weight(zeros(variable)))
         return value
 
-    def pack(self, value: Any) -> Any:
-        """Return the arrays of a value."""
+    def pack(self, value: Any, stacked: bool = False) -> Any:
+        """Return the arrays of a value, which the scan slices if it is stacked."""
         if isinstance(value, Unsupported):
             return None
         if isinstance(value, Weight):
             return jnp.asarray(value.value)
         constant = value.constant and jnp.asarray(value.constant.value)
-        return self.cast(value.path.value), constant
+        return self.fix(value.path.value, stacked), constant
 
-    def cast(self, x: Scaled) -> Scaled:
-        """Return path values in the one dtype that they have here."""
-        return x._replace(mantissa=x.mantissa.astype(self.dtype))
+    def fix(self, x: Scaled, stacked: bool = False) -> Scaled:
+        """Return path values in the one dtype and form that they have here."""
+        x, axes = Scaled(x.root.astype(self.dtype), x.exponent), range(x.root.ndim)
+        if not stacked:
+            return self.arithmetic.normalize(self.arithmetic.common(x))
+        root, exponent = self.arithmetic.common(x, tuple(axes)[1:])
+        shape = (len(root), *exponent.shape[1:])
+        return Scaled(root, jnp.broadcast_to(exponent, shape))
 
     def unpack(self, arrays: Any, kind: Any, params: frozenset[Origin]) -> Value:
         """Return the value that has these arrays."""
@@ -162,11 +167,13 @@ class _Body:
         jax.eval_shape(step, carry, jax.tree.map(lambda x: x[0], xs))
         return found
 
-    def dense(self, node: Any, cotangent: Any) -> Any:
+    def dense(self, node: Any, cotangent: Any, stacked: bool = False) -> Any:
         """Return a cotangent as one array, which is 0 if there is none."""
         if cotangent is None:
-            return self.arithmetic.zeros(node.shape, self.dtype)
-        return self.cast(self.arithmetic.broadcast(cotangent, node.shape))
+            whole = self.arithmetic.zeros(node.shape, self.dtype)
+        else:
+            whole = self.arithmetic.broadcast(cotangent, node.shape)
+        return self.fix(whole, stacked)
 
     def cotangents(self, nodes: Sequence[Sequence[Any]]) -> list[Any]:
         """Return the cotangents of nodes as arrays."""
@@ -208,7 +215,7 @@ def _scan(transform: PathTransform, eqn, inputs: Sequence[Any]) -> Sequence[Valu
     # What the carries are: they may become activations on the way.
     while True:
         values = fit(inputs, body.kinds, eqn.invars)
-        arrays = [body.pack(value) for value in values]
+        arrays = [body.pack(x, i >= last) for i, x in enumerate(values)]
         consts, carry, xs = arrays[:first], arrays[first:last], arrays[last:]
         out_kinds = body.probe(consts, carry, xs)
         before = body.kinds[first:last]
@@ -242,7 +249,8 @@ def _scan(transform: PathTransform, eqn, inputs: Sequence[Any]) -> Sequence[Valu
     def pull(*cotangents):
         flat = iter(cotangents)
         seeds = [
-            [body.dense(node, next(flat)) for node in group] for group in out_nodes
+            [body.dense(node, next(flat), i >= count) for node in group]
+            for i, group in enumerate(out_nodes)
         ]
         none = [[body.dense(node, None) for node in group] for group in nodes[:first]]
         (carried, total), per_step = loop(

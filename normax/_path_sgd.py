@@ -160,7 +160,7 @@ def _scale_factors(
 ) -> PyTree:
     r"""Return factors of $\partial F/\partial v_e$, a tuple for each parameter."""
     transform, total, weights = _lift(forward, params, inputs, p)
-    one = transform.arithmetic.ones((), total.value.mantissa.dtype)
+    one = transform.arithmetic.ones((), total.value.root.dtype)
     transform.accumulate(total, (one,))
     transform.run_backward()
     factors: list[Factors | None] = []
@@ -170,7 +170,7 @@ def _scale_factors(
         elif w.cotangent is not None:
             factors.append(w.cotangent)
         elif w.params:  # no path uses it
-            factors.append((transform.arithmetic.zeros(w.shape, one.mantissa.dtype),))
+            factors.append((transform.arithmetic.zeros(w.shape, one.root.dtype),))
         else:
             factors.append(None)
     return jax.tree.unflatten(jax.tree.structure(params), factors)
@@ -186,7 +186,7 @@ def _two_factors(params: PyTree, factors: PyTree) -> tuple[tuple[PyTree, PyTree]
       factors: A tuple of factors for each.
 
     Returns:
-      Two factors, each the tree of its mantissas and that of its exponents.
+      Two factors, each the tree of its roots and that of its exponents.
     """
 
     def tree(index, part):
@@ -372,7 +372,7 @@ class ScaleByPathSGDState(NamedTuple):
     Attributes:
       count: Number of updates so far, an int32 scalar.
       path_scales: The path scales of the last time they were computed, two factors of
-        mantissas and exponents; None if they are computed at every step.
+        roots and exponents; None if they are computed at every step.
     """
 
     count: jax.Array  # type: ignore[assignment]  # hides tuple.count, as in optax

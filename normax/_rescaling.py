@@ -5,9 +5,9 @@ enters a hidden unit, its weights and its bias, may be multiplied by $c$ if what
 leaves it is divided by $c$.
 
 Which weights enter and leave a unit is read off the parameters of a plain stack of
-layers. A hidden unit of a convolution is a channel. Factors are `Scaled` numbers,
-applied to mantissas and exponents apart: no product leaves the range of floats
-unless the rescaled weight does.
+layers. A hidden unit of a convolution is a channel. The mantissas and exponents of
+factors are applied apart: no product leaves the range of floats unless the rescaled
+weight does.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +25,7 @@ from normax._axes import PyTree
 from normax._checks import check_positive, check_range
 from normax._feed_forward import Layer, feed_forward_layers
 from normax._norms import at_least_float32
-from normax._path_arithmetic import PathArithmetic, Scaled
+from normax._path_arithmetic import halves, power_of_two
 from normax._path_sgd import log_path_norm
 
 Forward = Callable[[PyTree, PyTree], PyTree]
@@ -37,8 +37,16 @@ _FIX = (
 )
 
 
-# Factors of the units of a layer, $c = m \cdot 4^e$.
-_FACTORS = PathArithmetic(1)
+class Factors(NamedTuple):
+    r"""Factors of the units of a layer, $c = m \cdot 2^e$.
+
+    Attributes:
+      mantissa: Float array.
+      exponent: Int32 array of the same shape.
+    """
+
+    mantissa: jax.Array
+    exponent: jax.Array
 
 
 def parameter_layers(params: PyTree) -> tuple[Layer, ...]:
@@ -137,7 +145,7 @@ def expand_to(x: jax.Array, rank: int) -> jax.Array:
 @functools.partial(jax.jit, static_argnames="layers")
 def scale_layers(
     leaves: Sequence[jax.Array],
-    factors: Sequence[Scaled],
+    factors: Sequence[Factors],
     *,
     layers: tuple[Layer, ...],
 ) -> list[jax.Array]:
@@ -158,7 +166,7 @@ def scale_layers(
             if index is None:
                 continue
             (leaf,) = at_least_float32(leaves[index])
-            mantissa, exponent = _FACTORS.of_weight(leaf)
+            mantissa, exponent = jnp.ones_like(leaf), jnp.zeros((), jnp.int32)
             if position < len(factors):
                 m, e = (expand_to(part, leaf.ndim) for part in factors[position])
                 mantissa, exponent = mantissa * m, exponent + e
@@ -168,8 +176,9 @@ def scale_layers(
                     expand_to(part[source], leaf.ndim) for part in factors[position - 1]
                 )
                 mantissa, exponent = mantissa / m, exponent - e
-            size = _FACTORS.pth_root(Scaled(mantissa, exponent))
-            results[index] = jnp.copysign(size, leaf).astype(leaves[index].dtype)
+            first, second = halves(exponent, leaf.dtype)
+            scaled = leaf * first * mantissa.astype(leaf.dtype) * second
+            results[index] = scaled.astype(leaves[index].dtype)
     return results
 
 
@@ -192,7 +201,7 @@ def _require_in_range(params: PyTree, rescaled: PyTree) -> None:
 def rescaled_network(
     params: PyTree,
     layers: tuple[Layer, ...],
-    factors: Sequence[Scaled],
+    factors: Sequence[Factors],
     forward: Forward | None,
     inputs: PyTree,
 ) -> PyTree:
@@ -244,21 +253,21 @@ def _like(inputs: PyTree, seed: int) -> PyTree:
 def _require_same_function(
     params: PyTree,
     layers: tuple[Layer, ...],
-    factors: Sequence[Scaled],
+    factors: Sequence[Factors],
     rescaled: PyTree,
     forward: Forward,
     inputs: PyTree,
 ) -> None:
     # Differences drown in rounding if the factors are near 1, and so do broken rules.
     # So the network is tried with other factors, equal where the given ones are.
-    logs = [np.asarray(_FACTORS.log(c), float) for c in factors]
+    logs = [np.log2(np.asarray(m, float)) + np.asarray(e) for m, e in factors]
     distinct, which = np.unique(np.concatenate(logs), return_inverse=True)
     rng, ends = np.random.default_rng(0), np.cumsum([log.size for log in logs])[:-1]
     other = np.where(distinct == 0, 1.0, 2.0 ** rng.uniform(-2, 2, distinct.shape))
     fresh = 2.0 ** rng.uniform(-2, 2, which.shape)
     treedef: Any
     leaves, treedef = jax.tree.flatten(params)
-    ones = [_FACTORS.ones(m.shape, m.dtype) for m, _ in factors]
+    ones = [Factors(jnp.ones_like(m), jnp.zeros_like(e)) for m, e in factors]
     trial, diagnosis = (
         [
             one._replace(mantissa=jnp.asarray(values, one.mantissa.dtype))
@@ -280,7 +289,7 @@ def _require_same_function(
                     return False
         return True
 
-    def same_with(chosen: dict[int, Scaled]) -> bool:
+    def same_with(chosen: dict[int, Factors]) -> bool:
         factors = [chosen.get(layer, one) for layer, one in enumerate(ones)]
         return same(treedef.unflatten(scale_layers(leaves, factors, layers=layers)))
 
@@ -346,8 +355,9 @@ def _factor_array(units: int, value: Any, dtype: Any, name: str) -> Any:
 
 
 @jax.jit
-def _scaled(factors: Sequence[jax.Array]) -> list[Scaled]:
-    return [_FACTORS.of_weight(array) for array in factors]
+def _split(factors: Sequence[jax.Array]) -> list[Factors]:
+    powers = [power_of_two(array) for array in factors]
+    return [Factors(c / m, e) for c, (m, e) in zip(factors, powers, strict=True)]
 
 
 def _dtype(leaves: Sequence[Any], layers: tuple[Layer, ...]) -> Any:
@@ -423,7 +433,7 @@ def rescale_units(
         _factor_array(leaves[layer.kernel].shape[-1], value, dtype, layer.name)
         for layer, value in zip(hidden, factors, strict=True)
     ]
-    return rescaled_network(params, layers, _scaled(unit_factors), forward, inputs)
+    return rescaled_network(params, layers, _split(unit_factors), forward, inputs)
 
 
 @functools.partial(jax.jit, static_argnames=("fraction", "widths", "dtype"))
@@ -436,9 +446,7 @@ def _random_factors(key, fraction, log_mean, log_std, widths, dtype, most_decade
     decades = jnp.zeros(total, dtype).at[units].add(powers.astype(dtype))
     factors = 10 ** jnp.minimum(decades, most_decades.astype(dtype))
     ends = np.cumsum(widths)
-    return _scaled(
-        [factors[end - n : end] for end, n in zip(ends, widths, strict=True)]
-    )
+    return _split([factors[end - n : end] for end, n in zip(ends, widths, strict=True)])
 
 
 def random_rescaling(
