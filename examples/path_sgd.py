@@ -101,19 +101,6 @@ def balanced(key: jax.Array, widths: Sequence[int]) -> Params:
     ]
 
 
-def unbalanced(key: jax.Array, params: Params) -> Params:
-    """Rescale a quarter of the hidden units."""
-    hidden = [kernel.shape[1] for kernel in params[:-1]]
-    pick_key, exponent_key = jax.random.split(key)
-    picks = jax.random.randint(pick_key, (sum(hidden) // 4,), 0, sum(hidden))
-    exponents = jnp.exp(jax.random.normal(exponent_key, picks.shape))
-    factors = 10 ** jnp.zeros(sum(hidden)).at[picks].add(exponents)
-    split = jnp.split(factors, np.cumsum(hidden)[:-1])
-    one = jnp.ones(1)
-    pairs = zip([one, *split], params, [*split, one], strict=True)
-    return [w / before[:, None] * after[None] for before, w, after in pairs]
-
-
 class Split(NamedTuple):
     """Indices to train on, and weights that average over those and over the test."""
 
@@ -228,7 +215,7 @@ def run(
     for seed in seeds:
         init_key, factor_key = jax.random.split(jax.random.key(seed))
         params = starts["balanced", seed] = balanced(init_key, widths)
-        starts["unbalanced", seed] = unbalanced(factor_key, params)
+        starts["unbalanced", seed] = normax.random_rescaling(factor_key, params)
 
     def batches(split: Split, seed: int, epoch: int) -> tuple[np.ndarray, jax.Array]:
         # An epoch has as many steps with images held out as without: one program

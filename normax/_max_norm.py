@@ -179,8 +179,7 @@ def _balancing_factors(
             value = arithmetic.contract(kernel, entering, axes)
             value = Scaled(jnp.squeeze(value.root, axes), of_rank(value.exponent, 1))
             if layer.bias is not None:
-                bias = arithmetic.normalize(arithmetic.of_weight(arrays[layer.bias]))
-                value = arithmetic.add(value, bias)
+                value = arithmetic.add_weight(value, arrays[layer.bias])
             values.append(arithmetic.multiply(value, share))
         return values
 
@@ -211,7 +210,7 @@ def _balancing_factors(
     factors: list[Factors] = []
     for position in range(len(layers) - 2, -1, -1):
         root, shared = values[position]
-        scale, exponent = power_of_two(root)
+        scale, exponent = power_of_two(nonzero(root))
         mantissa = jnp.square(root / scale)
         exponent = 2 * (exponent + shared)
         # A unit that nothing enters: no norm feels it if it is scaled down enough.

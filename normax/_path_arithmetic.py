@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from normax._norms import at_least_float32
+from normax._norms import at_least_float32, nonzero
 
 DEAD = -(2**20)  # the exponent of zeros: never the largest of any sum
 _LARGE = 2**18  # weights for which a second pass takes longer than its compilation
@@ -49,17 +49,12 @@ def _layout(dtype) -> tuple[type, int, int]:
 
 
 def power_of_two(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    r"""Return the largest powers of two that are at most $x > 0$, and their exponents.
-
-    Where no normal number is (0, infinity, NaN), it is 1. No derivative passes.
-    """
+    """Return the largest power of two that is at most x > 0, and its exponent."""
     integer, mantissa_bits, bias = _layout(x.dtype)
     # Bits instead of `jnp.frexp`, whose many operations cost compile time.
     field = lax.shift_right_logical(
-        lax.bitcast_convert_type(lax.stop_gradient(x), integer),
-        jnp.asarray(mantissa_bits, integer),
+        lax.bitcast_convert_type(x, integer), jnp.asarray(mantissa_bits, integer)
     )
-    field = jnp.where((field > 0) & (field <= 2 * bias), field, bias)
     power = lax.shift_left(field, jnp.asarray(mantissa_bits, integer))
     return lax.bitcast_convert_type(power, x.dtype), field.astype(jnp.int32) - bias
 
@@ -67,7 +62,7 @@ def power_of_two(x: jax.Array) -> tuple[jax.Array, jax.Array]:
 def exp2(n: jax.Array, dtype) -> jax.Array:
     """Return $2^n$, exact, unlike `jnp.exp2`; the nearest normal power of all."""
     integer, mantissa_bits, bias = _layout(dtype)
-    field = (jnp.clip(n, 1 - bias, bias) + bias).astype(integer)
+    field = (lax.clamp(jnp.int32(1 - bias), n, jnp.int32(bias)) + bias).astype(integer)
     return lax.bitcast_convert_type(
         lax.shift_left(field, jnp.asarray(mantissa_bits, integer)), dtype
     )
@@ -79,14 +74,24 @@ def halves(n: jax.Array, dtype) -> tuple[jax.Array, jax.Array]:
     return exp2(half, dtype), exp2(n - half, dtype)
 
 
+def _range(x: jax.Array, axes: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
+    """Return the smallest and the largest of non-negative numbers."""
+    # Together, since XLA:CPU compiles each reduction of one array as three.
+    x = lax.stop_gradient(x)
+    bounds = jnp.asarray(jnp.inf, x.dtype), jnp.zeros((), x.dtype)
+    both = lambda a, b: (lax.min(a[0], b[0]), lax.max(a[1], b[1]))  # noqa: E731
+    return lax.reduce((x, x), bounds, both, axes)
+
+
+def where_live(fn: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:
+    """Return `fn(x)`, and 0 with derivative 0 where x is 0."""
+    live = x != 0
+    return jnp.where(live, fn(jnp.where(live, x, 1)), 0)
+
+
 def of_rank(exponent: jax.Array, rank: int) -> jax.Array:
     """Return a single exponent for an array of another rank."""
     return jnp.reshape(exponent, (1,) * rank)
-
-
-def _or_one(live: jax.Array, x: jax.Array) -> jax.Array:
-    # For roots, whose derivative at 0 is infinite.
-    return jnp.where(live, x, 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,21 +121,15 @@ class PathArithmetic:
         return q * q if plain else self.power(q * q)
 
     def root(self, x: jax.Array) -> jax.Array:
-        """Return $q$ with $q^{2p} = x >= 0$, with derivative 0 at 0."""
-        live = x != 0
-        root = _or_one(live, x)
+        """Return $q$ with $q^{2p} = x > 0$."""
         if isinstance(self.p, int) and self.p in (1, 2):
-            for _ in range(self.p):
-                root = jnp.sqrt(root)
-        else:
-            root = jnp.power(root, jnp.asarray(0.5 / self.p, x.dtype))
-        return jnp.where(live, root, 0)
+            return functools.reduce(lambda x, _: jnp.sqrt(x), range(self.p), x)
+        return jnp.power(x, jnp.asarray(0.5 / self.p, x.dtype))
 
     def of_weight(self, weight: jax.Array) -> Scaled:
         r"""Return $|w|^p$."""
         (weight,) = at_least_float32(weight)
-        live = weight != 0
-        root = jnp.where(live, jnp.sqrt(_or_one(live, jnp.abs(weight))), 0)
+        root = where_live(lambda w: jnp.sqrt(jnp.abs(w)), weight)
         return Scaled(root, jnp.zeros((1,) * root.ndim, jnp.int32))
 
     def cast(self, weight: jax.typing.ArrayLike, x: Scaled) -> jax.Array:
@@ -148,11 +147,15 @@ class PathArithmetic:
 
     def normalize(self, x: Scaled) -> Scaled:
         """Bring the largest root of each exponent into $[1, 2)$."""
-        shared = tuple(i for i, n in enumerate(x.exponent.shape) if n == 1)
-        top = jnp.max(x.root, axis=shared, keepdims=True, initial=0)
-        scale, shift = power_of_two(top)
-        exponent = jnp.where(top == 0, DEAD, x.exponent + shift)
-        return Scaled(x.root / scale, exponent)
+        axes = tuple(i for i, n in enumerate(x.exponent.shape) if n == 1)
+        return self._normalize(x, _range(x.root, axes)[1])
+
+    def _normalize(self, x: Scaled, top: jax.Array) -> Scaled:
+        top = jnp.reshape(top, x.exponent.shape)
+        scale, shift = power_of_two(jnp.maximum(top, jnp.finfo(top.dtype).tiny))
+        # The difference is 0, or NaN where `top` is not finite.
+        root = x.root / (scale + (top - top))
+        return Scaled(root, x.exponent + shift)
 
     def align(self, x: Scaled, exponent: jax.Array) -> jax.Array:
         """Return the roots of `x` at a given exponent, not below its own."""
@@ -177,10 +180,19 @@ class PathArithmetic:
     def add(self, x: Scaled, y: Scaled) -> Scaled:
         """Return $x + y$."""
         top = jnp.maximum(x.exponent, y.exponent)
-        a, b = self.align(x, top), self.align(y, top)
-        scale, _ = power_of_two(jnp.maximum(a, b))
-        total = self.value(a / scale) + self.value(b / scale)
-        return Scaled(scale * self.root(total), top)
+        return Scaled(self._hypot(self.align(x, top), self.align(y, top)), top)
+
+    def add_weight(self, x: Scaled, weight: jax.typing.ArrayLike) -> Scaled:
+        """Return $x + |w|^p$ at the exponents of `x`."""
+        root = self.of_weight(self.cast(weight, x)).root
+        return Scaled(
+            self._hypot(x.root, root * exp2(-x.exponent, root.dtype)), x.exponent
+        )
+
+    def _hypot(self, a: jax.Array, b: jax.Array) -> jax.Array:
+        # The smaller over the larger one: neither need be in the range of powers.
+        large, small = jnp.maximum(a, b), jnp.minimum(a, b)
+        return large * self.root(1 + self.value(small / nonzero(large)))
 
     def multiply(self, *factors: Scaled) -> Scaled:
         """Return the product of factors that broadcast against each other."""
@@ -197,6 +209,10 @@ class PathArithmetic:
         rank = len(shape) - exponent.ndim
         exponent = jnp.expand_dims(exponent, tuple(range(rank)))
         return Scaled(jnp.broadcast_to(root, shape), exponent)
+
+    def scale(self, x: jax.Array) -> jax.Array:
+        """Return what to divide by, and multiply with again: no derivative passes."""
+        return nonzero(lax.stop_gradient(x))
 
     def linear(
         self,
@@ -217,14 +233,18 @@ class PathArithmetic:
           `fn(x)`.
         """
         x = self.common(x, axes)
-        scale, _ = power_of_two(jnp.max(x.root, axis=axes, keepdims=True, initial=0))
-        root, exponent = self.root(fn(self.value(x.root / scale))), x.exponent
+        scale = self.scale(jnp.max(x.root, axis=axes, keepdims=True, initial=0))
+        total = fn(self.value(x.root / scale))
+        root, exponent = where_live(self.root, total), x.exponent
         if not keepdims:
             scale, exponent = (jnp.squeeze(part, axes) for part in (scale, exponent))
         return Scaled(scale * root, exponent)
 
     def sum(self, x: Scaled, axes: tuple[int, ...], keepdims: bool = False) -> Scaled:
         """Return the sum over some axes."""
+        if all(x.root.shape[axis] == 1 for axis in axes):
+            parts = x if keepdims else (jnp.squeeze(part, axes) for part in x)
+            return Scaled(*parts)
         return self.linear(
             lambda m: jnp.sum(m, axis=axes, keepdims=keepdims), x, axes, keepdims
         )
@@ -238,7 +258,7 @@ class PathArithmetic:
     ) -> tuple[jax.Array, jax.Array]:
         r"""Scale a weight array so that its powers sum in the range of floats.
 
-        $$w_{ij}\,q_i^2 = a_{ij}\,s_j^2, \qquad \max_i |a_{ij}| \in [1, 4)$$
+        $$w_{ij}\,q_i^2 = a_{ij}\,s_j^2, \qquad \max_i |a_{ij}| = 1$$
 
         Square roots of weights are multiplied, which leaves no range.
 
@@ -252,8 +272,9 @@ class PathArithmetic:
           The $a_{ij}$, signed as the weights, and the $s_j$ as `reduce` shapes them.
         """
         half = jnp.sqrt(jnp.abs(lax.stop_gradient(weight))) * lax.stop_gradient(root)
-        scale, _ = power_of_two(reduce(half))
-        factor = root * spread(1 / scale)
+        scale = reduce(half)
+        # Not with `root` again, whose broadcast XLA would write out for both passes.
+        factor = (2 * root) * spread(0.5 / nonzero(scale))
         return weight * factor * factor, scale
 
     def contract(self, weight: jax.Array, x: Scaled, axes: tuple[int, ...]) -> Scaled:
@@ -272,6 +293,8 @@ class PathArithmetic:
         """
         weight, x = self.cast(weight, x), self.common(x)
 
+        everywhere = tuple(range(weight.ndim))
+
         def total(scaled):
             return jnp.sum(self.power(scaled), axis=axes, keepdims=True)
 
@@ -282,23 +305,25 @@ class PathArithmetic:
                 lambda half: jnp.max(half, axis=axes, keepdims=True, initial=0),
                 lambda scale: scale,
             )
-            return scale * self.root(total(scaled))
+            # At least 1, up to rounding, unless the scale is 0.
+            root = scale * self.root(jnp.maximum(total(scaled), 0.5))
+            return root, _range(root, everywhere)[1]
 
         if weight.size < _LARGE:
-            return self.normalize(Scaled(carefully(), x.exponent))
-        # Not |w|^p x: XLA:CPU sums a product of three arrays 300 times slower.
-        direct = total(weight * (x.root * x.root))
-        moderate = (x.root == 0) | (x.root > 2.0**-20)
-        safe = jnp.all(moderate) & jnp.all((direct > 2.0**-80) & (direct < 2.0**100))
-        root = lax.cond(safe, lambda: self.root(direct), carefully)
-        return self.normalize(Scaled(root, x.exponent))
+            root, top = carefully()
+        else:
+            root = where_live(self.root, total(weight * x.root * x.root))
+            low, high = _range(root, everywhere)
+            in_range = (low > 2.0**-20) & (high < 2.0**20)
+            root, top = lax.cond(in_range, lambda: (root, high), carefully)
+        return self._normalize(Scaled(root, x.exponent), top)
 
     def log(self, x: Scaled) -> jax.Array:
         r"""Return $\log x$, $-\infty$ for 0."""
         live = x.root != 0
         exponent = jnp.where(live, x.exponent, 0).astype(x.root.dtype)
         log2 = jnp.log(2.0).astype(x.root.dtype)
-        logarithm = 2 * self.p * (jnp.log(_or_one(live, x.root)) + exponent * log2)
+        logarithm = 2 * self.p * (jnp.log(nonzero(x.root)) + exponent * log2)
         return jnp.where(live, logarithm, -jnp.inf)
 
     def pth_root(self, x: Scaled) -> jax.Array:
@@ -327,16 +352,15 @@ class PathArithmetic:
         """
         one = self.ones((1,) * update.ndim, factors[0].root.dtype)
         first, second = (*factors, one)[:2]
-        # Only the sum of the exponents is of moderate size.
-        scales = halves(-(first.exponent + second.exponent), first.root.dtype)
 
-        def inverse(q, scale):
+        def inverse(x):
             # A quotient last, which XLA computes once for each unit, while it would
             # repeat other operations for each weight.
-            live = q != 0
-            return jnp.where(live, scale, 0) / _or_one(live, q)
+            scale = exp2(-x.exponent, x.root.dtype)
+            live = x.root != 0
+            return jnp.where(live, scale, 0) / jnp.where(live, x.root, 1)
 
-        factor = inverse(first.root, scales[0]) * inverse(second.root, scales[1])
+        factor = inverse(first) * inverse(second)
         (result,) = at_least_float32(update)
         # In four steps: a power of the factor can leave the range of floats though the
         # result does not.

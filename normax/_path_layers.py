@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from normax._path_arithmetic import Scaled, of_rank, power_of_two
+from normax._path_arithmetic import Scaled, of_rank, where_live
 from normax._path_lifting import (
     Activation,
     NotHomogeneous,
@@ -113,7 +113,7 @@ class _Layer:
         source, target = self.inputs, self.outputs
         if back:
             source, target = target, source
-        units, _ = power_of_two(source.of_activation(x.root))
+        units = arithmetic.scale(source.of_activation(x.root))
         values = arithmetic.value(x.root / source.to_activation(units))
         scaled, scale = arithmetic.weigh(
             w, source.to_kernel(units), target.of_kernel, target.to_kernel
@@ -125,7 +125,7 @@ class _Layer:
             (result,) = jax.linear_transpose(layer, zeros)(values)
         else:
             result = layer(values)
-        root = target.to_activation(scale) * arithmetic.root(result)
+        root = target.to_activation(scale) * where_live(arithmetic.root, result)
         return arithmetic.normalize(Scaled(root, of_rank(x.exponent, len(shape))))
 
     def correlate(
@@ -136,7 +136,7 @@ class _Layer:
         values, scales, exponent = [], [], jnp.zeros((), jnp.int32)
         for units, of in ((self.inputs, x), (self.outputs, cotangent)):
             of = arithmetic.common(of)
-            scale, _ = power_of_two(units.of_activation(of.root))
+            scale = arithmetic.scale(units.of_activation(of.root))
             values.append(arithmetic.value(of.root / units.to_activation(scale)))
             scales.append(units.to_kernel(scale))
             exponent = exponent + of_rank(of.exponent, len(shape))
@@ -144,7 +144,7 @@ class _Layer:
         (result,) = jax.linear_transpose(
             functools.partial(self.apply, values[0]), zeros
         )(values[1])
-        root = scales[0] * scales[1] * arithmetic.root(result)
+        root = scales[0] * scales[1] * where_live(arithmetic.root, result)
         return arithmetic.normalize(Scaled(root, exponent))
 
 

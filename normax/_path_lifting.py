@@ -382,13 +382,14 @@ class PathTransform:
             return self.new(size, lambda factors: self.accumulate(x, factors))
         if x.constant is None:
             return x.path
-        path, edge = x.path, self.flush(x.constant)
+        path, constant = x.path, x.constant
+        value = self.arithmetic.add_weight(path.value, constant.value)
 
         def pull(factors):
             self.accumulate(path, factors)
-            self.accumulate(edge, factors)
+            self.accumulate(constant, factors)
 
-        return self.new(self.arithmetic.add(path.value, edge.value), pull)
+        return self.new(value, pull)
 
     def total(self, outputs: Sequence[Activation | Weight]) -> Path:
         """Return the sum over all entries of all outputs."""

@@ -31,7 +31,7 @@ from jax import lax
 from jax.extend.core import JaxprEqn
 
 from normax._norms import at_least_float32
-from normax._path_arithmetic import Scaled, of_rank, power_of_two
+from normax._path_arithmetic import Scaled, of_rank, where_live
 from normax._path_lifting import (
     SLICES,
     UNIFORM,
@@ -460,9 +460,9 @@ def _scatter(transform, eqn, operands, values):
     entries = np.arange(math.prod(shape), dtype=np.int32).reshape(shape)
     index = _bind(eqn, jnp.asarray(entries), *operands[1:])
     none = jnp.zeros(entries.size, root.dtype)
-    scale, _ = power_of_two(none.at[index].max(root, mode="drop"))
+    scale = arithmetic.scale(none.at[index].max(root, mode="drop"))
     copies = arithmetic.value(root / scale.at[index].get(mode="clip"))
-    total = arithmetic.root(none.at[index].add(copies, mode="drop"))
+    total = where_live(arithmetic.root, none.at[index].add(copies, mode="drop"))
     root = jnp.reshape(scale * total, shape)
     return arithmetic.normalize(Scaled(root, of_rank(exponent, root.ndim)))
 

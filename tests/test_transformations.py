@@ -34,7 +34,12 @@ class Row(NamedTuple):
         return draw(seed, dtype, LAYERS if self.network else ARRAYS)
 
     def make(self) -> optax.GradientTransformationExtraArgs:
-        return self.factory(**self.kwargs)
+        return self._compiled if self.coupled else self.factory(**self.kwargs)
+
+    @functools.cached_property
+    def _compiled(self) -> optax.GradientTransformationExtraArgs:
+        tx = self.factory(**self.kwargs)
+        return optax.GradientTransformationExtraArgs(tx.init, jax.jit(tx.update))
 
 
 def curved(params):
