@@ -312,7 +312,11 @@ class PathArithmetic:
         if weight.size < _LARGE:
             root, top = carefully()
         else:
-            root = where_live(self.root, total(weight * x.root * x.root))
+            # In a vector of its own: weights are multiplied once. Its smallest numbers
+            # become NaN, which no range holds.
+            size = x.root * x.root
+            size = jnp.where((size > 2.0**-80) | (x.root == 0), size, jnp.nan)
+            root = where_live(self.root, total(weight * size))
             low, high = _range(root, everywhere)
             in_range = (low > 2.0**-20) & (high < 2.0**20)
             root, top = lax.cond(in_range, lambda: (root, high), carefully)

@@ -3,8 +3,9 @@
 A new transformation is a new row of `ROWS`.
 """
 
+import dataclasses
 import functools
-from typing import Any, NamedTuple
+from typing import Any
 
 import chex
 import flax.linen as nn
@@ -21,24 +22,29 @@ from jax.sharding import PartitionSpec as P
 import normax
 
 
-class Row(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Row:
     """A public transformation and the arguments that the tests make it with."""
 
     name: str
     factory: Any
-    kwargs: dict[str, Any] = {}  # noqa: RUF012  # never written to
+    kwargs: dict[str, Any] = dataclasses.field(default_factory=dict)
     coupled: bool = False  # whether the update of an array depends on the others
     network: bool = False  # whether the arrays are layers, none of which may be masked
 
     def draw(self, seed=0, dtype=jnp.float32):
         return draw(seed, dtype, LAYERS if self.network else ARRAYS)
 
+    def make_anew(self) -> optax.GradientTransformationExtraArgs:
+        return self.factory(**self.kwargs)
+
     def make(self) -> optax.GradientTransformationExtraArgs:
-        return self._compiled if self.coupled else self.factory(**self.kwargs)
+        # Those that take long to trace are compiled once, for all tests.
+        return self._compiled if self.coupled else self.make_anew()
 
     @functools.cached_property
     def _compiled(self) -> optax.GradientTransformationExtraArgs:
-        tx = self.factory(**self.kwargs)
+        tx = self.make_anew()
         return optax.GradientTransformationExtraArgs(tx.init, jax.jit(tx.update))
 
 
@@ -199,7 +205,7 @@ def test_missing_params_raise(row):
 
 @every_row
 def test_jit_compiles_once(row):
-    tx, params = row.make(), row.draw()
+    tx, params = row.make_anew(), row.draw()
     step = jax.jit(chex.assert_max_traces(tx.update, n=1))
     state = jax.jit(tx.init)(params)
     for seed in range(3):
@@ -376,7 +382,7 @@ def test_arrays_without_entries(row):
 
 @our_rows
 def test_leaves_that_are_no_weights(row):
-    tx = row.make()
+    tx = row.make_anew()
     params = row.draw() | {"count": jnp.ones((2, 3), jnp.int32), "number": 2.0}
     if row.network and "forward" not in row.kwargs:
         pytest.skip("a number is no layer of a stack")
