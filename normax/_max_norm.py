@@ -18,7 +18,7 @@ from normax._axes import PyTree
 from normax._checks import check_range
 from normax._feed_forward import Layer
 from normax._norms import at_least_float32, nonzero, vector_norm
-from normax._path_arithmetic import PathArithmetic, Scaled, of_rank, power_of_two
+from normax._path_arithmetic import PathArithmetic, Scaled, exp2, exponent_of, of_rank
 from normax._rescaling import (
     Factors,
     Forward,
@@ -210,8 +210,8 @@ def _balancing_factors(
     factors: list[Factors] = []
     for position in range(len(layers) - 2, -1, -1):
         root, shared = values[position]
-        scale, exponent = power_of_two(nonzero(root))
-        mantissa = jnp.square(root / scale)
+        exponent = exponent_of(nonzero(root))
+        mantissa = jnp.square(root * exp2(-exponent, dtype))
         exponent = 2 * (exponent + shared)
         # A unit that nothing enters: no norm feels it if it is scaled down enough.
         kernel = arrays[layers[position + 1].kernel]

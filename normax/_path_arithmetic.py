@@ -48,15 +48,14 @@ def _layout(dtype) -> tuple[type, int, int]:
     return (jnp.int32 if info.bits == 32 else jnp.int64), info.nmant, info.maxexp - 1
 
 
-def power_of_two(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Return the largest power of two that is at most x > 0, and its exponent."""
+def exponent_of(x: jax.Array) -> jax.Array:
+    """Return the exponent of the largest power of two that is at most x > 0."""
     integer, mantissa_bits, bias = _layout(x.dtype)
     # Bits instead of `jnp.frexp`, whose many operations cost compile time.
     field = lax.shift_right_logical(
         lax.bitcast_convert_type(x, integer), jnp.asarray(mantissa_bits, integer)
     )
-    power = lax.shift_left(field, jnp.asarray(mantissa_bits, integer))
-    return lax.bitcast_convert_type(power, x.dtype), field.astype(jnp.int32) - bias
+    return field.astype(jnp.int32) - bias
 
 
 def exp2(n: jax.Array, dtype) -> jax.Array:
@@ -152,9 +151,10 @@ class PathArithmetic:
 
     def _normalize(self, x: Scaled, top: jax.Array) -> Scaled:
         top = jnp.reshape(top, x.exponent.shape)
-        scale, shift = power_of_two(jnp.maximum(top, jnp.finfo(top.dtype).tiny))
-        # The difference is 0, or NaN where `top` is not finite.
-        root = x.root / (scale + (top - top))
+        shift = exponent_of(jnp.maximum(top, jnp.finfo(top.dtype).tiny))
+        # No quotient, as XLA turns those of quotients into quotients of products. The
+        # difference is 0, or NaN where `top` is not finite.
+        root = x.root * (exp2(-shift, top.dtype) + (top - top))
         return Scaled(root, x.exponent + shift)
 
     def align(self, x: Scaled, exponent: jax.Array) -> jax.Array:

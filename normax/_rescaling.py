@@ -25,7 +25,7 @@ from normax._axes import PyTree
 from normax._checks import check_positive, check_range
 from normax._feed_forward import Layer, feed_forward_layers
 from normax._norms import at_least_float32
-from normax._path_arithmetic import halves, power_of_two
+from normax._path_arithmetic import exponent_of, halves
 from normax._path_sgd import log_path_norm
 
 Forward = Callable[[PyTree, PyTree], PyTree]
@@ -356,8 +356,12 @@ def _factor_array(units: int, value: Any, dtype: Any, name: str) -> Any:
 
 @jax.jit
 def _split(factors: Sequence[jax.Array]) -> list[Factors]:
-    powers = [power_of_two(array) for array in factors]
-    return [Factors(c / m, e) for c, (m, e) in zip(factors, powers, strict=True)]
+    def split(c):
+        exponent = exponent_of(c)
+        first, second = halves(-exponent, c.dtype)
+        return Factors(c * first * second, exponent)
+
+    return [split(c) for c in factors]
 
 
 def _dtype(leaves: Sequence[Any], layers: tuple[Layer, ...]) -> Any:
