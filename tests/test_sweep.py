@@ -1,0 +1,132 @@
+"""Sweeps against loops of single runs."""
+
+import collections
+import threading
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType
+
+import normax
+
+GRID = {"rate": np.geomspace(0.01, 100, 3), "decay": np.array([0.0, 0.1, 0.2, 0.3])}
+TARGET = np.random.default_rng(0).normal(size=7).astype(np.float32)
+
+
+def train(rate, decay):
+    """Gradient descent on a quadratic, which diverges at the largest rate."""
+
+    def step(w, _):
+        gradient = (w - TARGET) + decay * w
+        return w - rate * gradient, jnp.sum(gradient**2)
+
+    w, losses = jax.lax.scan(step, jnp.zeros(7), None, length=40)
+    return {"w": w, "losses": losses, "steps": 40}
+
+
+def one_by_one(fn=train, grid=GRID):
+    single = jax.jit(fn)
+    names = list(grid)
+    rows = [
+        [
+            single(**{names[0]: jnp.asarray(a), names[1]: jnp.asarray(b)})
+            for b in grid[names[1]]
+        ]
+        for a in grid[names[0]]
+    ]
+    return jax.tree.map(
+        lambda *leaves: np.reshape(leaves, (3, 4, *np.shape(leaves[0]))),
+        *[result for row in rows for result in row],
+    )
+
+
+@pytest.fixture(scope="module")
+def expected():
+    return one_by_one()
+
+
+def assert_equal(results, expected):
+    for name in expected:
+        assert results[name].dtype == expected[name].dtype
+        np.testing.assert_allclose(results[name], expected[name], rtol=1e-5)
+
+
+@pytest.mark.parametrize("batch_size", [None, 1, 5, 100])
+def test_the_grid_is_in_front(batch_size, expected):
+    results = normax.grid_sweep(train, GRID, batch_size=batch_size)
+    assert results["losses"].shape == (3, 4, 40) and results["steps"].shape == (3, 4)
+    assert_equal(results, expected)
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize("shape", [(8,), (2, 2)])
+@pytest.mark.parametrize("batch_size", [None, 16])
+def test_meshes(kind, shape, batch_size, expected):
+    names = ("a", "b")[: len(shape)]
+    mesh = jax.make_mesh(shape, names, axis_types=(kind,) * len(shape))
+    results = normax.grid_sweep(train, GRID, mesh=mesh, batch_size=batch_size)
+    assert_equal(results, expected)
+
+
+def test_a_run_that_diverges_does_not_touch_the_others(expected):
+    results = normax.grid_sweep(train, GRID | {"rate": [0.01, 1.0, np.nan]})
+    assert np.all(np.isnan(results["w"][2]))
+    np.testing.assert_allclose(results["w"][:2], expected["w"][:2], rtol=1e-5)
+
+
+def test_it_is_traced_once_and_batched_as_far_as_allowed():
+    traces, running, most = [], collections.Counter(), []
+    lock = threading.Lock()
+
+    def note(change):
+        with lock:
+            running["now"] += change
+            most.append(running["now"])
+        return np.float32(0)
+
+    def run(x):
+        traces.append(x)
+        start = jax.pure_callback(
+            lambda _: note(1), jax.ShapeDtypeStruct((), jnp.float32), x
+        )
+        end = jax.lax.fori_loop(0, 1000, lambda _, y: jnp.sin(y), x + start)
+        return jax.pure_callback(
+            lambda _: note(-1), jax.ShapeDtypeStruct((), jnp.float32), end
+        )
+
+    normax.grid_sweep(run, {"x": jnp.arange(20.0)}, batch_size=2)
+    assert len(traces) == 1 and len(most) == 40 and max(most) <= 2
+
+
+def test_keys_integers_and_no_axis_at_all():
+    def draw(key, count):
+        return jax.random.normal(key, (2,)) * count, count
+
+    keys = jax.random.split(jax.random.key(0), 3)
+    drawn, counts = normax.grid_sweep(draw, {"key": keys, "count": [1, 2]})
+    expected = jax.vmap(lambda key: jax.random.normal(key, (2,)))(keys)
+    np.testing.assert_allclose(drawn, expected[:, None] * counts[..., None], rtol=1e-6)
+    assert counts.dtype == jnp.int32
+    np.testing.assert_array_equal(normax.grid_sweep(lambda: TARGET, {}), TARGET)
+
+
+def test_progress_is_shown(capsys):
+    normax.grid_sweep(lambda x: x, {"x": [1.0, 2.0, 3.0]}, progress=True)
+    assert "3/3" in capsys.readouterr().err
+
+
+def test_errors_are_those_of_the_run():
+    def bad(x):
+        raise KeyError("mine")
+
+    with pytest.raises(KeyError, match="mine"):
+        normax.grid_sweep(bad, {"x": [1.0]})
+    with pytest.raises(TypeError, match="unexpected keyword argument 'y'"):
+        normax.grid_sweep(lambda x: x, {"x": [1.0], "y": [1.0]})
+    for axis in (1.0, [[1.0]], []):
+        with pytest.raises(ValueError, match=r"axis of a grid.*'x'.*shape"):
+            normax.grid_sweep(lambda x: x, {"x": axis})
+    with pytest.raises(ValueError, match="batch_size must be at least 1"):
+        normax.grid_sweep(lambda x: x, {"x": [1.0]}, batch_size=0)
