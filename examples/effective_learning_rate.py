@@ -44,9 +44,7 @@ import csv
 import functools
 import itertools
 import math
-import os
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -61,7 +59,6 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import MultipleLocator, PercentFormatter
-from tqdm import tqdm
 
 import normax
 
@@ -279,30 +276,21 @@ def run(
     order = batches(setting, len(data.x_train), order_key)
     keys = jax.random.split(augment_key, order.shape[:2])
     arguments = jax.device_put((data, variables, order, keys))
-
-    def compile_run(program: tuple[str, bool]) -> Any:
-        train = jax.jit(make_train(*program, setting, graph))
-        return train.lower(*arguments, 0.0, 0.0).compile()
-
-    def run_point(point: tuple[str, bool, float, float]) -> dict[str, Any]:
-        rule, projected, eta, lam = point
-        numbers = compiled[rule, projected](*arguments, eta, lam)
+    columns: list[Results] = []
+    for rule, projected in itertools.product(rules, (False, True)):
+        train = functools.partial(
+            make_train(rule, projected, setting, graph), *arguments
+        )
+        eta, lam = grid(rule, size)
+        numbers = normax.grid_sweep(train, {"lam": lam, "eta": eta}, progress=True)
+        lam, eta = np.meshgrid(lam, eta, indexing="ij")
         named = {"rule": rule, "projected": projected, "eta": eta, "lambda": lam}
-        return named | jax.device_get(numbers)
-
-    programs = list(itertools.product(rules, (False, True)))
-    points = [
-        (rule, projected, eta, lam)
-        for rule, projected in programs
-        for lam, eta in itertools.product(*reversed(grid(rule, size)))
-    ]
-    # A small run does not fill the cores of a CPU; several at once do. Other devices
-    # are filled by one.
-    workers = os.cpu_count() if jax.default_backend() == "cpu" else 1
-    with ThreadPoolExecutor(workers) as pool:
-        compiled = dict(zip(programs, pool.map(compile_run, programs), strict=True))
-        rows = list(tqdm(pool.map(run_point, points), total=len(points), unit="run"))
-    return {name: np.array([row[name] for row in rows]) for name in rows[0]}
+        named |= jax.device_get(numbers)
+        columns.append({k: np.broadcast_to(x, eta.shape) for k, x in named.items()})
+    return {
+        name: np.concatenate([column[name].ravel() for column in columns])
+        for name in columns[0]
+    }
 
 
 def select(results: Results, rule: str, projected: bool) -> Results:
