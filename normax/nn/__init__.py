@@ -1,0 +1,10 @@
+"""Normalization layers for Flax NNX: Flax's own, and those it lacks or has wrong."""
+
+from flax.nnx import BatchNorm as BatchNorm
+from flax.nnx import GroupNorm as GroupNorm
+from flax.nnx import InstanceNorm as InstanceNorm
+from flax.nnx import LayerNorm as LayerNorm
+from flax.nnx import RMSNorm as RMSNorm
+
+from normax.nn._weight_norm import WeightNorm as WeightNorm
+from normax.nn._weight_norm import initialize_weight_norm as initialize_weight_norm
