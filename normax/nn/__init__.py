@@ -6,5 +6,6 @@ from flax.nnx import InstanceNorm as InstanceNorm
 from flax.nnx import LayerNorm as LayerNorm
 from flax.nnx import RMSNorm as RMSNorm
 
+from normax.nn._batch_renorm import BatchRenorm as BatchRenorm
 from normax.nn._weight_norm import WeightNorm as WeightNorm
 from normax.nn._weight_norm import initialize_weight_norm as initialize_weight_norm
