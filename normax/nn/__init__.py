@@ -7,5 +7,9 @@ from flax.nnx import LayerNorm as LayerNorm
 from flax.nnx import RMSNorm as RMSNorm
 
 from normax.nn._batch_renorm import BatchRenorm as BatchRenorm
+from normax.nn._fold_batch_norm import FoldedModel as FoldedModel
+from normax.nn._fold_batch_norm import fold_batch_norm as fold_batch_norm
+from normax.nn._fold_batch_norm import fold_batch_norms as fold_batch_norms
+from normax.nn._fold_batch_norm import folding_error as folding_error
 from normax.nn._weight_norm import WeightNorm as WeightNorm
 from normax.nn._weight_norm import initialize_weight_norm as initialize_weight_norm

@@ -14,7 +14,7 @@ KeyPath = tuple[Any, ...]
 _KERNELS = nnx.PathContains("kernel")
 
 
-def _output_axes(module: Any, rank: int) -> tuple[int, ...]:
+def output_axes(module: Any, rank: int) -> tuple[int, ...]:
     """Return the axes of a module's kernel that count its output units."""
     if isinstance(module, nnx.LinearGeneral):
         outputs = range(rank - len(module.out_features), rank)
@@ -47,7 +47,7 @@ def _vector_axes(
                 'feature_axes must be "unit", an axis, several axes, or None for one '
                 f"vector per array, got {feature_axes!r}."
             )
-        features: Sequence[int] = _output_axes(module, rank)
+        features: Sequence[int] = output_axes(module, rank)
     elif feature_axes is None:
         features = ()
     else:
