@@ -11,5 +11,8 @@ from normax.nn._fold_batch_norm import FoldedModel as FoldedModel
 from normax.nn._fold_batch_norm import fold_batch_norm as fold_batch_norm
 from normax.nn._fold_batch_norm import fold_batch_norms as fold_batch_norms
 from normax.nn._fold_batch_norm import folding_error as folding_error
+from normax.nn._normalizers import INVARIANCES as INVARIANCES
+from normax.nn._normalizers import Invariances as Invariances
+from normax.nn._normalizers import invariance_table as invariance_table
 from normax.nn._weight_norm import WeightNorm as WeightNorm
 from normax.nn._weight_norm import initialize_weight_norm as initialize_weight_norm
