@@ -30,7 +30,7 @@ INIT = {
     "kernel_init": lambda key, shape, dtype: draw(shape, 1, dtype=dtype),
     "bias_init": lambda key, shape, dtype: draw(shape, 2, dtype=dtype),
 }
-MASK = np.arange(72).reshape(3, 4, 6) % 2
+MASK: jax.Array = jnp.arange(72).reshape(3, 4, 6) % 2
 LAYERS = {
     "linear": (functools.partial(nnx.Linear, 3, 6), (5, 3)),
     "conv": (functools.partial(nnx.Conv, 4, 6, (3, 3)), (2, 5, 5, 4)),

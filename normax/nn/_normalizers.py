@@ -86,7 +86,7 @@ def invariance_table() -> str:
     fields = Invariances._fields
     heads = [("", ""), *(f.replace("_", " ").rpartition(" ")[::2] for f in fields)]
     rows = [
-        [name, *({True: "yes", False: "-"}.get(cell, cell) for cell in row)]
+        [name, *("yes" if cell else "-" for cell in row[:-1]), row.orthogonal_gradient]
         for name, row in INVARIANCES.items()
     ]
     lines = [*map(list, zip(*heads, strict=True)), *rows]
