@@ -176,7 +176,7 @@ def main(argv: Sequence[str] | None = None) -> Results:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("--out", type=Path, default=Path("out"), help="folder of the results")
-    add("--networks", type=int, default=50, help="random networks to average over")
+    add("--networks", type=int, default=20, help="random networks to average over")
     add("--seed", type=int, default=0)
     options = parser.parse_args(argv)
     if options.networks < 1:
