@@ -1,9 +1,10 @@
 r"""The same small network with each normalizer: curves, norms and angles.
 
 Two 3x3 convolutions (8 and 16 channels, the second of stride 2), each followed by a
-normalizer and a ReLU, and a linear head learn the 8x8 digits by SGD with momentum. Every normalizer is trained four times: plainly; with weight decay of the
-kernels; with their norms held at the initial ones (`normax.project_unit_norm`); and
-with both. What counts as one weight vector is what the normalizer is invariant to,
+normalizer and a ReLU, and a linear head learn the 8x8 digits by SGD with momentum.
+Every normalizer is trained four times: plainly; with weight decay of the kernels; with
+their norms held at the initial ones (`normax.project_unit_norm`); and with both. What
+counts as one weight vector is what the normalizer is invariant to,
 `normax.nn.INVARIANCES`: the weights into a unit, or the whole layer.
 
 Behind a normalizer the norm of a kernel does nothing but divide the learning rate. It

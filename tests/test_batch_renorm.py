@@ -241,12 +241,7 @@ def errors_on_digits(norm, batch_size, seeds):
         deeper = nnx.Linear(32, 32, rngs=rngs), norm(32, rngs=rngs), nnx.relu
         return nnx.Sequential(*hidden, *deeper, nnx.Linear(32, 10, rngs=rngs))
 
-    def train(key):
-        model_key, batch_key = jax.random.split(key)
-        model = make(model_key)
-        optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
-        graphdef, state = nnx.split((model, optimizer))
-
+    def train(state, key):
         def step(state, key):
             model, optimizer = nnx.merge(graphdef, state)
             rows = jax.random.randint(key, (batch_size,), 0, len(x))
@@ -259,14 +254,22 @@ def errors_on_digits(norm, batch_size, seeds):
             optimizer.update(model, nnx.grad(loss_fn)(model))
             return nnx.state((model, optimizer)), None
 
-        keys = jax.random.split(batch_key, 4 * len(x) // batch_size)
+        keys = jax.random.split(key, 4 * len(x) // batch_size)
         state, _ = jax.lax.scan(step, state, keys)
         model, _ = nnx.merge(graphdef, state)
         model.eval()
         return jnp.mean(jnp.argmax(model(x_test), -1) != y_test)
 
-    keys = jax.random.split(jax.random.key(0), seeds)
-    return np.asarray(jax.jit(jax.vmap(train))(keys))
+    # Drawn one by one: XLA takes long to compile random numbers into the program.
+    models = [make(key) for key in jax.random.split(jax.random.key(0), seeds)]
+    states = []
+    for model in models:
+        optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+        graphdef, state = nnx.split((model, optimizer))
+        states.append(state)
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
+    keys = jax.random.split(jax.random.key(1), seeds)
+    return np.asarray(jax.jit(jax.vmap(train))(stacked, keys))
 
 
 def test_better_than_batch_norm_in_batches_of_four():
