@@ -97,6 +97,7 @@ def run(networks: int, seed: int) -> Results:
     for scheme, activation in itertools.product(SCHEMES, ACTIVATIONS):
         kernels = draw(SCHEMES[scheme][0], kernel_key, networks)
         means = moments(ACTIVATIONS[activation][0], key, kernels)
+        rows: dict[str, list[Any]]
         rows = {"scheme": [scheme] * DEPTH, "activation_function": [activation] * DEPTH}
         rows |= {"layer": list(range(1, DEPTH + 1))}
         lines = predicted(scheme, activation)

@@ -108,7 +108,7 @@ class Network(nnx.Module):
     """Two convolutions and a linear head."""
 
     def __init__(self, training: Training, rngs: nnx.Rngs) -> None:
-        self.layers = nnx.List()
+        layers = []
         for channels, stride in zip(itertools.pairwise(CHANNELS), STRIDES, strict=True):
             conv = nnx.Conv(
                 *channels,
@@ -118,7 +118,8 @@ class Network(nnx.Module):
                 conv_general_dilated=conv_as_matmul,
                 rngs=rngs,
             )
-            self.layers.append(normalized(training, conv, rngs))
+            layers.append(normalized(training, conv, rngs))
+        self.layers = nnx.List(layers)
         # Not the mean over the image, which instance normalization fixes.
         self.head = nnx.Linear(16 * CHANNELS[-1], 10, rngs=rngs)
 
@@ -329,7 +330,8 @@ def table(experiment: Experiment) -> str:
 def picture(experiment: Experiment) -> Figure:
     """Draw loss, norm and angle by epoch; and test errors, also by batch size."""
     figure = Figure(figsize=(13, 12), layout="constrained")
-    top, bottom = figure.subfigures(2, 1, height_ratios=(3, 1.3))
+    parts: Any = figure.subfigures(2, 1, height_ratios=(3, 1.3))
+    top, bottom = parts
     panels = top.subplots(3, 4, sharex=True, sharey="row")
     rows = {
         "training_loss": ("training loss", 1.0),
@@ -357,25 +359,21 @@ def picture(experiment: Experiment) -> Figure:
     top.legend(handles, labels, loc="outside lower center", ncols=8, frameon=False)
     left, right = bottom.subplots(1, 2)
     for index, condition in enumerate(CONDITIONS):
-        errors = [
-            by_epoch(
-                select(experiment.curves, normalizer=name, condition=condition),
-                "test_error",
-            )[-1]
-            for name in NORMALIZERS
-        ]
-        places = np.arange(len(errors)) + 0.12 * (index - 1.5)
-        left.plot(places, 100 * np.array(errors), "osv^"[index], label=condition)
+        places = np.arange(len(NORMALIZERS)) + 0.12 * (index - 1.5)
+        last = []
+        for name in NORMALIZERS:
+            runs = select(experiment.curves, normalizer=name, condition=condition)
+            last.append(100 * by_epoch(runs, "test_error")[-1])
+        left.plot(places, last, "osv^"[index], label=condition)
     left.set_xticks(range(len(NORMALIZERS)), NORMALIZERS, rotation=20)
     left.set_ylabel("test error, %")
     left.set_title("after the last epoch")
     sizes = np.unique(experiment.batch_sizes["batch_size"])
     for normalizer in ("BatchNorm", "BatchRenorm"):
-        runs = [
-            select(experiment.batch_sizes, normalizer=normalizer, batch_size=size)
-            for size in sizes
-        ]
-        errors = 100 * np.array([run["test_error"] for run in runs])
+        runs = select(experiment.batch_sizes, normalizer=normalizer)
+        errors = 100 * np.array(
+            [runs["test_error"][runs["batch_size"] == size] for size in sizes]
+        )
         colour = f"C{NORMALIZERS.index(normalizer)}"
         right.plot(sizes, errors.mean(1), "o-", color=colour, label=normalizer)
         limits = errors.min(1), errors.max(1)

@@ -52,7 +52,7 @@ LAYERS = {
             4,
             6,
             3,
-            mask=np.arange(72).reshape(3, 4, 6) % 2,
+            mask=MASK,
             padding="REFLECT",
         ),
         (2, 7, 4),

@@ -1,10 +1,12 @@
 """Weight normalization of any Flax NNX layer, as a function of its parameters."""
 
+import operator
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from normax._norms import at_least_float32, nonzero, ratio, vector_norm
@@ -51,8 +53,7 @@ def _vector_axes(
     elif feature_axes is None:
         features = ()
     else:
-        given = (feature_axes,) if isinstance(feature_axes, int) else feature_axes
-        features = tuple(given)
+        features = tuple(map(operator.index, np.atleast_1d(feature_axes)))
         if not all(-rank <= axis < rank for axis in features):
             raise ValueError(
                 f"feature_axes must lie within the array's rank, but are {features} "
