@@ -13,9 +13,11 @@ shrinks it, and the angle settles; on the sphere the angle follows the gradient 
 and decay no longer matters.
 
 The second experiment trains with batches of 2 to 128 images, for the same number of
-epochs and at learning rates proportional to the batch size, and compares batch
-normalization with batch renormalization, whose limits open up after a tenth of the run.
-Running statistics average over the same number of images at every batch size.
+epochs, and compares batch normalization with batch renormalization, whose limits open
+up after a tenth of the run. Its network has two fully connected hidden layers of 64
+units: a convolution takes its statistics over the pixels too, and feels small batches
+less. Learning rates are proportional to the batch size; running statistics average over
+the same number of images at every batch size.
 
 Written to `--out`: a picture (means over seeds) and all numbers as CSV. Printed: test
 errors, norms and angles at the end, and test errors by batch size.
@@ -23,6 +25,7 @@ errors, norms and angles at the end, and test errors by batch size.
 
 import argparse
 import csv
+import functools
 import itertools
 import os
 from collections.abc import Callable, Sequence
@@ -44,9 +47,8 @@ import normax
 
 Results = dict[str, np.ndarray]
 
-CHANNELS, STRIDES = (1, 8, 16), (1, 2)
 BATCH_SIZE = 64
-BATCH_SIZES = (2, 4, 8, 16, 32, 128)
+BATCH_SIZES = (2, 4, 8, 16, 32, 64, 128)
 LEARNING_RATE, MOMENTUM = 0.1, 0.9
 WEIGHT_DECAY = 0.01
 NORMALIZERS = (
@@ -83,15 +85,16 @@ class Training(NamedTuple):
     batch_size: int
     epochs: int
     steps: int
+    dense: bool = False
 
 
-def normalized(training: Training, conv: nnx.Conv, rngs: nnx.Rngs) -> Any:
-    """Return the convolution with its normalizer."""
-    name, width = training.normalizer, conv.out_features
+def normalized(training: Training, layer: nnx.Conv | nnx.Linear, rngs: nnx.Rngs) -> Any:
+    """Return the layer with its normalizer."""
+    name, width = training.normalizer, layer.out_features
     if name == "none":
-        return conv
+        return layer
     if name == "WeightNorm":
-        return normax.nn.WeightNorm(conv)
+        return normax.nn.WeightNorm(layer)
     options: dict[str, Any] = {}
     if name == "GroupNorm":
         options["num_groups"] = 4
@@ -101,30 +104,34 @@ def normalized(training: Training, conv: nnx.Conv, rngs: nnx.Rngs) -> Any:
         tenth = training.epochs * training.steps // 10
         options["r_max"] = optax.linear_schedule(1.0, 3.0, tenth, tenth)
         options["d_max"] = optax.linear_schedule(0.0, 5.0, tenth, tenth)
-    return nnx.Sequential(conv, getattr(normax.nn, name)(width, rngs=rngs, **options))
+    return nnx.Sequential(layer, getattr(normax.nn, name)(width, rngs=rngs, **options))
 
 
 class Network(nnx.Module):
-    """Two convolutions and a linear head."""
+    """Two hidden layers, convolutions or fully connected, and a linear head."""
 
     def __init__(self, training: Training, rngs: nnx.Rngs) -> None:
-        layers = []
-        for channels, stride in zip(itertools.pairwise(CHANNELS), STRIDES, strict=True):
-            conv = nnx.Conv(
-                *channels,
+        self.dense = training.dense
+        hidden: list[Any]
+        if self.dense:
+            hidden = [nnx.Linear(64, 64, rngs=rngs) for _ in range(2)]
+        else:
+            conv = functools.partial(
+                nnx.Conv,
                 kernel_size=(3, 3),
-                strides=(stride, stride),
                 padding=1,
                 conv_general_dilated=conv_as_matmul,
                 rngs=rngs,
             )
-            layers.append(normalized(training, conv, rngs))
-        self.layers = nnx.List(layers)
-        # Not the mean over the image, which instance normalization fixes.
-        self.head = nnx.Linear(16 * CHANNELS[-1], 10, rngs=rngs)
+            hidden = [conv(1, 8), conv(8, 16, strides=(2, 2))]
+        self.layers = nnx.List(normalized(training, layer, rngs) for layer in hidden)
+        # Not of means over the image, which instance normalization fixes.
+        self.head = nnx.Linear(64 if self.dense else 4 * 4 * 16, 10, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Return the logits."""
+        if self.dense:
+            x = x.reshape(len(x), -1)
         for layer in self.layers:
             x = nnx.relu(layer(x))
         return self.head(x.reshape(len(x), -1))
@@ -136,7 +143,9 @@ def make_optimizer(
     """Return SGD with momentum; decay and projection concern the kernels."""
     row = normax.nn.INVARIANCES.get(normalizer)
     word = row.orthogonal_gradient if row else "unit"
-    kernels = jax.tree.map(lambda p: p.ndim == 4, params)
+    kernels = jax.tree_util.tree_map_with_path(
+        lambda path, p: p.ndim > 1 and "layers" in jax.tree_util.keystr(path), params
+    )
     axes = jax.tree.map(lambda kernel: word if kernel else "none", kernels)
     return optax.chain(
         optax.add_decayed_weights(decay, mask=kernels),
@@ -260,7 +269,7 @@ def run(epochs: int, seeds: int, batch_sizes: Sequence[int]) -> Experiment:
     def batches(point: tuple[str, int]) -> Results:
         normalizer, batch_size = point
         short = max(epochs // 4, 1)
-        training = Training(normalizer, batch_size, short, images // batch_size)
+        training = Training(normalizer, batch_size, short, images // batch_size, True)
         rate = LEARNING_RATE * batch_size / BATCH_SIZE
         found = columns(
             training, ["plain"], train_all(training, rate, ["plain"], seeds)
@@ -347,7 +356,7 @@ def picture(experiment: Experiment) -> Figure:
             values = unit * by_epoch(runs, name)
             style = {"color": f"C{index}", "label": normalizer}
             axes.plot(np.arange(1, len(values) + 1), values, **style)
-        axes.set_yscale("log")
+        axes.set_yscale("linear" if name == "norm" else "log")
         axes.grid(alpha=0.3)
         if row == 0:
             axes.set_title(condition)
@@ -379,7 +388,7 @@ def picture(experiment: Experiment) -> Figure:
         limits = errors.min(1), errors.max(1)
         right.fill_between(sizes, *limits, color=colour, alpha=0.15, lw=0)
     right.set_xscale("log", base=2)
-    right.set_yscale("log")
+    right.set_ylim(bottom=0)
     right.set_xticks(sizes, sizes)
     right.set_xlabel("batch size")
     right.set_ylabel("test error, %")

@@ -124,7 +124,7 @@ class BatchRenorm(nnx.BatchNorm):
         # At momentum 0 the running statistics are those of the batch.
         batch = nnx.clone(self)
         batch.momentum = 0.0
-        nnx.BatchNorm.__call__(batch, jax.lax.stop_gradient(x), False, mask=mask)
+        nnx.BatchNorm.__call__(batch, x, False, mask=mask)
         mean, deviation = self.mean[...], jnp.sqrt(self.var[...] + self.epsilon)
         batch_deviation = jnp.sqrt(batch.var[...] + self.epsilon)
         r_max, d_max = (
