@@ -41,6 +41,7 @@ import optax
 from effective_learning_rate import conv_as_matmul
 from flax import nnx
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullLocator
 from tqdm import tqdm
 
 import normax
@@ -48,7 +49,7 @@ import normax
 Results = dict[str, np.ndarray]
 
 BATCH_SIZE = 64
-BATCH_SIZES = (2, 4, 8, 16, 32, 64, 128)
+BATCH_SIZES = (2, 4, 8, 32, 128)
 LEARNING_RATE, MOMENTUM = 0.1, 0.9
 WEIGHT_DECAY = 0.01
 NORMALIZERS = (
@@ -388,7 +389,10 @@ def picture(experiment: Experiment) -> Figure:
         limits = errors.min(1), errors.max(1)
         right.fill_between(sizes, *limits, color=colour, alpha=0.15, lw=0)
     right.set_xscale("log", base=2)
-    right.set_ylim(bottom=0)
+    right.set_yscale("log")
+    ticks = (1, 2, 5, 10, 20, 50, 100)
+    right.set_yticks(ticks, ticks)
+    right.yaxis.set_minor_locator(NullLocator())
     right.set_xticks(sizes, sizes)
     right.set_xlabel("batch size")
     right.set_ylabel("test error, %")
@@ -428,7 +432,7 @@ def main(argv: Sequence[str] | None = None) -> Experiment:
     print(table(experiment))
     write_csv(experiment.curves, options.out / "normalizers.csv")
     write_csv(experiment.batch_sizes, options.out / "normalizers_batch_sizes.csv")
-    picture(experiment).savefig(options.out / "normalizers.png", dpi=150)
+    picture(experiment).savefig(options.out / "normalizers.png", dpi=110)
     return experiment
 
 
