@@ -81,15 +81,16 @@ def fold_batch_norm(layer: Any, batch_norm: nnx.BatchNorm) -> Any:
     misfit = _misfit(layer, batch_norm)
     if misfit is not None:
         raise ValueError(f"{misfit}; call it where it stands instead.")
-    (kernel,) = at_least_float32(layer.kernel[...])
-    mean, var = at_least_float32(batch_norm.mean[...], batch_norm.var[...])
-    factor = lax.rsqrt(var + batch_norm.epsilon)
-    if batch_norm.scale is not None:
-        factor = factor * batch_norm.scale[...]
-    bias = -mean if layer.bias is None else layer.bias[...] - mean
-    bias = bias * factor
-    if batch_norm.bias is not None:
-        bias = bias + batch_norm.bias[...]
+    kernel, bias, mean, var, scale, shift = at_least_float32(
+        layer.kernel[...],
+        0.0 if layer.bias is None else layer.bias[...],
+        batch_norm.mean[...],
+        batch_norm.var[...],
+        1.0 if batch_norm.scale is None else batch_norm.scale[...],
+        0.0 if batch_norm.bias is None else batch_norm.bias[...],
+    )
+    factor = scale * lax.rsqrt(var + batch_norm.epsilon)
+    bias = (bias - mean) * factor + shift
     features = output_axes(layer, kernel.ndim)
     others = [axis for axis in range(kernel.ndim) if axis not in features]
     weight = kernel * jnp.expand_dims(factor, others)
