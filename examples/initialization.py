@@ -48,13 +48,14 @@ ACTIVATIONS: dict[str, tuple[Callable[[jax.Array], jax.Array], float]] = {
 MEASURES = ("activation", "gradient")
 
 
-@functools.partial(jax.jit, static_argnums=(0, 2))
 def draw(
     initializer: Callable[..., jax.Array], key: jax.Array, networks: int
 ) -> jax.Array:
     """Draw the kernels of all networks."""
-    keys = jax.random.split(key, (networks, DEPTH))
-    return jax.vmap(jax.vmap(lambda key: initializer(key, (WIDTH, WIDTH))))(keys)
+    # One by one: XLA takes long to compile random numbers into a larger program.
+    keys = jax.random.split(key, networks * DEPTH)
+    kernels = jnp.stack([initializer(key, (WIDTH, WIDTH)) for key in keys])
+    return kernels.reshape(networks, DEPTH, WIDTH, WIDTH)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -177,7 +178,7 @@ def main(argv: Sequence[str] | None = None) -> Results:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("--out", type=Path, default=Path("out"), help="folder of the results")
-    add("--networks", type=int, default=20, help="random networks to average over")
+    add("--networks", type=int, default=50, help="random networks to average over")
     add("--seed", type=int, default=0)
     options = parser.parse_args(argv)
     if options.networks < 1:

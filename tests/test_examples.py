@@ -421,7 +421,7 @@ def test_initialization_measures_the_products(
 
 
 def test_normalizers_train_in_every_condition() -> None:
-    training = normalizers.Training("LayerNorm", 64, epochs=3, steps=10)
+    training = normalizers.Training("LayerNorm", 64, epochs=3, steps=10, dense=True)
     found = normalizers.train_all(training, 0.1, list(normalizers.CONDITIONS), 2)
     assert {values.shape for values in found.values()} == {(4, 2, 3)}
     plain, decay, projection, both = found["norm"][:, :, -1]
