@@ -12,6 +12,8 @@ from flax import nnx
 
 import normax
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 SHAPE = (3, 3, 3, 8)
 AXES = {"unit": (0, 1, 2), "layer": (0, 1, 2, 3), "none": ()}
 RNGS = nnx.Rngs(0)
