@@ -1,5 +1,6 @@
 """The learning rate that a network really trains with, for JAX and Optax."""
 
+from normax import nn as nn
 from normax._assertions import (
     assert_inverse_gradient_scaling as assert_inverse_gradient_scaling,
 )

@@ -9,10 +9,13 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from flax import nnx
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 datasets: Any = importlib.import_module("datasets")
 effective_learning_rate: Any = importlib.import_module("effective_learning_rate")
+initialization: Any = importlib.import_module("initialization")
+normalizers: Any = importlib.import_module("normalizers")
 path_sgd: Any = importlib.import_module("path_sgd")
 table_1: Any = importlib.import_module("table_1")
 
@@ -393,4 +396,91 @@ def test_path_sgd_refuses_bad_input(
     ):
         with pytest.raises(SystemExit):
             path_sgd.main(arguments)
+        assert message in capsys.readouterr().err
+
+
+def test_initialization_measures_the_products(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    results = initialization.main(["--networks", "10", "--out", str(tmp_path)])
+    assert {len(column) for column in results.values()} == {4 * 2 * 10}
+    for measure in initialization.MEASURES:
+        ratio = results[measure] / results[f"{measure}_predicted"]
+        # The relative error of a network grows by about 15 % with every layer.
+        assert np.abs(np.log(ratio)).max() < 0.5
+        assert np.abs(np.log(ratio)).mean() < 0.15
+    glorot = initialization.select(results, "Glorot", "linear")
+    np.testing.assert_allclose(glorot["activation_predicted"], 1)
+    normal = initialization.select(results, "standard normal", "linear")
+    np.testing.assert_allclose(normal["activation_predicted"][-1], 1e20, rtol=1e-6)
+    assert "Kaiming" in capsys.readouterr().out
+    assert (tmp_path / "initialization.png").stat().st_size > 10_000
+    lines = (tmp_path / "initialization.csv").read_text().splitlines()
+    assert lines[0].split(",") == list(results)
+    assert len(lines) == 1 + 80
+
+
+def test_normalizers_train_in_every_condition() -> None:
+    training = normalizers.Training("LayerNorm", 64, epochs=3, steps=10, dense=True)
+    found = normalizers.train_all(training, 0.1, list(normalizers.CONDITIONS), 2)
+    assert {values.shape for values in found.values()} == {(4, 2, 3)}
+    plain, decay, projection, both = found["norm"][:, :, -1]
+    np.testing.assert_allclose((projection, both), 1, rtol=1e-5)
+    assert (decay < plain).all()
+    assert (found["training_loss"][:, :, -1] < found["training_loss"][:, :, 0]).all()
+    assert ((found["angle"] > 0) & (found["angle"] < 1)).all()
+    # Decay on the sphere changes the rate by the factor 1 - eta lambda.
+    losses = found["training_loss"][2:]
+    np.testing.assert_allclose(losses[0], losses[1], rtol=0.15)
+
+
+@pytest.mark.parametrize("name", normalizers.NORMALIZERS)
+def test_every_network_has_its_normalizer(name: str) -> None:
+    network = normalizers.Network(normalizers.Training(name, 64, 20, 20), nnx.Rngs(0))
+    kinds = {type(module).__name__ for _, module in nnx.iter_modules(network)}
+    assert name == "none" or name in kinds
+    assert network(np.ones((2, 8, 8, 1), np.float32)).shape == (2, 10)
+
+
+def test_normalizers_writes_pictures_and_tables(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def train_all(training: Any, rate: float, conditions: Any, seeds: int) -> Any:
+        shape = len(conditions), seeds, training.epochs
+        error = 0.5 if training.normalizer == "BatchNorm" else 0.25
+        error *= rate / normalizers.LEARNING_RATE * 64 / training.batch_size
+        return {name: np.full(shape, error) for name in normalizers.MEASURES}
+
+    monkeypatch.setattr(normalizers, "train_all", train_all)
+    small = ["--epochs", "8", "--seeds", "2", "--batch-sizes", "4", "16"]
+    experiment = normalizers.main([*small, "--out", str(tmp_path)])
+    assert {len(column) for column in experiment.curves.values()} == {8 * 4 * 2 * 8}
+    assert {len(column) for column in experiment.batch_sizes.values()} == {2 * 2 * 2}
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[3].split() == ["none", *["25.0%", "/", "0.25", "/", "14.32"] * 4]
+    assert lines[-2].split() == ["BatchRenorm", "25.0+-0.0%", "25.0+-0.0%"]
+    for name, results in (
+        ("normalizers", experiment.curves),
+        ("normalizers_batch_sizes", experiment.batch_sizes),
+    ):
+        rows = (tmp_path / f"{name}.csv").read_text().splitlines()
+        assert rows[0].split(",") == list(results)
+        assert len(rows) == 1 + len(results["seed"])
+    assert (tmp_path / "normalizers.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("example", [initialization, normalizers])
+def test_initialization_and_normalizers_refuse_bad_input(
+    example: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    number = "--networks" if example is initialization else "--seeds"
+    for arguments, message in (
+        ([number, "0"], "at least 1"),
+        (["--out", str(tmp_path / "file")], "File exists"),
+    ):
+        with pytest.raises(SystemExit):
+            example.main(arguments)
         assert message in capsys.readouterr().err
