@@ -1,8 +1,9 @@
 r"""Hessian-free optimization: Newton's steps by conjugate gradients, without a matrix.
 
-Every step minimizes a model of the loss, $q(p) = \langle g, p\rangle + \tfrac12
-\langle p, B p\rangle$ with $B + \mu I$ for $B$, of which only products $B v$ are formed.
-$B$ is the Hessian, or the Gauss-Newton matrix of a convex loss of a network's outputs.
+Every step minimizes a model of the loss, $\langle g, p\rangle + \tfrac12 \langle p,
+(B + \mu I)\,p\rangle$, of whose matrix only products with vectors are ever formed. $B$
+is the Hessian, or the Gauss-Newton matrix of a convex loss of a network's
+outputs.
 
 *Scale-invariant weights.* Where outputs do not depend on the scale of $w$, the
 Gauss-Newton matrix has $G w = 0$, while the Hessian has $H w = -g$: Gauss-Newton steps
@@ -10,7 +11,6 @@ without damping are tangent to the sphere through $w$, of a length proportional 
 $\|w\|$, and those of the Hessian tend to $+w$, which changes no function.
 """
 
-import operator
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -20,12 +20,16 @@ import optax
 
 from normax._axes import PyTree
 from normax._checks import check_range, requiring_params
+from normax._conjugate_gradients import (
+    Product,
+    Vector,
+    add,
+    conjugate_gradients,
+    divide,
+    inner,
+)
 from normax._norms import at_least_float32, nonzero
 
-Vector = list[jax.Array]  # the arrays that are trained, all in one dtype
-Product = Callable[[Vector], Vector]
-
-_HISTORY = 100  # values of the model that conjugate gradients remember
 _SMALLEST_PART = 2.0**-20  # of a step
 _SLOPE = 1e-2  # part of the slope's decrease that a step must bring
 
@@ -43,117 +47,11 @@ class HessianFreeState(NamedTuple):
       iterations: Number of conjugate gradient iterations of the last step, int32.
     """
 
-    count: jax.Array
+    count: jax.Array  # type: ignore[assignment]  # hides tuple.count, as in optax
     damping: jax.Array
     direction: PyTree
     reduction_ratio: jax.Array
     iterations: jax.Array
-
-
-def _inner(x: Vector, y: Vector) -> jax.Array:
-    products = [jnp.sum(a * b) for a, b in zip(x, y, strict=True)]
-    return jax.tree.reduce(operator.add, products)
-
-
-def _add(x: Vector, scale: jax.Array, y: Vector) -> Vector:
-    """Return `x + scale * y`."""
-    return [a + scale * b for a, b in zip(x, y, strict=True)]
-
-
-def _divide(x: Vector, y: Vector) -> Vector:
-    return [a / b for a, b in zip(x, y, strict=True)]
-
-
-class _Search(NamedTuple):
-    count: jax.Array
-    done: jax.Array
-    x: Vector
-    residual: Vector
-    direction: Vector
-    square: jax.Array  # of the residual, in the metric of the preconditioner
-    values: jax.Array  # of the model
-    largest: jax.Array  # curvature so far
-
-
-def _conjugate_gradients(
-    product: Product,
-    vector: Vector,
-    metric: Vector,
-    start: jax.Array,
-    tolerance: jax.Array,
-    limit: jax.typing.ArrayLike,
-) -> tuple[Vector, jax.Array]:
-    r"""Minimize $\phi(x) = \tfrac12\langle x, A x\rangle - \langle b, x\rangle$ from 0.
-
-    The conjugate gradients of JAX and of lineax stop by the residual alone. Martens'
-    rule, section 4.4, is relative progress in $\phi$: stop once $\phi < 0$ and
-
-    $$\phi(x_i) - \phi(x_{i-k}) \ge k\,\epsilon\,\phi(x_i), \qquad
-    i > k = \min(\max(10, \lfloor i / 10\rfloor), 99).$$
-
-    Also stop where the curvature $\langle d, A d\rangle$ is not positive: after a step
-    by its absolute value, or without one where it is below rounding.
-
-    Args:
-      product: The map $x \mapsto A x$, symmetric.
-      vector: The right-hand side $b$.
-      metric: Diagonal of the preconditioner $M$, positive.
-      start: $\phi(0) / \langle b, M^{-1} b\rangle$, of a problem that was shifted.
-      tolerance: $\epsilon$.
-      limit: Largest number of iterations.
-
-    Returns:
-      $x$, and the number of iterations.
-    """
-
-    eps = float(jnp.finfo(vector[0].dtype).eps)
-
-    def body(now: _Search) -> _Search:
-        image = product(now.direction)
-        curvature = _inner(now.direction, image)
-        scaled = [m * d for m, d in zip(metric, now.direction, strict=True)]
-        size = _inner(now.direction, scaled)
-        largest = jnp.maximum(now.largest, jnp.abs(curvature) / nonzero(size))
-        flat = jnp.abs(curvature) <= eps * largest * size
-        step = jnp.where(flat, 0, now.square / jnp.where(flat, 1, jnp.abs(curvature)))
-        residual = _add(now.residual, -step, image)
-        conditioned = _divide(residual, metric)
-        square = _inner(residual, conditioned)
-        count = now.count + 1
-        decrease = step * (now.square - step * curvature / 2)
-        value = now.values[now.count % _HISTORY] - decrease
-        k = jnp.clip(count // 10, 10, _HISTORY - 1)
-        progress = value - now.values[(count - k) % _HISTORY]
-        slow = (count > k) & (value < 0) & (progress >= k * tolerance * value)
-        settled = decrease <= (8 * eps) ** 2 * jnp.abs(value)
-        return _Search(
-            count,
-            slow | settled | flat | ~(curvature > 0) | ~(square > 0),
-            _add(now.x, step, now.direction),
-            residual,
-            _add(conditioned, square / now.square, now.direction),
-            square,
-            now.values.at[count % _HISTORY].set(value),
-            largest,
-        )
-
-    conditioned = _divide(vector, metric)
-    square = _inner(vector, conditioned)
-    search = jax.lax.while_loop(
-        lambda now: (now.count < limit) & ~now.done,
-        body,
-        _Search(
-            jnp.zeros((), jnp.int32),
-            square == 0,
-            [jnp.zeros_like(b) for b in vector],
-            vector,
-            conditioned,
-            square,
-            jnp.full(_HISTORY, start * square),
-            jnp.zeros_like(square),
-        ),
-    )
-    return search.x, search.count
 
 
 def _backtrack(
@@ -410,17 +308,17 @@ def hessian_free(
             return value_fn(place_like(vector, leaves))
 
         def decayed(vector):
-            return loss(vector) + decay / 2 * _inner(vector, vector)
+            return loss(vector) + decay / 2 * inner(vector, vector)
 
         outputs = outputs_fn and (lambda vector: outputs_fn(place_like(vector, leaves)))
         undamped = _curvature(loss, outputs, loss_of_outputs, w)
 
         def product(v, shift):
-            return _add(undamped(v), shift, v)
+            return add(undamped(v), shift, v)
 
-        gradient = _add(gradient, decay, w)
+        gradient = add(gradient, decay, w)
         if curvature_diagonal is None:
-            metric = [jnp.ones_like(x) for x in w]
+            metric = [jnp.ones((), dtype) for _ in w]
         else:
             power = jnp.asarray(preconditioner_power, dtype)
             diagonal = [c + decay + mu for c in pick(curvature_diagonal)]
@@ -429,34 +327,34 @@ def hessian_free(
         # From the last solution, unless the model is no lower there than at 0.
         last = [jnp.asarray(warm_start, dtype) * x for x in last]
         image = product(last, decay + mu)
-        height = _inner(last, image) / 2 + _inner(last, gradient)
+        height = inner(last, image) / 2 + inner(last, gradient)
         kept = height < 0
         last, image = [
             [jnp.where(kept, x, 0) for x in vector] for vector in (last, image)
         ]
         vector = [-g - a for g, a in zip(gradient, image, strict=True)]
-        square = _inner(vector, _divide(vector, metric))
+        square = inner(vector, divide(vector, metric))
         start = jax.lax.stop_gradient(jnp.where(kept, height, 0) / nonzero(square))
         change, iterations = jax.lax.custom_linear_solve(
             lambda v: product(v, decay + mu),
             vector,
-            lambda product, vector: _conjugate_gradients(
+            lambda product, vector: conjugate_gradients(
                 product, vector, metric, start, tolerance, cg_iterations
             ),
             symmetric=True,
             has_aux=True,
         )
-        direction = _add(last, jnp.ones((), dtype), change)
+        direction = add(last, jnp.ones((), dtype), change)
 
         rate = learning_rate(state.count) if callable(learning_rate) else learning_rate
         step = [jnp.asarray(rate, dtype) * p for p in direction]
-        slope = _inner(gradient, step)
-        model = slope + _inner(step, product(step, decay)) / 2
+        slope = inner(gradient, step)
+        model = slope + inner(step, product(step, decay)) / 2
         before = loss(w)
         rounding = 8 * jnp.finfo(before.dtype).eps * jnp.abs(before).astype(dtype)
         before = decayed(w)
         part, after = _backtrack(
-            lambda part: decayed(_add(w, part, step)), before, slope, rounding
+            lambda part: decayed(add(w, part, step)), before, slope, rounding
         )
         seen = ~(jnp.abs(model) <= rounding)
         ratio = jnp.where(seen, (after - before) / jnp.where(seen, model, 1), 1)

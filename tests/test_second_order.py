@@ -391,7 +391,7 @@ def test_what_is_not_finite_shows():
 def test_more_parameters_than_fit_raise():
     params = {"a": jnp.ones((30, 30)), "b": jnp.ones(101)}
     tx = normax.newton(max_parameters=1000)
-    message = "at most max_parameters=1000 parameters, but there are 1001.*normax.hessian_free"
+    message = r"at most max_parameters=1000 .* there are 1001.*normax\.hessian_free"
     with pytest.raises(ValueError, match=message):
         tx.init(params)
     with pytest.raises(ValueError, match=message):
