@@ -40,7 +40,9 @@ rule                recurrence, with the optax call that is it
 =================== ============================================================
 
 Like optax's own, the rules want floating-point parameters; `optax.masked` keeps
-others from them.
+others from them. L-BFGS (`optax.lbfgs`) is not among them: its steps have the units of
+the weights, as AdaDelta's, but the first, without memory, is $\eta\min(1, \|g\|)$
+long, so that $\eta_\mathrm{eff}$ is of no one form.
 
 Under a schedule the papers' velocity holds past rates, while optax multiplies the
 whole velocity by the rate of today; for a constant rate they are the same. Two
