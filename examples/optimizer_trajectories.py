@@ -356,7 +356,7 @@ def main(argv: Sequence[str] | None = None) -> Results:
     print(table(results))
     write_csv(results, options.out)
     figure = picture(results, problems)
-    figure.savefig(options.out / "optimizer_trajectories.png", dpi=150)
+    figure.savefig(options.out / "optimizer_trajectories.png", dpi=120)
     return results
 
 
