@@ -51,7 +51,7 @@ def conjugate_gradients(
     r"""Minimize $\phi(x) = \tfrac12\langle x, A x\rangle - \langle b, x\rangle$ from 0.
 
     The conjugate gradients of JAX and of lineax stop by the residual alone. Martens'
-    rule is relative progress in $\phi$: stop once $\phi < 0$ and
+    rule is relative progress in $\phi$, which is negative from the first step on:
 
     $$\phi(x_i) - \phi(x_{i-k}) \ge k\,\epsilon\,\phi(x_i), \qquad
     i > k = \min(\max(10, \lfloor i / 10\rfloor), 99).$$
@@ -63,7 +63,8 @@ def conjugate_gradients(
       product: The map $x \mapsto A x$, symmetric.
       vector: The right-hand side $b$.
       metric: Diagonal of the preconditioner $M$, positive.
-      start: $\phi(0) / \langle b, M^{-1} b\rangle$, of a problem that was shifted.
+      start: $\phi(0) / \langle b, M^{-1} b\rangle$, of a problem that was shifted; not
+        positive.
       tolerance: $\epsilon$.
       limit: Largest number of iterations.
 
@@ -88,7 +89,7 @@ def conjugate_gradients(
         value = now.values[now.iterations % _HISTORY] - decrease
         k = jnp.clip(count // 10, 10, _HISTORY - 1)
         progress = value - now.values[(count - k) % _HISTORY]
-        slow = (count > k) & (value < 0) & (progress >= k * tolerance * value)
+        slow = (count > k) & (progress >= k * tolerance * value)
         settled = decrease <= (8 * eps) ** 2 * jnp.abs(value)
         return _Search(
             count,

@@ -96,14 +96,18 @@ def test_direction_is_newtons():
     residual = FACTOR @ w - TARGET
     g = FACTOR.T @ residual**3 + w
     h = 3 * (FACTOR.T * residual**2) @ FACTOR + np.eye(7)
+
+    @jax.jit
+    def newton(w, damping, decay):
+        return trajectory(normax.newton(0.5, damping, decay), w, quartic)[0][0]
+
     for damping, decay in ((0.0, 0.0), (0.3, 0.0), (0.0, 0.2), (0.3, 0.2)):
         numbers = dict(damping=damping, weight_decay=decay)
         after, state = first(solve(quartic, w, learning_rate=0.5, **numbers))
         shift = (damping + decay) * np.eye(7)
         expected = np.linalg.solve(h + shift, -g - decay * w)
         np.testing.assert_allclose(state.direction, expected, rtol=1e-9)
-        newton = trajectory(normax.newton(0.5, **numbers), w, quartic)
-        np.testing.assert_allclose(after, first(newton[0]), rtol=1e-9)
+        np.testing.assert_allclose(after, newton(w, damping, decay), rtol=1e-9)
 
 
 def logits(params):
@@ -138,7 +142,7 @@ def gauss_newton_matrix(outputs_fn, loss_of_outputs, flat):
 def test_gauss_newton_products_against_the_dense_matrix():
     flat, unravel = ravel_pytree(classifier())
     matrix = gauss_newton_matrix(lambda x: logits(unravel(x)), cross_entropy, flat)
-    g = ravel_pytree(jax.grad(classifier_loss)(classifier()))[0]
+    g = ravel_pytree(jax.jit(jax.grad(classifier_loss))(classifier()))[0]
     assert np.linalg.matrix_rank(matrix) < 27  # logits are not unique
     for damping in (1e-2, 1.0):
         _, state = solve(
@@ -368,6 +372,20 @@ def test_directions_without_curvature_do_not_move():
         np.testing.assert_allclose(after[0], shortest, rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
+def test_a_slope_without_curvature_is_not_followed_for_ever(dtype):
+    """Of 7 dimensions, the loss curves in 4 and falls in one of the others."""
+    thin, null = FACTOR[:4], np.linalg.svd(FACTOR[:4])[2][-1]
+
+    def loss(w):
+        bowl = jnp.sum((jnp.asarray(thin, dtype) @ w) ** 2)
+        return bowl + 1e-2 * jnp.vdot(jnp.asarray(null, dtype), w)
+
+    after, state = solve(loss, draw(7, dtype=dtype), damping=0.0)
+    assert jnp.max(jnp.abs(state.direction)) < 100
+    np.testing.assert_allclose(thin @ after[0], 0, atol=0.5)
+
+
 def test_at_the_minimum_nothing_moves():
     for dtype in (jnp.float32, jnp.float64):
         w, state = solve(half_square, jnp.zeros(7, dtype), steps=3, damping=0.0)
@@ -412,30 +430,18 @@ GAUSS_NEWTON = hidden_outputs, squared_error
 def test_effective_learning_rate_visits_the_same_functions(functions):
     """Converged or not, without damping; with it, not."""
     rule, w = normax.UPDATE_RULES["hessian_free"], classifier()["hidden"]
+
+    def run(alpha, rate, decay, iterations, damping=0.0):
+        numbers = dict(learning_rate=rate, weight_decay=decay, damping=damping)
+        arguments = hidden_loss, alpha * w, functions, 8
+        return solve(*arguments, cg_iterations=iterations, **numbers)[0]
+
     rate = rule.effective_learning_rate(0.3, 7.0)
     for iterations, decay in ((3, 0.0), (100, 0.0), (3, 0.3)):
-        numbers = dict(damping=0.0, cg_iterations=iterations, steps=8)
-        original = solve(
-            hidden_loss,
-            7 * w,
-            functions,
-            learning_rate=0.3,
-            weight_decay=decay,
-            **numbers,
-        )[0]
-        effective = solve(
-            hidden_loss,
-            w,
-            functions,
-            learning_rate=rate,
-            weight_decay=decay * 49,
-            **numbers,
-        )[0]
+        original = run(7.0, 0.3, decay, iterations)
+        effective = run(1.0, rate, decay * 49, iterations)
         np.testing.assert_allclose(original, 7 * effective, rtol=1e-5)
-    damped = [
-        direction_of(solve(hidden_loss, alpha * w, functions, damping=0.1, steps=8)[0])
-        for alpha in (1.0, 7.0)
-    ]
+    damped = [direction_of(run(alpha, rate, 0.0, 100, 0.1)) for alpha in (1.0, 7.0)]
     assert jnp.max(jnp.abs(damped[0] - damped[1])) > 0.01
 
 
