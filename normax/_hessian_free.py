@@ -30,6 +30,7 @@ from normax._conjugate_gradients import (
 )
 from normax._norms import at_least_float32, nonzero
 
+_Trial = tuple[jax.Array, jax.Array, jax.Array]  # part, its loss, loss of the whole
 _SMALLEST_PART = 2.0**-20  # of a step
 _SLOPE = 1e-2  # part of the slope's decrease that a step must bring
 
@@ -81,15 +82,20 @@ def _backtrack(
     def fails(part: jax.Array, after: jax.Array) -> jax.Array:
         return ~(after <= before + _SLOPE * part * slope + rounding)
 
-    after = loss(one, *consts)
-    part, last = jax.lax.while_loop(
-        lambda now: fails(*now) & (now[0] > _SMALLEST_PART),
-        lambda now: (now[0] / 2, loss(now[0] / 2, *consts)),
-        (one, after),
+    def halve(now: _Trial) -> _Trial:
+        part = now[0] / 2
+        after = loss(part, *consts)
+        return part, after, jnp.where(part == 1, after, now[2])
+
+    unknown = jnp.full_like(before, jnp.nan)
+    part, last, whole = jax.lax.while_loop(
+        lambda now: fails(*now[:2]) & (now[0] > _SMALLEST_PART),
+        halve,
+        (2 * one, unknown, unknown),
     )
     # A loss that was no number before has nothing to decrease from.
     part = jnp.where(fails(part, last), 0 * before, part)
-    return part, after
+    return part, whole
 
 
 def _curvature(
@@ -153,9 +159,10 @@ def hessian_free(
     negative curvature they end with a step along it, as long as if the curvature were
     positive; where there is no curvature, without one. They are preconditioned if
     `update` is given `curvature_diagonal`, a pytree like the parameters of numbers
-    $c \ge 0$, by $(c + \lambda + \mu)^\xi$. Martens takes sums of squares of the
-    gradients of single examples and $\xi = 3/4$. With the diagonal of $B$, $\xi = 1$
-    and no damping, no step depends on the units of parameters, converged or not.
+    $c \ge 0$, by $(c + \lambda + \mu)^\xi$. Martens takes $\xi = 3/4$ and the squares
+    of the gradients of single examples, added up as the loss is. With the diagonal of
+    $B$, $\xi = 1$ and no damping, no step depends on the units of the parameters,
+    converged or not.
 
     *Damping* $\mu$ becomes $\tfrac32 \mu$ after a step with $\rho < \tfrac14$ and
     $\tfrac23 \mu$ after one with $\rho > \tfrac34$, where $\rho$ is the change of
