@@ -7,6 +7,8 @@ from normax._assertions import (
 from normax._assertions import assert_orthogonal_gradient as assert_orthogonal_gradient
 from normax._assertions import assert_scale_invariant as assert_scale_invariant
 from normax._assertions import assert_unit_norm as assert_unit_norm
+from normax._hessian_free import HessianFreeState as HessianFreeState
+from normax._hessian_free import hessian_free as hessian_free
 from normax._invariance import ArrayScaleInvariance as ArrayScaleInvariance
 from normax._invariance import ScaleInvarianceReport as ScaleInvarianceReport
 from normax._invariance import scale_invariance_report as scale_invariance_report

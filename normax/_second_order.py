@@ -103,8 +103,8 @@ def _check_size(params: PyTree, max_parameters: Any) -> None:
         raise ValueError(
             "normax.newton holds a dense Hessian, so that there must be at most "
             f"max_parameters={max_parameters} parameters, but there are {size}; raise "
-            "max_parameters if a matrix of that size fits, or use a method that takes "
-            "products of curvature and vectors only, such as Hessian-free optimization."
+            "max_parameters if a matrix of that size fits, or use normax.hessian_free, "
+            "which takes products of curvature and vectors only."
         )
 
 

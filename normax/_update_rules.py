@@ -34,10 +34,15 @@ rule                recurrence, with the optax call that is it
                     `normax.normalized_sgd(η)`
 `"newton"`          $w \leftarrow w - \eta\,(\nabla^2 L(w) + \lambda I)^{-1} g$;
                     `normax.newton(η)`, whose update takes the loss, `value_fn`
+`"hessian_free"`    as Newton's, by conjugate gradients that may stop early, and
+                    halved until the loss decreases;
+                    `normax.hessian_free(η, damping=0)`
 =================== ============================================================
 
 Like optax's own, the rules want floating-point parameters; `optax.masked` keeps
-others from them.
+others from them. L-BFGS (`optax.lbfgs`) is not among them: its steps have the units of
+the weights, as AdaDelta's, but the first, without memory, is $\eta\min(1, \|g\|)$
+long, so that $\eta_\mathrm{eff}$ is of no one form.
 
 Under a schedule the papers' velocity holds past rates, while optax multiplies the
 whole velocity by the rate of today; for a constant rate they are the same. Two
@@ -70,6 +75,7 @@ from normax._equilibrium import (
     Theory,
     steps_to_equilibrium,
 )
+from normax._hessian_free import hessian_free
 from normax._norms import at_least_float32
 from normax._second_order import newton
 from normax._unit_norm import normalized_sgd
@@ -429,6 +435,14 @@ UPDATE_RULES: Mapping[str, UpdateRule] = types.MappingProxyType(
                 "normalized_sgd", 0, normalized_sgd, NORMALIZED_SGD, decays_itself=True
             ),
             _rule("newton", 0, newton, NEWTON, decays_itself=True),
+            _rule(
+                "hessian_free",
+                0,
+                hessian_free,
+                NEWTON,
+                decays_itself=True,
+                damping=0.0,
+            ),
         )
     }
 )

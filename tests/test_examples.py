@@ -16,6 +16,7 @@ datasets: Any = importlib.import_module("datasets")
 effective_learning_rate: Any = importlib.import_module("effective_learning_rate")
 initialization: Any = importlib.import_module("initialization")
 normalizers: Any = importlib.import_module("normalizers")
+optimizer_trajectories: Any = importlib.import_module("optimizer_trajectories")
 path_sgd: Any = importlib.import_module("path_sgd")
 table_1: Any = importlib.import_module("table_1")
 
@@ -483,4 +484,76 @@ def test_initialization_and_normalizers_refuse_bad_input(
     ):
         with pytest.raises(SystemExit):
             example.main(arguments)
+        assert message in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def trajectories(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
+    out = tmp_path_factory.mktemp("out")
+    names = ("gradient descent", "momentum", "Newton", "Hessian-free")
+    small = {name: optimizer_trajectories.RULES[name] for name in names}
+    jax.config.update("jax_disable_most_optimizations", True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(optimizer_trajectories, "RULES", small)
+        arguments = ["--steps", "40", "--grid", "9", "--out", str(out)]
+        results = optimizer_trajectories.main(arguments)
+    jax.config.update("jax_disable_most_optimizations", False)
+    return results, out
+
+
+def test_second_order_methods_need_few_steps(trajectories: tuple[Any, Path]) -> None:
+    runs = trajectories[0]["runs"]
+    steps = {name: {r: run["steps"] for r, run in runs[name].items()} for name in runs}
+    assert steps["ravine"]["Newton"] == 1
+    assert steps["saddle"]["Newton"] == 41  # never: it goes to the saddle
+    np.testing.assert_allclose(runs["saddle"]["Newton"]["path"][-1], 0, atol=1e-5)
+    for name in runs:
+        assert steps[name]["Hessian-free"] <= 15
+        assert steps[name]["gradient descent"] > 15
+    starts = {name: [run["gap"][0] for run in runs[name].values()] for name in runs}
+    assert all(len(set(gaps)) == 1 for gaps in starts.values())
+
+
+def test_momentum_is_measured_to_be_what_it_is_in_theory(
+    trajectories: tuple[Any, Path],
+) -> None:
+    phases = trajectories[0]["phases"]
+    np.testing.assert_allclose(phases["measured"], phases["exact"], atol=0.01)
+    assert phases["best_exact"] == pytest.approx(2 / 3, rel=1e-3)
+    assert phases["exact"].min() > 2 / 3
+    eta, rho = 0.05, 0.3
+    matrices = np.array([[[1 + rho - eta * c, -rho], [1.0, 0.0]] for c in (1, 25)])
+    expected = np.abs(np.linalg.eigvals(matrices)).max()
+    exact = optimizer_trajectories.closed_form(np.array(eta), np.array(rho))
+    assert exact == pytest.approx(expected)
+
+
+def test_optimizer_trajectories_writes_picture_and_csv(
+    trajectories: tuple[Any, Path],
+) -> None:
+    _, out = trajectories
+    lines = (out / "optimizer_trajectories.csv").read_text().splitlines()
+    assert len(lines) == 1 + 3 * 4 * 41
+    assert len((out / "momentum_phases.csv").read_text().splitlines()) == 1 + 81
+    assert (out / "optimizer_trajectories.png").stat().st_size > 10_000
+
+
+def test_steps_are_counted_until_the_loss_stays_near_the_minimum() -> None:
+    losses = np.array(
+        [[2, 1.5, 1.0005, 1.4, 1.0001], [2, 1.0001, 1, 1, 1], [2, 1, 1, 1, np.nan]]
+    )
+    needed = optimizer_trajectories.steps_needed(losses, 1.0)
+    np.testing.assert_array_equal(needed, [4, 1, 5])
+
+
+def test_optimizer_trajectories_refuses_bad_input(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    for arguments, message in (
+        (["--steps", "0"], "--steps must be at least 1"),
+        (["--out", str(tmp_path / "file")], "File exists"),
+    ):
+        with pytest.raises(SystemExit):
+            optimizer_trajectories.main(arguments)
         assert message in capsys.readouterr().err

@@ -254,6 +254,7 @@ def test_the_scale_of_the_weights_does_not_fool_newton():
     assert distance(make(0.2, axes=AXES), 700.0, jnp.float32) < 1e-3
     for name in ("sgd", "momentum", "rmsprop", "adam"):
         assert distance(normax.UPDATE_RULES[name].make(0.1)) > 0.01
+    assert distance(optax.lbfgs(0.2, linesearch=None)) > 0.01
 
 
 def test_effective_learning_rate_visits_the_same_functions():
@@ -333,10 +334,16 @@ def test_units_of_measurement():
     rules["newton"] = normax.newton(0.5)
     rules["damped"] = normax.newton(0.5, damping=0.1)
     rules["saddle_free"] = normax.newton(0.5, saddle_free=True)
+    free = functools.partial(normax.hessian_free, 0.5)
+    rules["hessian_free"] = free(damping=0.0)
+    rules["one_iteration"] = free(damping=0.0, cg_iterations=1)
+    rules["damped_free"] = free(damping=0.1)
     measured = {name: dependence_on_units(tx) for name, tx in rules.items()}
     assert measured.pop("newton") < 1e-12
     # Convex: all eigenvalues are their own absolute values.
     assert measured.pop("saddle_free") < 1e-12
+    # It takes two conjugate gradient iterations to converge in two dimensions.
+    assert measured.pop("hessian_free") < 1e-9
     assert min(measured.values()) > 0.05
 
 
@@ -351,6 +358,26 @@ def test_adadelta_is_consistent_once_its_averages_are():
     assert dependence_on_units(make(1.0, eps=1e-30), warm) < 1e-12
     assert dependence_on_units(make(1.0, eps=1e-3), warm) > 0.01
     assert dependence_on_units(make(1.0, eps=1e-30)) > 0.5
+
+
+def test_hessian_free_is_consistent_before_it_converges():
+    """If preconditioned by the diagonal of the curvature itself."""
+
+    def preconditioned(power):
+        tx = normax.hessian_free(
+            0.5, damping=0.0, cg_iterations=1, preconditioner_power=power
+        )
+
+        def update(grads, state, w, value_fn, **extra):
+            diagonal = jnp.diag(jax.hessian(value_fn)(w))
+            return tx.update(
+                grads, state, w, value_fn=value_fn, curvature_diagonal=diagonal, **extra
+            )
+
+        return optax.GradientTransformationExtraArgs(tx.init, update)
+
+    assert dependence_on_units(preconditioned(1.0)) < 1e-12
+    assert dependence_on_units(preconditioned(0.75)) > 0.01
 
 
 @pytest.mark.parametrize("saddle_free", [False, True])
@@ -391,7 +418,7 @@ def test_what_is_not_finite_shows():
 def test_more_parameters_than_fit_raise():
     params = {"a": jnp.ones((30, 30)), "b": jnp.ones(101)}
     tx = normax.newton(max_parameters=1000)
-    message = "at most max_parameters=1000 parameters, but there are 1001.*Hessian-free"
+    message = r"at most max_parameters=1000 .* there are 1001.*normax\.hessian_free"
     with pytest.raises(ValueError, match=message):
         tx.init(params)
     with pytest.raises(ValueError, match=message):

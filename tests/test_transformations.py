@@ -68,6 +68,33 @@ def given_a_loss(factory):
     return make
 
 
+def given_its_loss(factory):
+    """As `given_a_loss`, of a loss that has the gradient, for what evaluates it."""
+
+    @functools.wraps(factory)
+    def make(*args, **kwargs):
+        tx = factory(*args, **kwargs)
+
+        @jax.jit
+        def compiled(updates, state, params, extra_args):
+            def value_fn(w):
+                moved = jax.tree.map(jnp.subtract, w, params)
+                linear = jax.tree.map(
+                    lambda x, g: 0.0 if g is None else jnp.sum(x * g), moved, updates
+                )
+                quadratic = jax.tree.map(lambda x: x.ndim * jnp.sum(x**2) / 2, moved)
+                return sum(jax.tree.leaves((linear, quadratic)))
+
+            return tx.update(updates, state, params, value_fn=value_fn, **extra_args)
+
+        def update(updates, state, params=None, **extra_args):
+            return compiled(updates, state, params, extra_args)
+
+        return optax.GradientTransformationExtraArgs(tx.init, update)
+
+    return make
+
+
 ARRAYS = {"dense": {"kernel": (8, 6), "bias": (6,)}, "conv": (3, 3, 2, 8)}
 LAYERS = ARRAYS | {"conv": (6, 8)}
 
@@ -79,6 +106,7 @@ def network(params, x):
     return jax.nn.relu(x @ params["conv"]) @ dense["kernel"] + dense["bias"]
 
 
+SECOND_ORDER = {"newton": given_a_loss, "hessian_free": given_its_loss}
 ROWS = [
     Row("project_unit_norm", normax.project_unit_norm),
     Row("project_unit_norm_radius", normax.project_unit_norm, {"radius": 0.5}),
@@ -103,9 +131,9 @@ ROWS = [
     *(
         Row(
             name,
-            given_a_loss(rule.make) if name == "newton" else rule.make,
+            SECOND_ORDER.get(name, lambda make: make)(rule.make),
             dict(learning_rate=0.1, weight_decay=0.01),
-            coupled=name == "newton",
+            coupled=name in SECOND_ORDER,
         )
         for name, rule in normax.UPDATE_RULES.items()
     ),
@@ -130,6 +158,15 @@ ALIKE = {"sgd", "momentum", "adagrad", "rmsprop", "adadelta", "adam"}
 every_row = rows(ROWS)
 representative_rows = rows(row for row in ROWS if row.name not in ALIKE)
 DTYPES = [jnp.float16, jnp.bfloat16, jnp.float32, jnp.float64]
+
+
+@pytest.fixture(autouse=True)
+def quick_compilation_of_loops(request):
+    """Where compiling takes longest, and computing no time."""
+    loops = "hessian_free" in request.node.name
+    jax.config.update("jax_disable_most_optimizations", loops)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def draw(seed=0, dtype=jnp.float32, shapes=ARRAYS):

@@ -226,6 +226,7 @@ def test_effective_learning_rate_of_table_1(name):
         "normalized_sgd": 0,
         "adadelta": 0,
         "newton": 0,
+        "hessian_free": 0,
     }
     rule = normax.UPDATE_RULES[name]
     norms = {"kernel": jnp.array([0.5, 2.0]), "bias": None}
