@@ -315,7 +315,7 @@ def path_scales(
       ...     return jax.nn.relu(x @ params["hidden"]) @ params["output"]
       >>> hidden, output = jnp.array([[1.0, 2.0]]), jnp.array([[3.0], [2.0]])
       >>> params = {"hidden": hidden, "output": output}
-      >>> normax.path_scales(forward, params, jnp.ones((1, 1)))["hidden"]
+      >>> normax.path_scales(forward, params, jnp.ones((1, 1)))["hidden"].round(4)
       Array([[9., 4.]], dtype=float32)
 
     References:
@@ -326,13 +326,16 @@ def path_scales(
     def evaluate(params):
         factors = scale_factors(forward, params, inputs, p)
         arithmetic = PathArithmetic(p)
-        plain = arithmetic.path_scale
 
         def finish(leaf, factors):
             if factors is None:
                 return None
-            value = arithmetic.broadcast(factors, jnp.shape(leaf))
-            return arithmetic.log(value) * (2 / p) if log else plain(value)
+            if log:  # each by itself: a product may leave the range of its factors
+                logarithms = [arithmetic.log(factor) for factor in factors]
+                whole = functools.reduce(jnp.add, logarithms) * (2 / p)
+            else:
+                whole = arithmetic.path_scale(arithmetic.multiply(*factors))
+            return jnp.broadcast_to(whole, jnp.shape(leaf))
 
         return jax.tree.map(finish, params, factors)
 

@@ -104,7 +104,7 @@ def scale_by_path_sgd(
       >>> params = [jnp.array([[1.0, 2.0]]), jnp.array([[3.0], [2.0]])]
       >>> grads = [jnp.ones((1, 2)), jnp.ones((2, 1))]
       >>> updates, _ = tx.update(grads, tx.init(params), params)
-      >>> updates[1]  # the incoming weights are 1 and 2
+      >>> updates[1].round(5)  # the incoming weights are 1 and 2
       Array([[1.  ],
              [0.25]], dtype=float32)
 
@@ -216,7 +216,7 @@ def path_sgd(
       >>> params = [jnp.array([[1.0, 2.0]]), jnp.array([[3.0], [2.0]])]
       >>> grads = [jnp.ones((1, 2)), jnp.ones((2, 1))]
       >>> updates, _ = tx.update(grads, tx.init(params), params)
-      >>> updates[1]
+      >>> updates[1].round(5)
       Array([[-0.5  ],
              [-0.125]], dtype=float32)
 
