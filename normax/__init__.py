@@ -22,10 +22,10 @@ from normax._measures import angular_update as angular_update
 from normax._measures import monitor_weight_dynamics as monitor_weight_dynamics
 from normax._measures import relative_update as relative_update
 from normax._measures import weight_norm as weight_norm
+from normax._path_norm import log_path_norm as log_path_norm
+from normax._path_norm import path_norm as path_norm
+from normax._path_norm import path_scales as path_scales
 from normax._path_sgd import ScaleByPathSGDState as ScaleByPathSGDState
-from normax._path_sgd import log_path_norm as log_path_norm
-from normax._path_sgd import path_norm as path_norm
-from normax._path_sgd import path_scales as path_scales
 from normax._path_sgd import path_sgd as path_sgd
 from normax._path_sgd import scale_by_path_sgd as scale_by_path_sgd
 from normax._rescaling import random_rescaling as random_rescaling

@@ -19,7 +19,7 @@ from normax._checks import check_range
 from normax._feed_forward import Layer
 from normax._norms import at_least_float32, nonzero, vector_norm
 from normax._path_arithmetic import PathArithmetic, Scaled, exp2, exponent_of, of_rank
-from normax._rescaling import (
+from normax._rescaled_network import (
     Factors,
     Forward,
     all_source_units,

@@ -151,9 +151,10 @@ class PathArithmetic:
 
     def _normalize(self, x: Scaled, top: jax.Array) -> Scaled:
         top = jnp.reshape(top, x.exponent.shape)
-        shift = exponent_of(jnp.maximum(top, jnp.finfo(top.dtype).tiny))
-        # No quotient, as XLA turns those of quotients into quotients of products. The
-        # difference is 0, or NaN where `top` is not finite.
+        # Zeros keep their exponent, and there is no quotient: XLA would turn several
+        # factors, or quotients of quotients, into one that is infinite.
+        shift = jnp.where(top == 0, 0, exponent_of(top))
+        # The difference is 0, or NaN where `top` is not finite.
         root = x.root * (exp2(-shift, top.dtype) + (top - top))
         return Scaled(root, x.exponent + shift)
 

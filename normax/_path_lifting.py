@@ -21,8 +21,8 @@ as `jax.jvp` does. Values are of three kinds:
              `where`
 ============ ==================================================================
 
-The rules stand in `_path_rules.py`, the arithmetic, which carries a scale for
-every number, in `_path_arithmetic.py`.
+The rules stand in `_path_rules.py` and `_path_structure.py`, those of layers and scans
+in files of their own; the arithmetic of path values in `_path_arithmetic.py`.
 """
 
 from __future__ import annotations
@@ -148,6 +148,16 @@ def rule(*names: str) -> Callable[[Rule], Rule]:
     def register(function: Rule) -> Rule:
         RULES.update(dict.fromkeys(names, function))
         return function
+
+    return register
+
+
+def weight_pull(*names: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Register how cotangents go back through some primitives of weights."""
+
+    def register(pull: Callable[..., None]) -> Callable[..., None]:
+        WEIGHT_PULLS.update(dict.fromkeys(names, pull))
+        return pull
 
     return register
 

@@ -26,16 +26,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
-from jax.extend.core import JaxprEqn
 
 from normax._norms import at_least_float32
-from normax._path_arithmetic import Scaled, of_rank, where_live
+from normax._path_arithmetic import Scaled
 from normax._path_lifting import (
-    SLICES,
-    UNIFORM,
-    WEIGHT_PULLS,
     Activation,
     Factors,
     NotHomogeneous,
@@ -45,42 +40,11 @@ from normax._path_lifting import (
     Value,
     Weight,
     rule,
-    zeros,
+    weight_pull,
 )
-
-
-def _weight_pull(*names: str):
-    def register(pull):
-        WEIGHT_PULLS.update(dict.fromkeys(names, pull))
-        return pull
-
-    return register
-
-
-def _bind(eqn: JaxprEqn, *operands: Any) -> Any:
-    return eqn.primitive.bind(*operands, **eqn.params)
-
+from normax._path_structure import evaluate_constants, structural
 
 # Affine operations. The constant goes through the same equation as the activation.
-
-
-def _constants(
-    transform: PathTransform, eqn: JaxprEqn, inputs: Sequence[Any]
-) -> list[Any]:
-    """Evaluate an equation on the constants of its activations.
-
-    Returns:
-      The resulting constants, None where they are known to be 0.
-    """
-    constants = [x.constant if isinstance(x, Activation) else x for x in inputs]
-    acted = [c for c, x in zip(constants, inputs, strict=True) if x is not c]
-    if all(constant is None for constant in acted) and len(acted) == len(inputs):
-        return [None] * len(eqn.outvars)
-    filled = [
-        Weight(zeros(atom)) if constant is None else constant
-        for constant, atom in zip(constants, eqn.invars, strict=True)
-    ]
-    return transform.evaluate_weights(eqn, filled)
 
 
 @rule("add", "add_any", "sub")
@@ -90,7 +54,7 @@ def _add(transform, eqn, inputs):
         # Two layers meet, each with a bias: two edges, as in the graph.
         paths = [transform.flush(x) for x in inputs]
         return [Activation(_sum_of(transform, paths, shape))]
-    (constant,) = _constants(transform, eqn, inputs)
+    (constant,) = evaluate_constants(transform, eqn, inputs)
     paths = [x.path for x in inputs if isinstance(x, Activation)]
     if len(paths) == 1 and paths[0].shape == shape:
         return [Activation(paths[0], constant)]
@@ -158,7 +122,7 @@ def _mul(transform, eqn, inputs):
         return [Activation(transform.flush(x))]
     if not (isinstance(x, Activation) and isinstance(w, Weight)):
         raise NotHomogeneous("both factors depend on the inputs")
-    constant = x.constant and _constants(transform, eqn, inputs)[0]
+    constant = x.constant and evaluate_constants(transform, eqn, inputs)[0]
     return [_multiply(transform, x, w, constant, eqn.outvars[0].aval.shape)]
 
 
@@ -168,7 +132,7 @@ def _div(transform, eqn, inputs):
     if not (isinstance(x, Activation) and isinstance(w, Weight)):
         raise NotHomogeneous("the divisor depends on the inputs")
     inverse = _reciprocal(transform, w)
-    constant = x.constant and _constants(transform, eqn, inputs)[0]
+    constant = x.constant and evaluate_constants(transform, eqn, inputs)[0]
     return [_multiply(transform, x, inverse, constant, eqn.outvars[0].aval.shape)]
 
 
@@ -183,17 +147,17 @@ def _reciprocal(transform: PathTransform, w: Weight) -> Weight:
 @rule("neg")
 def _neg(transform, eqn, inputs):
     (x,) = inputs
-    constant = x.constant and _constants(transform, eqn, inputs)[0]
+    constant = x.constant and evaluate_constants(transform, eqn, inputs)[0]
     return [Activation(x.path, constant, x.source, -x.multiple)]
 
 
-@_weight_pull("add", "add_any", "sub", "neg")
+@weight_pull("add", "add_any", "sub", "neg")
 def _pull_sum(transform, eqn, inputs, cotangents):
     for x in inputs:
         _accumulate_unbroadcast(transform, x, cotangents[0], eqn.outvars[0].aval.shape)
 
 
-@_weight_pull("mul")
+@weight_pull("mul")
 def _pull_product(transform, eqn, inputs, cotangents):
     for x, other in (inputs, inputs[::-1]):
         if x.params:
@@ -201,7 +165,7 @@ def _pull_product(transform, eqn, inputs, cotangents):
             _accumulate_unbroadcast(transform, x, factors, eqn.outvars[0].aval.shape)
 
 
-@_weight_pull("div")
+@weight_pull("div")
 def _pull_quotient(transform, eqn, inputs, cotangents):
     numerator, divisor = inputs
     inverse = _reciprocal(transform, divisor)
@@ -270,7 +234,7 @@ def _select_n(transform, eqn, inputs):
         return _steepest(transform, cases, which.source)
     if not isinstance(which, Weight):
         raise NotHomogeneous("the activations choose among other values")
-    return _structural(transform, eqn, inputs)
+    return structural(transform, eqn, inputs)
 
 
 # Pooling and reductions.
@@ -335,179 +299,3 @@ def _reduce_window(transform, eqn, inputs):
         window_dilation=eqn.params["window_dilation"],
     )
     return _linear_layer(transform, inputs[0], pool, axes, axes)
-
-
-# Structural primitives: each entry of the result is an entry of an operand.
-
-_RENAMING = {
-    "convert_element_type", "copy", "copy_p", "reduce_precision", "name",
-    "stop_gradient", "sharding_constraint", "reshard", "mesh_cast",
-    "optimization_barrier",
-}  # fmt: skip
-_MOVING = {
-    "reshape", "squeeze", "expand_dims", "transpose", "rev", "slice", "split",
-    "concatenate", "stack", "unstack", "pad", "dynamic_slice", "gather",
-    "tile", "broadcast_in_dim",
-}  # fmt: skip
-UNIFORM.update({"neg", "reshape", "squeeze", "expand_dims", "broadcast_in_dim"})
-UNIFORM.update(_RENAMING)
-SLICES.update({"slice", "dynamic_slice", "gather", "split", "unstack"})
-
-
-def _data(name: str, count: int) -> list[int]:
-    """Return which operands hold data; the others are indices and padding."""
-    if name in ("concatenate", "stack"):
-        return list(range(count))
-    return list(range(1, count)) if name == "select_n" else [0]
-
-
-def _move(eqn: JaxprEqn, operands: Sequence[Any], data: list[int], arrays: Any) -> Any:
-    filled = list(operands)
-    for position, array in zip(data, arrays, strict=True):
-        filled[position] = array
-    if eqn.primitive.name == "pad":
-        filled[1] = jnp.zeros((), filled[0].dtype)
-    return _bind(eqn, *filled)
-
-
-@rule(*_MOVING)
-def _structural(transform, eqn, inputs):
-    data = _data(eqn.primitive.name, len(inputs))
-    others = [x for position, x in enumerate(inputs) if position not in data]
-    if not all(isinstance(x, Weight) for x in others):
-        raise NotHomogeneous("the activations are indices or padding")
-    if eqn.primitive.name == "pad" and inputs[1].uniform != 0:
-        raise NotHomogeneous("it pads an activation with something else than 0")
-    if any(isinstance(x, Sign) for x in inputs):
-        raise NotHomogeneous("signs of activations are rearranged")
-    arithmetic = transform.arithmetic
-    constants = _structural_constants(transform, eqn, inputs, data)
-    dtype = next(x.path.value.root.dtype for x in inputs if isinstance(x, Activation))
-    # Weights among the data, such as a column of ones, are constants.
-    paths = [
-        inputs[i].path
-        if isinstance(inputs[i], Activation)
-        else Path(arithmetic.zeros(inputs[i].shape, dtype))
-        for i in data
-    ]
-    operands = [getattr(x, "value", None) for x in inputs]
-    roots, exponent = arithmetic.together([path.value for path in paths])
-    moved = _move(eqn, operands, data, roots)
-    values = [
-        Scaled(root, of_rank(exponent, root.ndim))
-        for root in (moved if eqn.primitive.multiple_results else [moved])
-    ]
-    if eqn.primitive.name in SLICES:  # of which some may be 0
-        values = [arithmetic.normalize(value) for value in values]
-    results = [Path(value) for value in values]
-    pull = functools.partial(_pull_moved, transform, eqn, operands, data, paths)
-    transform.record(results, lambda *cotangents: pull(cotangents))
-    return [
-        Activation(path, constant)
-        for path, constant in zip(results, constants, strict=True)
-    ]
-
-
-def _structural_constants(transform, eqn, inputs, data):
-    if all(isinstance(inputs[i], Activation) for i in data) and not any(
-        inputs[i].constant for i in data
-    ):
-        return [None] * len(eqn.outvars)
-    return _constants(transform, eqn, inputs)
-
-
-def _pull_moved(transform, eqn, operands, data, nodes, cotangents) -> None:
-    """Send cotangents back through a structural primitive."""
-    arithmetic, name = transform.arithmetic, eqn.primitive.name
-    if name == "transpose" and len(cotangents[0]) > 1:
-        inverse = np.argsort(eqn.params["permutation"])
-        factors = tuple(
-            Scaled(*(jnp.transpose(array, tuple(inverse)) for array in factor))
-            for factor in cotangents[0]
-        )
-        return transform.accumulate(nodes[0], factors)
-    shapes = [variable.aval.shape for variable in eqn.outvars]
-    dtype = next(c for c in cotangents if c is not None)[0].root.dtype
-    values = [
-        arithmetic.zeros(shape, dtype)
-        if c is None
-        else transform.arithmetic.broadcast(c, shape)
-        for c, shape in zip(cotangents, shapes, strict=True)
-    ]
-    if name == "broadcast_in_dim":
-        return transform.accumulate(nodes[0], (_unbroadcast(transform, eqn, values),))
-    if name in ("gather", "tile"):
-        return transform.accumulate(
-            nodes[0], (_scatter(transform, eqn, operands, values),)
-        )
-    primals = [jnp.zeros(node.shape, dtype) for node in nodes]
-
-    def move(*arrays):
-        moved = _move(eqn, operands, data, arrays)
-        return moved if eqn.primitive.multiple_results else [moved]
-
-    roots, exponent = arithmetic.together(values)
-    moved = jax.linear_transpose(move, *primals)([x.astype(dtype) for x in roots])
-    for node, root in zip(nodes, moved, strict=True):
-        value = Scaled(root, of_rank(exponent, root.ndim))
-        transform.accumulate(node, (arithmetic.normalize(value),))
-
-
-def _scatter(transform, eqn, operands, values):
-    # An entry may be taken several times, and its copies differ in scale.
-    arithmetic, shape = transform.arithmetic, eqn.invars[0].aval.shape
-    (root,), exponent = arithmetic.together(values)
-    entries = np.arange(math.prod(shape), dtype=np.int32).reshape(shape)
-    index = _bind(eqn, jnp.asarray(entries), *operands[1:])
-    none = jnp.zeros(entries.size, root.dtype)
-    scale = arithmetic.scale(none.at[index].max(root, mode="drop"))
-    copies = arithmetic.value(root / scale.at[index].get(mode="clip"))
-    total = where_live(arithmetic.root, none.at[index].add(copies, mode="drop"))
-    root = jnp.reshape(scale * total, shape)
-    return arithmetic.normalize(Scaled(root, of_rank(exponent, root.ndim)))
-
-
-def _unbroadcast(transform, eqn, values):
-    kept = eqn.params["broadcast_dimensions"]
-    shape = eqn.invars[0].aval.shape
-    (value,) = values
-    new = tuple(axis for axis in range(value.root.ndim) if axis not in kept)
-    value = transform.arithmetic.sum(value, new)
-    stretched = tuple(
-        axis
-        for axis, (before, after) in enumerate(
-            zip(shape, value.root.shape, strict=True)
-        )
-        if before != after
-    )
-    return transform.arithmetic.sum(value, stretched, keepdims=True)
-
-
-@_weight_pull(*_MOVING, "select_n")
-def _pull_moved_weight(transform, eqn, inputs, cotangents):
-    data = _data(eqn.primitive.name, len(inputs))
-    operands, nodes = [x.value for x in inputs], [inputs[i] for i in data]
-    _pull_moved(transform, eqn, operands, data, nodes, cotangents)
-
-
-@rule(*_RENAMING)
-def _renamed(transform, eqn, inputs):
-    if all(isinstance(x, Sign) for x in inputs):
-        return inputs
-    if not all(jnp.issubdtype(out.aval.dtype, jnp.inexact) for out in eqn.outvars):
-        raise NotHomogeneous("it rounds an activation")
-    constants = _structural_constants(transform, eqn, inputs, list(range(len(inputs))))
-    return [
-        Activation(x.path, constant, x.source, x.multiple)
-        if isinstance(x, Activation)
-        else constant
-        for x, constant in zip(inputs, constants, strict=True)
-    ]
-
-
-@_weight_pull(*_RENAMING)
-def _pull_renamed(transform, eqn, inputs, cotangents):
-    del eqn
-    for x, cotangent in zip(inputs, cotangents, strict=True):
-        if cotangent is not None:
-            transform.accumulate(x, cotangent)

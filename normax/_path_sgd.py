@@ -1,179 +1,24 @@
-r"""Path norms, path scales, and Path-SGD: steepest descent in the geometry of paths.
+r"""Path-SGD: steepest descent in the geometry of paths.
 
-Rescaling a hidden unit of a ReLU network, its incoming weights by $c$ and its
-outgoing ones by $1/c$, does not change the function, but it changes the step of SGD.
-The path norm and Path-SGD know only products of weights along paths, which no
-rescaling changes.
+Rescaling the hidden units of a ReLU network does not change its function, but it
+changes the step of SGD. The step of Path-SGD is divided by the curvature of the path
+norm, and is rescaled as the weights are.
 """
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import AxisType, PartitionSpec
 
-import normax._path_layers  # registers its rules
-import normax._path_rules
-import normax._path_scan  # noqa: F401
 from normax._axes import PyTree
 from normax._checks import check_range, require_params
 from normax._feed_forward import dense_stack, require_whole_network
-from normax._norms import at_least_float32
 from normax._path_arithmetic import PathArithmetic, Scaled
-from normax._path_lifting import (
-    Activation,
-    Factors,
-    Origin,
-    Path,
-    PathTransform,
-    Unsupported,
-    Weight,
-)
-
-Forward = Callable[[PyTree, PyTree], PyTree]
-
-
-def _is_float(leaf: Any) -> bool:
-    # Keys of random numbers, which NNX states hold, have no numeric dtype.
-    dtype = getattr(leaf, "dtype", None) or jax.dtypes.result_type(leaf)
-    return jnp.issubdtype(dtype, jnp.inexact)
-
-
-def _one_example(forward: Forward, params: PyTree, inputs: PyTree) -> PyTree:
-    """Return inputs with a batch of one, if their first axis is that of a batch."""
-    sizes = {np.shape(x)[:1] for x in jax.tree.leaves(inputs)}
-    if len(sizes) != 1 or sizes <= {(), (1,)}:
-        return inputs
-
-    def first(x):
-        if isinstance(x, jax.ShapeDtypeStruct):
-            return jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype)
-        return x[:1]
-
-    one = jax.tree.map(first, inputs)
-    whole = jax.eval_shape(forward, params, inputs)
-    try:
-        part = jax.eval_shape(forward, params, one)
-    except Exception:  # whatever the network raises: the first axis is one of features
-        return inputs
-    is_batch = jax.tree.map(
-        lambda a, b: a.shape[:1] in sizes and b.shape == (1, *a.shape[1:]), whole, part
-    )
-    return one if all(jax.tree.leaves(is_batch)) else inputs
-
-
-def _lift(
-    forward: Forward, params: PyTree, inputs: PyTree, p: jax.typing.ArrayLike
-) -> tuple[PathTransform, Path, list[Weight]]:
-    """Interpret a network.
-
-    Returns:
-      The interpreter, the sum over all paths, and the nodes of the parameters.
-    """
-    check_range("p", p, 1, 32)
-    flat = jax.tree_util.tree_leaves_with_path(params)
-    names = [f"params{jax.tree_util.keystr(path)}" for path, _ in flat]
-    for name, (_, leaf) in zip(names, flat, strict=True):
-        if _is_float(leaf) and jnp.iscomplexobj(leaf):
-            raise ValueError(
-                f"the weights of a path norm must be real, but {name} is complex; hold "
-                "real and imaginary parts as two arrays."
-            )
-    inputs = _one_example(forward, params, inputs)
-    closed = jax.make_jaxpr(forward)(params, inputs)
-    arithmetic = PathArithmetic(p)
-    transform = PathTransform(arithmetic)
-    weights = [
-        Weight(
-            jnp.asarray(leaf),
-            frozenset([Origin(frozenset([name]))] if _is_float(leaf) else []),
-        )
-        for name, (_, leaf) in zip(names, flat, strict=True)
-    ]
-    floats = [jnp.asarray(leaf) for _, leaf in flat if _is_float(leaf)]
-    (dtype,) = {array.dtype for array in at_least_float32(jnp.float32(0), *floats)}
-    activations = [
-        Activation(Path(arithmetic.ones(np.shape(leaf), dtype)))
-        if _is_float(leaf)
-        else Weight(leaf)
-        for leaf in jax.tree.leaves(inputs)
-    ]
-    if any(
-        isinstance(getattr(x, "value", 0), jax.ShapeDtypeStruct) for x in activations
-    ):
-        raise ValueError(
-            "integers among the inputs are constants of the network, so their values "
-            "matter, but `inputs` holds only the shape of some; pass them as arrays."
-        )
-    outputs = transform.interpret(closed.jaxpr, closed.consts, [*weights, *activations])
-    reached: list[Any] = []
-    for output, variable in zip(outputs, closed.jaxpr.outvars, strict=True):
-        if isinstance(output, Unsupported):
-            raise ValueError(output.message)
-        floating = jnp.issubdtype(variable.aval.dtype, jnp.inexact)
-        if floating and isinstance(output, Activation | Weight):
-            reached.append(output)
-    if not any(isinstance(output, Activation) for output in reached):
-        raise ValueError(
-            "paths lead from the inputs to the outputs, but no output of `forward` "
-            "depends on a floating-point input; pass `inputs` as an array of floats."
-        )
-    return transform, transform.total(reached), weights
-
-
-def _with_automatic_sharding(fn: Callable[[PyTree], Any]) -> Callable[[PyTree], Any]:
-    """Have XLA lay out what the paths are summed in, also on an explicit mesh."""
-
-    @functools.wraps(fn)
-    def call(params):
-        mesh = jax.sharding.get_abstract_mesh()
-        if AxisType.Explicit not in mesh.axis_types:
-            return fn(params)
-        return jax.sharding.auto_axes(fn, out_sharding=PartitionSpec())(params)
-
-    return call
-
-
-def _compiled(
-    result: Callable[..., Any],
-    forward: Forward,
-    params: PyTree,
-    inputs: PyTree,
-    p: jax.typing.ArrayLike,
-) -> Any:
-    # One program, compiled anew: a cache keyed by `forward` would keep stale what
-    # `forward` closes over.
-    def evaluate(params):
-        return result(*_lift(forward, params, inputs, p))
-
-    return jax.jit(_with_automatic_sharding(evaluate))(params)
-
-
-def _scale_factors(
-    forward: Forward, params: PyTree, inputs: PyTree, p: jax.typing.ArrayLike
-) -> PyTree:
-    r"""Return factors of $\partial F/\partial v_e$, a tuple for each parameter."""
-    transform, total, weights = _lift(forward, params, inputs, p)
-    one = transform.arithmetic.ones((), total.value.root.dtype)
-    transform.accumulate(total, (one,))
-    transform.run_backward()
-    factors: list[Factors | None] = []
-    for w in weights:
-        if w.cotangent is not None and len(w.cotangent) > 2:
-            factors.append((transform.arithmetic.broadcast(w.cotangent, w.shape),))
-        elif w.cotangent is not None:
-            factors.append(w.cotangent)
-        elif w.params:  # no path uses it
-            factors.append((transform.arithmetic.zeros(w.shape, one.root.dtype),))
-        else:
-            factors.append(None)
-    return jax.tree.unflatten(jax.tree.structure(params), factors)
+from normax._path_norm import Forward, scale_factors, with_automatic_sharding
 
 
 def _two_factors(params: PyTree, factors: PyTree) -> tuple[tuple[PyTree, PyTree], ...]:
@@ -199,171 +44,6 @@ def _two_factors(params: PyTree, factors: PyTree) -> tuple[tuple[PyTree, PyTree]
         return jax.tree.map(pick, params, factors)
 
     return tuple((tree(index, 0), tree(index, 1)) for index in range(2))
-
-
-def path_norm(
-    forward: Forward, params: PyTree, inputs: PyTree, p: jax.typing.ArrayLike = 2.0
-) -> jax.Array:
-    r"""Path norm of a ReLU network.
-
-    $$\phi_p(w) = \Big(\sum_{\text{paths}} \prod_{e \in \text{path}}
-      |w_e|^p\Big)^{1/p}$$
-
-    The sum is over all paths from an input, or from the constant input of a bias, to
-    an output. Rescaling a hidden unit does not change it. `forward` is any
-    positively homogeneous network written in JAX, Linen's `model.apply` and NNX's
-    `nnx.merge` included: dense layers and convolutions of any kind, ReLU, leaky ReLU
-    (as its steepest slope), max- and average-pooling, residual connections, batch
-    norm with running statistics, `jit`, `checkpoint` and `scan`. The network is
-    traced at every call; under `jax.jit` that costs nothing.
-
-    Args:
-      forward: The network, `forward(params, inputs) -> outputs`.
-      params: Its parameters, a pytree.
-      inputs: An example or a batch of its inputs, arrays or `jax.ShapeDtypeStruct`s;
-        only shapes matter, and the norm is that of one example. Integers are
-        constants.
-      p: The power, from 1 to 32.
-
-    Returns:
-      A scalar, in float32 or the wider dtype of the parameters; infinite where it
-      is too large for that dtype, see `log_path_norm`.
-
-    Raises:
-      ValueError: The network is not positively homogeneous (the message names the
-        primitive and the source line), `p` is out of range, or a parameter is
-        complex.
-
-    Examples:
-      >>> import jax
-      >>> import jax.numpy as jnp
-      >>> import normax
-      >>> def forward(params, x):
-      ...     return jax.nn.relu(x @ params["hidden"]) @ params["output"]
-      >>> hidden, output = jnp.array([[1.0, 2.0]]), jnp.array([[3.0], [2.0]])
-      >>> params = {"hidden": hidden, "output": output}
-      >>> float(normax.path_norm(forward, params, jnp.ones((1, 1))))  # 9 + 16
-      5.0
-
-    References:
-      Neyshabur, Salakhutdinov, Srebro, Path-SGD: Path-Normalized Optimization in Deep
-      Neural Networks, 2015, equation (5).
-    """
-    return _compiled(
-        lambda transform, total, _: transform.arithmetic.pth_root(total.value),
-        forward, params, inputs, p,
-    )  # fmt: skip
-
-
-def log_path_norm(
-    forward: Forward, params: PyTree, inputs: PyTree, p: jax.typing.ArrayLike = 2.0
-) -> jax.Array:
-    r"""Logarithm of the path norm of a ReLU network.
-
-    $$\log \phi_p(w) = \frac{1}{p} \log
-      \sum_{\text{paths}} \prod_{e \in \text{path}} |w_e|^p$$
-
-    Finite at any depth, width and scale of the weights.
-
-    Args:
-      forward: The network, as in `path_norm`.
-      params: Its parameters, a pytree.
-      inputs: An example or a batch of its inputs; only shapes matter.
-      p: The power, from 1 to 32.
-
-    Returns:
-      A scalar, in float32 or the wider dtype of the parameters; $-\infty$ if every
-      path has a weight 0.
-
-    Raises:
-      ValueError: As `path_norm`.
-
-    Examples:
-      >>> import jax
-      >>> import jax.numpy as jnp
-      >>> import normax
-      >>> def forward(params, x):
-      ...     for kernel in params:
-      ...         x = jax.nn.relu(x @ kernel)
-      ...     return x
-      >>> deep = [jnp.full((4, 4), 100.0)] * 60  # the norm is 4 * 200 ** 60
-      >>> log_norm = normax.log_path_norm(forward, deep, jnp.ones((1, 4)))
-      >>> round(float(log_norm), 2), round(float(jnp.log(2.0) + 60 * jnp.log(200.0)), 2)
-      (318.59, 318.59)
-
-    References:
-      Neyshabur, Salakhutdinov, Srebro, Path-SGD: Path-Normalized Optimization in Deep
-      Neural Networks, 2015, equation (5).
-    """
-    return _compiled(
-        lambda transform, total, _: transform.arithmetic.log(total.value) / p,
-        forward, params, inputs, p,
-    )  # fmt: skip
-
-
-def path_scales(
-    forward: Forward,
-    params: PyTree,
-    inputs: PyTree,
-    p: jax.typing.ArrayLike = 2.0,
-    log: bool = False,
-) -> PyTree:
-    r"""Curvature of the squared path norm along each parameter, $\gamma_p(w, e)$.
-
-    $$\gamma_p(w, e) = \Big(\sum_{\text{paths through } e}\;
-      \prod_{e' \ne e} |w_{e'}|^p\Big)^{2/p}$$
-
-    A weight that many edges share, such as an entry of a convolution's kernel, counts
-    every edge: the sum is over the edges and the paths through them. Path-SGD
-    divides the gradient by it.
-
-    Args:
-      forward: The network, as in `path_norm`.
-      params: Its parameters, a pytree. They are edge weights, up to reshaping,
-        transposing, sums, and factors that hold another parameter or none.
-      inputs: An example or a batch of its inputs; only shapes matter.
-      p: The power, from 1 to 32.
-      log: Whether to return $\log \gamma$, which is finite at any depth and scale.
-
-    Returns:
-      Pytree like `params` of arrays in float32 or wider, with None for arrays of
-      integers. Where no path uses a weight, $\gamma = 0$ and its logarithm is
-      $-\infty$.
-
-    Raises:
-      ValueError: As `path_norm`; or a parameter is no edge weight (the message names
-        it and the primitive that computes with it, as weight norm's division does).
-
-    Examples:
-      >>> import jax
-      >>> import jax.numpy as jnp
-      >>> import normax
-      >>> def forward(params, x):
-      ...     return jax.nn.relu(x @ params["hidden"]) @ params["output"]
-      >>> hidden, output = jnp.array([[1.0, 2.0]]), jnp.array([[3.0], [2.0]])
-      >>> params = {"hidden": hidden, "output": output}
-      >>> normax.path_scales(forward, params, jnp.ones((1, 1)))["hidden"]
-      Array([[9., 4.]], dtype=float32)
-
-    References:
-      Neyshabur, Salakhutdinov, Srebro, Path-SGD: Path-Normalized Optimization in Deep
-      Neural Networks, 2015, equation (9).
-    """
-
-    def evaluate(params):
-        factors = _scale_factors(forward, params, inputs, p)
-        arithmetic = PathArithmetic(p)
-        plain = arithmetic.path_scale
-
-        def finish(leaf, factors):
-            if factors is None:
-                return None
-            value = arithmetic.broadcast(factors, jnp.shape(leaf))
-            return arithmetic.log(value) * (2 / p) if log else plain(value)
-
-        return jax.tree.map(finish, params, factors)
-
-    return jax.jit(_with_automatic_sharding(evaluate))(params)
 
 
 class ScaleByPathSGDState(NamedTuple):
@@ -424,7 +104,7 @@ def scale_by_path_sgd(
       >>> params = [jnp.array([[1.0, 2.0]]), jnp.array([[3.0], [2.0]])]
       >>> grads = [jnp.ones((1, 2)), jnp.ones((2, 1))]
       >>> updates, _ = tx.update(grads, tx.init(params), params)
-      >>> updates[1]  # the incoming weights are 1 and 2
+      >>> updates[1].round(5)  # the incoming weights are 1 and 2
       Array([[1.  ],
              [0.25]], dtype=float32)
 
@@ -447,10 +127,10 @@ def scale_by_path_sgd(
     every_step = isinstance(update_every, int) and update_every == 1
 
     @jax.jit
-    @_with_automatic_sharding
+    @with_automatic_sharding
     def compute(params):
         network = dense_stack(params) if forward is None else (forward, inputs)
-        factors = _scale_factors(network[0], params, network[1], p)
+        factors = scale_factors(network[0], params, network[1], p)
         return _two_factors(params, factors)
 
     def scales_of(params):
@@ -536,7 +216,7 @@ def path_sgd(
       >>> params = [jnp.array([[1.0, 2.0]]), jnp.array([[3.0], [2.0]])]
       >>> grads = [jnp.ones((1, 2)), jnp.ones((2, 1))]
       >>> updates, _ = tx.update(grads, tx.init(params), params)
-      >>> updates[1]
+      >>> updates[1].round(5)
       Array([[-0.5  ],
              [-0.125]], dtype=float32)
 
