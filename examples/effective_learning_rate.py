@@ -40,7 +40,6 @@ epochs and schedule; the widths and strides, which it does not give, are ours.
 """
 
 import argparse
-import csv
 import functools
 import itertools
 import math
@@ -53,6 +52,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from csv_columns import write_csv
 from flax import nnx
 from jax.lax import conv_general_dilated
 from matplotlib.axes import Axes
@@ -413,14 +413,6 @@ def picture(results: Results, rules: Sequence[str]) -> Figure:
         fontsize="medium",
     )
     return figure
-
-
-def write_csv(results: Results, path: Path) -> None:
-    """Write one row for each run."""
-    with path.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(results)
-        writer.writerows(zip(*results.values(), strict=True))
 
 
 def main(argv: Sequence[str] | None = None) -> Results:

@@ -17,7 +17,6 @@ lines: the products above) and all numbers as CSV. Printed: both ends of the net
 """
 
 import argparse
-import csv
 import functools
 import itertools
 from collections.abc import Callable, Sequence
@@ -27,6 +26,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from csv_columns import write_csv
 from jax.nn import initializers
 from matplotlib.figure import Figure
 
@@ -163,14 +163,6 @@ def picture(results: Results) -> Figure:
         handles, labels, loc="outside lower center", ncols=len(SCHEMES), frameon=False
     )
     return figure
-
-
-def write_csv(results: Results, path: Path) -> None:
-    """Write one row for each layer of each kind of network."""
-    with path.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(results)
-        writer.writerows(zip(*results.values(), strict=True))
 
 
 def main(argv: Sequence[str] | None = None) -> Results:

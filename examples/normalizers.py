@@ -24,7 +24,6 @@ errors, norms and angles at the end, and test errors by batch size.
 """
 
 import argparse
-import csv
 import functools
 import itertools
 import os
@@ -38,6 +37,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from csv_columns import write_csv
 from effective_learning_rate import conv_as_matmul
 from flax import nnx
 from matplotlib.figure import Figure
@@ -401,14 +401,6 @@ def picture(experiment: Experiment) -> Figure:
         axes.legend(frameon=False)
         axes.grid(alpha=0.3)
     return figure
-
-
-def write_csv(results: Results, path: Path) -> None:
-    """Write one row for each entry."""
-    with path.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(results)
-        writer.writerows(zip(*results.values(), strict=True))
 
 
 def main(argv: Sequence[str] | None = None) -> Experiment:

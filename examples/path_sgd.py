@@ -32,7 +32,6 @@ distribution is the standard one, and dropout spares the inputs.
 """
 
 import argparse
-import csv
 import itertools
 import os
 from collections.abc import Callable, Sequence
@@ -45,6 +44,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from csv_columns import write_csv
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 from tqdm import tqdm
@@ -372,14 +372,6 @@ def picture(results: Results, dataset: str, dropout: bool) -> Figure:
         handles, labels, loc="outside lower center", ncols=len(RULES), frameon=False
     )
     return figure
-
-
-def write_csv(results: Results, path: Path) -> None:
-    """Write one row for each epoch of each run."""
-    with path.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(results)
-        writer.writerows(zip(*results.values(), strict=True))
 
 
 def main(argv: Sequence[str] | None = None) -> Results:

@@ -19,7 +19,6 @@ Written to `--out`: a picture, and the settled norms and angles as CSV.
 """
 
 import argparse
-import csv
 import functools
 from collections.abc import Sequence
 from fractions import Fraction
@@ -29,6 +28,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from csv_columns import write_csv
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 from tqdm import tqdm
@@ -235,14 +235,6 @@ def picture(results: Results, rules: Sequence[str]) -> Figure:
     norms.xaxis.set_major_locator(LogLocator())
     figure.legend(loc="outside lower center", ncols=len(rules), frameon=False)
     return figure
-
-
-def write_csv(results: Results, path: Path) -> None:
-    """Write one row for each run."""
-    with path.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(results)
-        writer.writerows(zip(*results.values(), strict=True))
 
 
 def main(argv: Sequence[str] | None = None) -> Results:

@@ -10,9 +10,10 @@ $$x = (q \cdot 2^e)^{2p}, \qquad q \ge 0.$$
 
 The exponent, one for a whole layer, carries what depth multiplies; the root tells
 apart units whose scales, in units of weights, are a factor of $2^{252}$ apart. Sums
-are taken of quotients close to one: only these are raised to the power. Scaling
-is by powers of two, which round nothing and have the derivative 0, so that the results
-are as accurate as plain float32, and the derivatives are those of the values.
+are taken of quotients close to one: only these are raised to the power. What numbers
+are scaled by has the derivative 0, so that the derivatives are those of the values.
+Exponents cost no digit, and a root has the rounding of plain float32, of which its
+power has $2p$ times as much.
 """
 
 import dataclasses
