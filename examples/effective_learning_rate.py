@@ -39,22 +39,16 @@ effective rate. `--dataset cifar10` has the paper's data, augmentation, batch si
 epochs and schedule; the widths and strides, which it does not give, are ours.
 """
 
-import argparse
-import functools
 import itertools
 import math
-from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 import datasets
 import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
-from csv_columns import write_csv
-from flax import nnx
-from jax.lax import conv_general_dilated
+from convnet import SETTINGS, Setting, make_train
+from experiments import add_data_options, load_data, make_folder, make_parser, write_csv
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
@@ -64,25 +58,6 @@ import normax
 
 Results = dict[str, np.ndarray]
 
-
-class Setting(NamedTuple):
-    """Network and training run that suit a data set."""
-
-    channels: tuple[int, ...]
-    strides: tuple[int, ...]
-    batch_size: int
-    epochs: int
-    augment: bool
-
-
-COLOUR = Setting((32, 64, 128, 128), (1, 2, 2, 2), 128, 100, True)
-SETTINGS = {
-    "digits": Setting((8, 16, 16, 16), (2, 1, 2, 1), 32, 24, False),
-    "mnist": Setting((16, 32, 32, 32), (2, 1, 2, 1), 128, 10, False),
-    "cifar10": COLOUR,
-    "cifar100": COLOUR,
-    "svhn": COLOUR,
-}
 
 # Smallest and largest learning rate, and largest weight decay. The smallest decay
 # follows, so that the diagonals of the grid are the lines of constant effective rate.
@@ -96,168 +71,6 @@ GRIDS = {
 SETTLED_MEMORY = 0.1
 
 
-def conv_as_matmul(x: Any, kernel: Any, strides: Any, *_: Any, **__: Any) -> jax.Array:
-    """3x3 convolution with padding 1: on a CPU several times faster than XLA's own."""
-    height, width = x.shape[1:3]
-    x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
-    shifts = [
-        x[:, i : i + height : strides[0], j : j + width : strides[1]]
-        for i, j in itertools.product(range(3), repeat=2)
-    ]
-    return jnp.concatenate(shifts, axis=-1) @ kernel.reshape(-1, kernel.shape[-1])
-
-
-class ConvNet(nnx.Module):
-    """Four convolutions with batch norm and relu, mean pooling, a linear head."""
-
-    def __init__(
-        self, setting: Setting, in_channels: int, classes: int, rngs: nnx.Rngs
-    ) -> None:
-        on_cpu = jax.default_backend() == "cpu"
-        conv = functools.partial(
-            nnx.Conv,
-            kernel_size=(3, 3),
-            padding=1,
-            use_bias=False,
-            conv_general_dilated=conv_as_matmul if on_cpu else conv_general_dilated,
-            rngs=rngs,
-        )
-        widths = itertools.pairwise((in_channels, *setting.channels))
-        self.convs = nnx.List(
-            conv(*channels, strides=stride)
-            for channels, stride in zip(widths, setting.strides, strict=True)
-        )
-        self.norms = nnx.List(
-            nnx.BatchNorm(width, momentum=0.9, rngs=rngs) for width in setting.channels
-        )
-        self.head = nnx.Linear(setting.channels[-1], classes, rngs=rngs)
-
-    def __call__(self, images: jax.Array) -> jax.Array:
-        """Return the logits of a batch of images in bytes."""
-        x = images.astype(jnp.float32) / 255
-        for conv, norm in zip(self.convs, self.norms, strict=True):
-            x = nnx.relu(norm(conv(x)))
-        return self.head(x.mean((1, 2)))
-
-
-def kernel_axes(params: Any) -> Any:
-    """Mark the kernels of the convolutions: what the loss is scale-invariant in."""
-    return jax.tree.map(lambda w: "unit" if w.ndim == 4 else "none", params)
-
-
-def first_kernel(params: Any) -> jax.Array:
-    """Return the kernel of the first convolution."""
-    return params["convs"][0]["kernel"][...]
-
-
-def make_optimizer(
-    rule: str, projected: bool, learning_rate: optax.Schedule, weight_decay: jax.Array
-) -> optax.GradientTransformation:
-    """Return the rule, with decay and projection of the kernels alone."""
-    make = normax.UPDATE_RULES[rule].make
-    kernels = make(learning_rate, weight_decay=weight_decay)
-    if projected:
-        kernels = optax.chain(kernels, normax.project_unit_norm())
-    # Decay of head, gains and biases would change the function that is learned; so
-    # lambda acts through the effective learning rate alone.
-    return optax.partition({"unit": kernels, "none": make(learning_rate)}, kernel_axes)
-
-
-def shift_and_flip(key: jax.Array, images: jax.Array) -> jax.Array:
-    """Move every image by up to four pixels and flip half of them."""
-    shift_key, flip_key = jax.random.split(key)
-    n, *shape = images.shape
-    padded = jnp.pad(images, ((0, 0), (4, 4), (4, 4), (0, 0)))
-    corners = jax.random.randint(shift_key, (n, 2), 0, 9)
-    flips = jax.random.bernoulli(flip_key, shape=(n, 1, 1, 1))
-
-    def crop(image: jax.Array, corner: jax.Array) -> jax.Array:
-        return jax.lax.dynamic_slice(image, (*corner, 0), shape)
-
-    moved = jax.vmap(crop)(padded, corners)
-    return jnp.where(flips, moved[:, :, ::-1], moved)
-
-
-def batches(setting: Setting, size: int, key: jax.Array) -> jax.Array:
-    """Return indices (epochs, steps, batch), a new permutation for each epoch."""
-    steps = size // setting.batch_size
-    order = jax.vmap(lambda key: jax.random.permutation(key, size))(
-        jax.random.split(key, setting.epochs)
-    )
-    return order[:, : steps * setting.batch_size].reshape(
-        setting.epochs, steps, setting.batch_size
-    )
-
-
-def memory(start: jax.Array, end: jax.Array, power: int) -> jax.Array:
-    """Return the share of the initial norm that decay and growth have left."""
-    norms = [normax.weight_norm(w, "layer") for w in (start, end)]
-    left = (start * end).sum() / (norms[0] * jnp.minimum(*norms))
-    return jnp.maximum(left, 0) ** (power + 2)
-
-
-def make_train(
-    rule: str, projected: bool, setting: Setting, graph: nnx.GraphDef[ConvNet]
-) -> Callable[..., dict[str, jax.Array]]:
-    """Return the training run, a function of data, learning rate and weight decay."""
-    drop, second_drop = setting.epochs // 2, setting.epochs * 4 // 5
-
-    def train(
-        data: datasets.Dataset,
-        variables: Any,
-        order: jax.Array,
-        keys: jax.Array,
-        eta: jax.Array,
-        lam: jax.Array,
-    ) -> dict[str, jax.Array]:
-        params, statistics = variables
-        steps = order.shape[1]
-        drops = {drop * steps: 0.1, second_drop * steps: 0.1}
-        schedule = optax.piecewise_constant_schedule(eta, drops)
-        optimizer = make_optimizer(rule, projected, schedule, lam)
-        if projected:
-            params = normax.projection_unit_norm(params, kernel_axes(params))
-
-        def loss_fn(params: Any, statistics: Any, x: jax.Array, y: jax.Array) -> Any:
-            model = nnx.merge(graph, params, statistics, copy=True)
-            losses = optax.softmax_cross_entropy_with_integer_labels(model(x), y)
-            return losses.mean(), nnx.state(model, nnx.BatchStat)
-
-        def step(carry: Any, batch: Any) -> Any:
-            params, statistics, state = carry
-            indices, key = batch
-            x, y = data.x_train[indices], data.y_train[indices]
-            if setting.augment:
-                x = shift_and_flip(key, x)
-            (loss, statistics), grads = jax.value_and_grad(loss_fn, has_aux=True)(
-                params, statistics, x, y
-            )
-            updates, state = optimizer.update(grads, state, params)
-            params = optax.apply_updates(params, updates)
-            norm = normax.weight_norm(first_kernel(params), "layer")
-            return (params, statistics, state), (loss, norm)
-
-        def epoch(carry: Any, batch: Any) -> Any:
-            carry, (losses, norms) = jax.lax.scan(step, carry, batch)
-            return carry, (losses.mean(), norms.mean(), first_kernel(carry[0]))
-
-        carry = params, statistics, optimizer.init(params)
-        carry, (losses, norms, kernels) = jax.lax.scan(epoch, carry, (order, keys))
-
-        model = nnx.merge(graph, *carry[:2])
-        model.eval()
-        logits = jax.lax.map(lambda x: model(x[None])[0], data.x_test, batch_size=500)
-        power = normax.UPDATE_RULES[rule].norm_power
-        return {
-            "norm": norms[drop - 1],
-            "memory": memory(first_kernel(params), kernels[drop - 1], power),
-            "test_error": (logits.argmax(-1) != data.y_test).mean(),
-            "diverged": ~jnp.isfinite(losses).all(),
-        }
-
-    return train
-
-
 def grid(rule: str, size: int) -> tuple[np.ndarray, np.ndarray]:
     """Return the learning rates and the weight decays of a rule's grid."""
     low, high, decay = GRIDS[rule]
@@ -269,18 +82,9 @@ def run(
     rules: Sequence[str], data: datasets.Dataset, setting: Setting, size: int, seed: int
 ) -> Results:
     """Train at every grid point; return one array entry per run."""
-    init_key, order_key, augment_key = jax.random.split(jax.random.key(seed), 3)
-    classes = int(max(data.y_train.max(), data.y_test.max())) + 1
-    model = ConvNet(setting, data.x_train.shape[-1], classes, nnx.Rngs(init_key))
-    graph, *variables = nnx.split(model, nnx.Param, ...)
-    order = batches(setting, len(data.x_train), order_key)
-    keys = jax.random.split(augment_key, order.shape[:2])
-    arguments = jax.device_put((data, variables, order, keys))
     columns: list[Results] = []
     for rule, projected in itertools.product(rules, (False, True)):
-        train = functools.partial(
-            make_train(rule, projected, setting, graph), *arguments
-        )
+        train = make_train(rule, data, setting, projected=projected, seed=seed)
         eta, lam = grid(rule, size)
         numbers = normax.grid_sweep(train, {"lam": lam, "eta": eta}, progress=True)
         lam, eta = np.meshgrid(lam, eta, indexing="ij")
@@ -417,30 +221,22 @@ def picture(results: Results, rules: Sequence[str]) -> Figure:
 
 def main(argv: Sequence[str] | None = None) -> Results:
     """Run the experiment; return the numbers, one entry for each run."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = make_parser(__doc__)
     add = parser.add_argument
-    add("--out", type=Path, default=Path("out"), help="folder of the results")
     add("--rule", nargs="+", default=["nesterov", "adam"], choices=GRIDS)
-    add("--dataset", default="digits", choices=datasets.NAMES)
-    add("--data", type=Path, help="folder of the data sets' files, <name>.npz")
+    add_data_options(parser)
     add("--grid", type=int, default=7, help="points along each axis")
+    add("--channels", type=int, nargs=4, help="default: what suits the data set")
     add("--epochs", type=int, help="default: what suits the data set")
     add("--seed", type=int, default=0)
     options = parser.parse_args(argv)
-    if options.grid < 2 or (options.epochs or 2) < 2:
-        parser.error("--grid and --epochs must be at least 2.")
     setting = SETTINGS[options.dataset]
-    setting = setting._replace(epochs=options.epochs or setting.epochs)
-    try:
-        options.out.mkdir(parents=True, exist_ok=True)
-        data = datasets.load(options.dataset, options.data)
-    except (OSError, ValueError) as error:
-        parser.error(str(error))
-    if len(data.x_train) < setting.batch_size:
-        parser.error(
-            f"a batch is {setting.batch_size} images, but {options.dataset} has only "
-            f"{len(data.x_train)} to train on."
-        )
+    given = {"channels": options.channels, "epochs": options.epochs}
+    setting = setting._replace(**{k: v for k, v in given.items() if v is not None})
+    if min(options.grid, setting.epochs) < 2 or min(setting.channels) < 1:
+        parser.error("--grid and --epochs must be at least 2, --channels at least 1.")
+    make_folder(parser, options)
+    data = load_data(parser, options, setting.batch_size)
     results = run(options.rule, data, setting, options.grid, options.seed)
     print(table(results, options.rule))
     write_csv(results, options.out / "effective_learning_rate.csv")

@@ -16,17 +16,15 @@ Written to `--out`: a picture (points: measured over `--networks` random network
 lines: the products above) and all numbers as CSV. Printed: both ends of the network.
 """
 
-import argparse
 import functools
 import itertools
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from csv_columns import write_csv
+from experiments import make_folder, make_parser, write_csv
 from jax.nn import initializers
 from matplotlib.figure import Figure
 
@@ -167,18 +165,14 @@ def picture(results: Results) -> Figure:
 
 def main(argv: Sequence[str] | None = None) -> Results:
     """Run the experiment; return the numbers, one entry for each layer."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = make_parser(__doc__)
     add = parser.add_argument
-    add("--out", type=Path, default=Path("out"), help="folder of the results")
     add("--networks", type=int, default=50, help="random networks to average over")
     add("--seed", type=int, default=0)
     options = parser.parse_args(argv)
     if options.networks < 1:
         parser.error("--networks must be at least 1.")
-    try:
-        options.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        parser.error(str(error))
+    make_folder(parser, options)
     results = run(options.networks, options.seed)
     print(table(results))
     write_csv(results, options.out / "initialization.csv")

@@ -23,13 +23,11 @@ Written to `--out`: a picture (means over seeds) and all numbers as CSV. Printed
 errors, norms and angles at the end, and test errors by batch size.
 """
 
-import argparse
 import functools
 import itertools
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import datasets
@@ -37,8 +35,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from csv_columns import write_csv
-from effective_learning_rate import conv_as_matmul
+from convnet import conv_as_matmul
+from experiments import make_folder, make_parser, write_csv
 from flax import nnx
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
@@ -405,9 +403,8 @@ def picture(experiment: Experiment) -> Figure:
 
 def main(argv: Sequence[str] | None = None) -> Experiment:
     """Run both experiments; return their numbers."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = make_parser(__doc__)
     add = parser.add_argument
-    add("--out", type=Path, default=Path("out"), help="folder of the results")
     add("--epochs", type=int, default=20, help="a quarter for the batch sizes")
     add("--seeds", type=int, default=3, help="number of repetitions")
     add("--batch-sizes", type=int, nargs="+", default=BATCH_SIZES)
@@ -416,10 +413,7 @@ def main(argv: Sequence[str] | None = None) -> Experiment:
         parser.error(
             "--epochs and --seeds must be at least 1, --batch-sizes at least 2."
         )
-    try:
-        options.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        parser.error(str(error))
+    make_folder(parser, options)
     experiment = run(options.epochs, options.seeds, options.batch_sizes)
     print(table(experiment))
     write_csv(experiment.curves, options.out / "normalizers.csv")

@@ -22,7 +22,6 @@ It is smallest at the point that `normax.optimal_momentum` gives.
 Written to `--out`: a picture, and all losses and measured factors as CSV.
 """
 
-import argparse
 import csv
 import functools
 from collections.abc import Callable, Sequence
@@ -33,6 +32,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from experiments import make_folder, make_parser
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from sklearn.datasets import load_breast_cancer
@@ -326,18 +326,14 @@ def write_csv(results: Results, folder: Path) -> None:
 
 def main(argv: Sequence[str] | None = None) -> Results:
     """Run everything; return the numbers."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = make_parser(__doc__)
     add = parser.add_argument
-    add("--out", type=Path, default=Path("out"), help="folder of the results")
     add("--steps", type=int, default=100, help="steps of every rule")
     add("--grid", type=int, default=120, help="points along the diagram's axes")
     options = parser.parse_args(argv)
     if options.steps < 1 or options.grid < 2:
         parser.error("--steps must be at least 1 and --grid at least 2.")
-    try:
-        options.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        parser.error(str(error))
+    make_folder(parser, options)
     problems = {
         "ravine": Problem(ravine, np.array([-3.0, -0.7]), 0.0, {}),
         "saddle": Problem(saddle, np.array([-1.0, 1e-3]), -0.25, {}),

@@ -31,12 +31,10 @@ does not say: inputs have mean 0 and variance 1 over all pixels, the log-normal
 distribution is the standard one, and dropout spares the inputs.
 """
 
-import argparse
 import itertools
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import datasets
@@ -44,7 +42,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from csv_columns import write_csv
+from experiments import add_data_options, load_data, make_folder, make_parser, write_csv
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 from tqdm import tqdm
@@ -376,11 +374,9 @@ def picture(results: Results, dataset: str, dropout: bool) -> Figure:
 
 def main(argv: Sequence[str] | None = None) -> Results:
     """Run the experiment; return the numbers, one entry for each run and epoch."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = make_parser(__doc__)
     add = parser.add_argument
-    add("--out", type=Path, default=Path("out"), help="folder of the results")
-    add("--dataset", default="digits", choices=datasets.NAMES)
-    add("--data", type=Path, help="folder of the data sets' files, <name>.npz")
+    add_data_options(parser)
     add("--dropout", action="store_true", help="leave out half of the hidden units")
     add("--width", type=int, help="units of a layer; default: what suits the data set")
     add("--epochs", type=int, help="default: what suits the data set")
@@ -391,16 +387,8 @@ def main(argv: Sequence[str] | None = None) -> Results:
     setting = setting._replace(**{k: v for k, v in given.items() if v is not None})
     if min(*setting, options.seeds) < 1:
         parser.error("--width, --epochs and --seeds must be at least 1.")
-    try:
-        options.out.mkdir(parents=True, exist_ok=True)
-        data = datasets.load(options.dataset, options.data)
-    except (OSError, ValueError) as error:
-        parser.error(str(error))
-    if len(data.x_train) < BATCH_SIZE:
-        parser.error(
-            f"a batch is {BATCH_SIZE} images, but {options.dataset} has only "
-            f"{len(data.x_train)} to train on."
-        )
+    make_folder(parser, options)
+    data = load_data(parser, options, BATCH_SIZE)
     results = run(data, setting, options.dropout, range(options.seeds))
     print(table(results))
     name = "path_sgd_dropout" if options.dropout else "path_sgd"

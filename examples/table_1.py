@@ -18,17 +18,15 @@ norm, at small $\eta\lambda$.
 Written to `--out`: a picture, and the settled norms and angles as CSV.
 """
 
-import argparse
 import functools
 from collections.abc import Sequence
 from fractions import Fraction
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from csv_columns import write_csv
+from experiments import make_folder, make_parser, write_csv
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 from tqdm import tqdm
@@ -239,9 +237,8 @@ def picture(results: Results, rules: Sequence[str]) -> Figure:
 
 def main(argv: Sequence[str] | None = None) -> Results:
     """Run the simulations; return the numbers, one entry for each run."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = make_parser(__doc__)
     add = parser.add_argument
-    add("--out", type=Path, default=Path("out"), help="folder of the results")
     add("--rule", nargs="+", default=list(GRIDS), choices=GRIDS)
     add("--grid", type=int, default=4, help="points along each axis")
     add("--steps", type=int, default=6000)
@@ -249,10 +246,7 @@ def main(argv: Sequence[str] | None = None) -> Results:
     options = parser.parse_args(argv)
     if options.grid < 2 or options.steps < 3:
         parser.error("--grid must be at least 2 and --steps at least 3.")
-    try:
-        options.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        parser.error(str(error))
+    make_folder(parser, options)
     results = run(options.rule, options.grid, options.steps, options.seed)
     print(table(results, options.rule))
     write_csv(results, options.out / "table_1.csv")

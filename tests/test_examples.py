@@ -12,6 +12,7 @@ import pytest
 from flax import nnx
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+convnet: Any = importlib.import_module("convnet")
 datasets: Any = importlib.import_module("datasets")
 effective_learning_rate: Any = importlib.import_module("effective_learning_rate")
 initialization: Any = importlib.import_module("initialization")
@@ -105,14 +106,14 @@ def test_matmul_is_the_convolution() -> None:
     x = rng.normal(size=(2, 8, 8, 3)).astype(np.float32)
     kernel = rng.normal(size=(3, 3, 3, 4)).astype(np.float32)
     for strides in ((1, 1), (2, 2)):
-        expected = effective_learning_rate.conv_general_dilated(
+        expected = convnet.conv_general_dilated(
             x,
             kernel,
             strides,
             ((1, 1), (1, 1)),
             dimension_numbers=("NHWC", "HWIO", "NHWC"),
         )
-        actual = effective_learning_rate.conv_as_matmul(x, kernel, strides)
+        actual = convnet.conv_as_matmul(x, kernel, strides)
         np.testing.assert_allclose(actual, expected, atol=1e-5)
 
 

@@ -1,0 +1,62 @@
+"""What the experiments share: options, data, and the numbers as a CSV file."""
+
+import argparse
+import csv
+from collections.abc import Mapping
+from pathlib import Path
+
+import datasets
+import numpy as np
+
+
+def make_parser(docstring: str | None) -> argparse.ArgumentParser:
+    """Return a parser that has the option of every experiment, where to write."""
+    parser = argparse.ArgumentParser(description=(docstring or "").split("\n")[0])
+    parser.add_argument(
+        "--out", type=Path, default=Path("out"), help="folder of the results"
+    )
+    return parser
+
+
+def add_data_options(parser: argparse.ArgumentParser) -> None:
+    """Let the user choose what to train on."""
+    add = parser.add_argument
+    add("--dataset", default="digits", choices=datasets.NAMES)
+    add("--data", type=Path, help="folder of the data sets' files, <name>.npz")
+    add("--images", type=int, help="number of training images; default: all")
+
+
+def make_folder(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """Make the folder of the results."""
+    try:
+        options.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(str(error))
+
+
+def load_data(
+    parser: argparse.ArgumentParser, options: argparse.Namespace, batch_size: int
+) -> datasets.Dataset:
+    """Load the chosen data, of which there must be a batch to train on."""
+    try:
+        data = datasets.load(options.dataset, options.data)
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
+    if options.images is not None and options.images < 1:
+        parser.error(f"--images must be at least 1, got {options.images}.")
+    chosen = slice(options.images)
+    data = data._replace(x_train=data.x_train[chosen], y_train=data.y_train[chosen])
+    if len(data.x_train) < batch_size:
+        parser.error(
+            f"a batch is {batch_size} images, but {options.dataset} has only "
+            f"{len(data.x_train)} to train on."
+        )
+    return data
+
+
+def write_csv(columns: Mapping[str, np.ndarray], path: Path) -> None:
+    """Write one row for each entry of the columns."""
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(columns)
+        writer.writerows(zip(*columns.values(), strict=True))
