@@ -42,6 +42,7 @@ epochs and schedule; the widths and strides, which it does not give, are ours.
 import itertools
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import datasets
@@ -79,14 +80,22 @@ def grid(rule: str, size: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def run(
-    rules: Sequence[str], data: datasets.Dataset, setting: Setting, size: int, seed: int
+    rules: Sequence[str],
+    data: datasets.Dataset,
+    setting: Setting,
+    size: int,
+    seed: int,
+    checkpoint_dir: Path | None = None,
 ) -> Results:
     """Train at every grid point; return one array entry per run."""
     columns: list[Results] = []
     for rule, projected in itertools.product(rules, (False, True)):
         train = make_train(rule, data, setting, projected=projected, seed=seed)
         eta, lam = grid(rule, size)
-        numbers = normax.grid_sweep(train, {"lam": lam, "eta": eta}, progress=True)
+        axes = {"lam": lam, "eta": eta}
+        numbers = normax.grid_sweep(
+            train, axes, progress=True, checkpoint_dir=checkpoint_dir
+        )
         lam, eta = np.meshgrid(lam, eta, indexing="ij")
         named = {"rule": rule, "projected": projected, "eta": eta, "lambda": lam}
         named |= jax.device_get(numbers)
@@ -229,6 +238,7 @@ def main(argv: Sequence[str] | None = None) -> Results:
     add("--channels", type=int, nargs=4, help="default: what suits the data set")
     add("--epochs", type=int, help="default: what suits the data set")
     add("--seed", type=int, default=0)
+    add("--checkpoints", type=Path, help="folder of finished runs, to continue from")
     options = parser.parse_args(argv)
     setting = SETTINGS[options.dataset]
     given = {"channels": options.channels, "epochs": options.epochs}
@@ -237,7 +247,8 @@ def main(argv: Sequence[str] | None = None) -> Results:
         parser.error("--grid and --epochs must be at least 2, --channels at least 1.")
     make_folder(parser, options)
     data = load_data(parser, options, setting.batch_size)
-    results = run(options.rule, data, setting, options.grid, options.seed)
+    arguments = options.grid, options.seed, options.checkpoints
+    results = run(options.rule, data, setting, *arguments)
     print(table(results, options.rule))
     write_csv(results, options.out / "effective_learning_rate.csv")
     figure = picture(results, options.rule)

@@ -42,6 +42,7 @@ from normax._schedules import harmonic_schedule as harmonic_schedule
 from normax._schedules import optimal_momentum as optimal_momentum
 from normax._second_order import newton as newton
 from normax._sweep import grid_sweep as grid_sweep
+from normax._sweep import sweep as sweep
 from normax._tangent import adamp as adamp
 from normax._tangent import sgdp as sgdp
 from normax._trajectories import (

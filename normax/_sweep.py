@@ -1,14 +1,16 @@
-r"""Sweeps: one training run, compiled once, at every point of a grid.
+r"""Sweeps: one training run, compiled once, for many hyperparameters.
 
 A small network leaves most of a GPU or TPU idle: there `jax.vmap` does many runs in the
 time of one. On a CPU batched operations are slower than single ones, but a run leaves
 most cores idle: as many runs as there are cores go side by side. A mesh spreads the
-points over its devices.
+runs over its devices.
 """
 
 import os
+import weakref
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -21,33 +23,168 @@ from jax.sharding import PartitionSpec as P
 from normax._axes import PyTree
 from normax._checks import check_range
 
+Points = Mapping[str, jax.Array]
+# Like the programs of `jax.jit`, these live as long as the function they run.
+_PROGRAMS: weakref.WeakKeyDictionary[Callable[..., PyTree], dict[Any, Any]] = (
+    weakref.WeakKeyDictionary()
+)
 
-def _points(grid: Mapping[str, jax.typing.ArrayLike]) -> tuple[PyTree, tuple[int, ...]]:
-    """Return the hyperparameters of all points, and the shape of the grid."""
-    axes = {name: jnp.asarray(values) for name, values in grid.items()}
-    for name, values in axes.items():
-        if values.ndim != 1 or not values.size:
+
+def _arrays(values: Mapping[str, jax.typing.ArrayLike]) -> dict[str, jax.Array]:
+    arrays = {name: jnp.asarray(array) for name, array in values.items()}
+    for name, array in arrays.items():
+        if array.ndim != 1 or not array.size:
             raise ValueError(
-                "every axis of a grid is a 1-D array of one value or more, but that of "
-                f"{name!r} has shape {values.shape}; pass a list of values, or hold a "
-                "single one fixed in `train_fn`."
+                "the values of a hyperparameter are a 1-D array of one or more, but "
+                f"those of {name!r} have shape {array.shape}; pass a list of values, "
+                "or hold a single one fixed in `train_fn`."
             )
-    shape = tuple(len(values) for values in axes.values())
-    indices = np.meshgrid(*map(np.arange, shape), indexing="ij")
-    pairs = zip(axes.items(), indices, strict=True)
-    return {name: values[index.ravel()] for (name, values), index in pairs}, shape
+    return arrays
 
 
 def _runs_at_once(
     batch_size: int | None, count: int, devices: int, cpu: bool
 ) -> tuple[int, int]:
-    """Return the points of one call, a multiple of the devices, and calls at once."""
+    """Return the runs of one call, a multiple of the devices, and calls at once."""
     if batch_size is None:
         batch_size = max(devices, os.cpu_count() or 1) if cpu else count
     if cpu and devices == 1:
         return 1, min(batch_size, count)
-    # Fewer points than devices are repeated: a part of a device's work costs nothing.
+    # Fewer runs than devices are repeated: a part of a device's work costs nothing.
     return max(1, min(batch_size, count) // devices) * devices, 1
+
+
+def _single(train_fn: Callable[..., PyTree]) -> Callable[[Points], PyTree]:
+    # A strong reference would keep the function, and with it its programs, alive.
+    function = weakref.ref(train_fn)
+    return lambda point: jax.tree.map(jnp.asarray, function()(**point))  # type: ignore[misc]
+
+
+def _program(
+    train_fn: Callable[..., PyTree], mesh: Mesh | None, cpu: bool
+) -> Callable[[Points], PyTree]:
+    """Return the compiled function of the points of one call."""
+    programs = _PROGRAMS.setdefault(train_fn, {})
+    if (mesh, cpu) in programs:
+        return programs[mesh, cpu]
+    run = _single(train_fn)
+
+    def run_all(points: Points) -> PyTree:
+        if all(len(values) == 1 for values in points.values()):
+            one = run({name: values[0] for name, values in points.items()})
+            return jax.tree.map(lambda x: x[None], one)
+        return lax.map(run, points) if cpu else jax.vmap(run)(points)
+
+    if mesh is None:
+        program = jax.jit(run_all)
+    else:
+        spec = P(mesh.axis_names)
+        shards = jax.shard_map(
+            run_all, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False
+        )
+        program = jax.jit(shards)
+    return programs.setdefault((mesh, cpu), program)
+
+
+def _train_all(
+    train_fn: Callable[..., PyTree],
+    points: Points,
+    count: int,
+    batch_size: int | None,
+    mesh: Mesh | None,
+    progress: bool,
+    checkpoint_dir: str | os.PathLike[str] | None,
+) -> PyTree:
+    """Train at every point; return the results with one axis in front."""
+    check_range("batch_size", batch_size, low=1)
+    finished, rows = None, [None] * count
+    if checkpoint_dir is not None:
+        # Orbax takes a second to import, which no other part of normax needs.
+        from normax._finished_runs import FinishedRuns
+
+        finished = FinishedRuns(Path(checkpoint_dir), _single(train_fn), points, count)
+        rows = [finished.load(index) for index in range(count)]
+    left = [index for index, row in enumerate(rows) if row is None]
+    devices = list(mesh.devices.flat) if mesh else list(jnp.zeros(()).devices())
+    cpu = devices[0].platform == "cpu"
+    size, workers = _runs_at_once(batch_size, max(1, len(left)), len(devices), cpu)
+    program = _program(train_fn, mesh, cpu)
+
+    def call(start: int) -> PyTree:
+        # The last call repeats a point rather than to be compiled for fewer.
+        index = np.resize(left[start : start + size], size)
+        chosen = {name: values[index] for name, values in points.items()}
+        if mesh is not None:
+            chosen = jax.device_put(chosen, NamedSharding(mesh, P(mesh.axis_names)))
+        return jax.device_get(program(chosen))
+
+    starts = range(0, len(left), size)
+    with ThreadPoolExecutor(workers) as pool:
+        results = _watched(pool.map(call, starts), len(starts), progress)
+        for start, result in zip(starts, results, strict=True):
+            for offset, index in enumerate(left[start : start + size]):
+                rows[index] = jax.tree.map(lambda x: x[offset], result)  # noqa: B023
+                if finished is not None:
+                    finished.save(index, rows[index])
+    return jax.tree.map(lambda *x: jnp.asarray(np.stack(x)), *rows)
+
+
+def sweep(
+    train_fn: Callable[..., PyTree],
+    points: Mapping[str, jax.typing.ArrayLike],
+    *,
+    batch_size: int | None = None,
+    mesh: Mesh | None = None,
+    progress: bool = False,
+    checkpoint_dir: str | os.PathLike[str] | None = None,
+) -> PyTree:
+    r"""Train with each of several choices of hyperparameters, as one compiled program.
+
+    $$r_i = f(a_i, b_i, \dots)$$
+
+    What `grid_sweep` does, for points that form no grid: random ones, or those that a
+    search proposes. Called again with the same function it does not compile again, on
+    a CPU for any number of points, elsewhere for as many as before.
+
+    Args:
+      train_fn: A training run, as in `grid_sweep`.
+      points: 1-D arrays of the same length, by name: one entry for each run.
+      batch_size: As in `grid_sweep`.
+      mesh: As in `grid_sweep`.
+      progress: As in `grid_sweep`.
+      checkpoint_dir: As in `grid_sweep`.
+
+    Returns:
+      What `train_fn` returns, with one axis, the runs, in front of every array.
+
+    Raises:
+      ValueError: The arrays are none, not 1-D, empty or of different lengths, or
+        `batch_size` is less than 1.
+      Exception: Whatever `train_fn` raises.
+
+    Examples:
+      >>> import normax
+      >>> def train(learning_rate, weight_decay):  # one step from w = 1 on w^2 / 2
+      ...     return 1 - learning_rate * (1 + weight_decay)
+      >>> points = {"learning_rate": [0.5, 0.25], "weight_decay": [0.0, 1.0]}
+      >>> normax.sweep(train, points).tolist()
+      [0.5, 0.5]
+
+    References:
+      Bergstra and Bengio, Random Search for Hyper-Parameter Optimization, 2012.
+    """
+    arrays = _arrays(points)
+    lengths = {name: len(array) for name, array in arrays.items()}
+    if len(set(lengths.values())) != 1:
+        raise ValueError(
+            "a sweep takes one value of every hyperparameter for each run, but the "
+            f"numbers of values are {lengths}; pass arrays of one length, or use "
+            "`grid_sweep` for all combinations."
+        )
+    count = next(iter(lengths.values()))
+    return _train_all(
+        train_fn, arrays, count, batch_size, mesh, progress, checkpoint_dir
+    )
 
 
 def grid_sweep(
@@ -57,6 +194,7 @@ def grid_sweep(
     batch_size: int | None = None,
     mesh: Mesh | None = None,
     progress: bool = False,
+    checkpoint_dir: str | os.PathLike[str] | None = None,
 ) -> PyTree:
     r"""Train at every point of a grid of hyperparameters, as one compiled program.
 
@@ -81,6 +219,11 @@ def grid_sweep(
       progress: Whether to show a progress bar, which needs tqdm. It counts calls of
         the program: choose `batch_size` on a GPU, where one call may be the entire
         grid.
+      checkpoint_dir: Folder in which every finished run is stored, with Orbax, and
+        from which it is taken instead of being run again: a sweep that was killed
+        continues. Runs are known by their computation, its data and hyperparameters,
+        so that one folder serves any number of sweeps, and code that was changed in
+        the meantime runs anew.
 
     Returns:
       What `train_fn` returns, with the axes of the grid in front of every array, in
@@ -109,49 +252,16 @@ def grid_sweep(
       van Laarhoven, L2 Regularization versus Batch and Weight Normalization, 2017,
       figures 1 to 3, sweep learning rate and weight decay.
     """
-    check_range("batch_size", batch_size, low=1)
-    points, shape = _points(grid)
+    axes = _arrays(grid)
+    shape = tuple(len(values) for values in axes.values())
+    indices = np.meshgrid(*map(np.arange, shape), indexing="ij")
+    pairs = zip(axes.items(), indices, strict=True)
+    points = {name: values[index.ravel()] for (name, values), index in pairs}
     count = int(np.prod(shape, dtype=int))
-    devices = list(mesh.devices.flat) if mesh else list(jnp.zeros(()).devices())
-    cpu = devices[0].platform == "cpu"
-    size, workers = _runs_at_once(batch_size, count, len(devices), cpu)
-
-    def run(point):
-        return jax.tree.map(jnp.asarray, train_fn(**point))
-
-    def run_all(points):
-        if size == len(devices):
-            one = run({name: values[0] for name, values in points.items()})
-            return jax.tree.map(lambda x: x[None], one)
-        return lax.map(run, points) if cpu else jax.vmap(run)(points)
-
-    if mesh is None:
-        program, place = run_all, lambda points: points
-    else:
-        spec = P(mesh.axis_names)
-        program = jax.shard_map(
-            run_all, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False
-        )
-        place = lambda points: jax.device_put(  # noqa: E731
-            points, NamedSharding(mesh, spec)
-        )
-
-    def some(start):
-        # The last call repeats a point rather than to be compiled for fewer.
-        index = np.minimum(np.arange(start, start + size), count - 1)
-        return place({name: values[index] for name, values in points.items()})
-
-    compiled = jax.jit(program).lower(some(0)).compile()
-    starts = range(0, count, size)
-    with ThreadPoolExecutor(workers) as pool:
-        results = pool.map(lambda start: jax.device_get(compiled(some(start))), starts)
-        chunks = list(_watched(results, len(starts), progress))
-
-    def join(*parts):
-        whole = np.concatenate(parts)[:count]
-        return jnp.asarray(whole.reshape(shape + whole.shape[1:]))
-
-    return jax.tree.map(join, *chunks)
+    results = _train_all(
+        train_fn, points, count, batch_size, mesh, progress, checkpoint_dir
+    )
+    return jax.tree.map(lambda x: x.reshape(shape + x.shape[1:]), results)
 
 
 def _watched(results: Iterable[Any], total: int, progress: bool) -> Iterable[Any]:

@@ -33,6 +33,7 @@ def arrays() -> dict[str, np.ndarray]:
 def small_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
     out = tmp_path_factory.mktemp("out")
     arguments = ["--grid", "2", "--epochs", "4", "--rule", "nesterov"]
+    arguments += ["--checkpoints", str(out / "runs")]
     return effective_learning_rate.main([*arguments, "--out", str(out)]), out
 
 
@@ -43,6 +44,18 @@ def test_effective_learning_rate_measures_every_grid_point(
     assert {len(column) for column in results.values()} == {2 * 2 * 2}
     assert not results["diverged"].any()
     assert ((results["test_error"] >= 0) & (results["test_error"] <= 1)).all()
+
+
+def test_finished_runs_are_not_repeated(small_run: tuple[Any, Path]) -> None:
+    results, out = small_run
+    arguments = ["--grid", "2", "--epochs", "4", "--rule", "nesterov"]
+    arguments += ["--checkpoints", str(out / "runs"), "--out", str(out / "again")]
+    before = {path: path.stat().st_mtime_ns for path in (out / "runs").iterdir()}
+    again = effective_learning_rate.main(arguments)
+    after = {path: path.stat().st_mtime_ns for path in (out / "runs").iterdir()}
+    assert before == after and len(before) == 8
+    for name, column in results.items():
+        np.testing.assert_array_equal(again[name], column)
 
 
 def test_projection_keeps_unit_norm(small_run: tuple[Any, Path]) -> None:

@@ -1,7 +1,9 @@
 """Sweeps against loops of single runs."""
 
 import collections
+import gc
 import threading
+import weakref
 
 import jax
 import jax.numpy as jnp
@@ -117,6 +119,37 @@ def test_progress_is_shown(capsys):
     assert "3/3" in capsys.readouterr().err
 
 
+def test_points_need_not_form_a_grid(expected):
+    points = {"rate": GRID["rate"][[2, 0, 1]], "decay": GRID["decay"][[3, 0, 2]]}
+    results = normax.sweep(train, points)
+    assert_equal(results, {k: v[[2, 0, 1], [3, 0, 2]] for k, v in expected.items()})
+
+
+@pytest.mark.parametrize("batch_size", [None, 1])
+def test_the_program_is_kept_as_long_as_the_function(batch_size):
+    traces = []
+
+    def run(x):
+        traces.append(x)
+        return 2 * x
+
+    for count in (3, 1, 4, 3):
+        results = normax.sweep(run, {"x": np.arange(count)}, batch_size=batch_size)
+        np.testing.assert_array_equal(results, 2 * np.arange(count))
+    assert len(traces) == 1
+    function = weakref.ref(run)
+    del run
+    gc.collect()
+    assert function() is None
+
+
+def test_points_have_one_length():
+    with pytest.raises(ValueError, match=r"one value.*\{'x': 2, 'y': 1\}.*grid_sweep"):
+        normax.sweep(train, {"x": [1.0, 2.0], "y": [1.0]})
+    with pytest.raises(ValueError, match=r"one value of every.*\{\}"):
+        normax.sweep(train, {})
+
+
 def test_errors_are_those_of_the_run():
     def bad(x):
         raise KeyError("mine")
@@ -126,7 +159,7 @@ def test_errors_are_those_of_the_run():
     with pytest.raises(TypeError, match="unexpected keyword argument 'y'"):
         normax.grid_sweep(lambda x: x, {"x": [1.0], "y": [1.0]})
     for axis in (1.0, [[1.0]], []):
-        with pytest.raises(ValueError, match=r"axis of a grid.*'x'.*shape"):
+        with pytest.raises(ValueError, match=r"1-D array.*'x'.*shape"):
             normax.grid_sweep(lambda x: x, {"x": axis})
     with pytest.raises(ValueError, match="batch_size must be at least 1"):
         normax.grid_sweep(lambda x: x, {"x": [1.0]}, batch_size=0)

@@ -1,0 +1,75 @@
+"""Finished training runs on disk, found again by what they compute.
+
+A run is stored under a digest of its program (the jaxpr and the arrays that it closes
+over) and of its hyperparameters. So a sweep that was killed continues, a finer grid
+takes over the runs of a coarser one, any number of sweeps can share a folder, and a run
+whose code, data or settings have changed is not mistaken for the old one.
+"""
+
+import hashlib
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from normax._axes import PyTree
+
+
+def _bytes(array: Any) -> bytes:
+    if jax.dtypes.issubdtype(array.dtype, jax.dtypes.prng_key):
+        array = jax.random.key_data(array)
+    return np.asarray(array).tobytes()
+
+
+class FinishedRuns:
+    """The runs of `run(point)`, a function that can be traced, in a folder."""
+
+    def __init__(
+        self,
+        folder: Path,
+        run: Callable[[Mapping[str, jax.Array]], PyTree],
+        points: Mapping[str, jax.Array],
+        count: int,
+    ) -> None:
+        # Orbax takes absolute paths only.
+        self._folder = folder.absolute()
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self._checkpointer = ocp.PyTreeCheckpointer()
+        traced = jax.jit(run).trace({name: x[0] for name, x in points.items()})
+        self._structure = jax.tree.structure(traced.out_info)
+        self._leaves = jax.tree.leaves(traced.out_info)
+        # Addresses of functions, printed by some versions of JAX, differ by process.
+        program = re.sub(r"0x[0-9a-f]+", "", str(traced.jaxpr))
+        digest = hashlib.sha256(program.encode())
+        for constant in traced.jaxpr.consts:
+            digest.update(_bytes(constant))
+        self._names = []
+        for index in range(count):
+            one = digest.copy()
+            for name, values in points.items():
+                one.update(name.encode() + _bytes(values[index]))
+            self._names.append(one.hexdigest()[:32])
+
+    def load(self, index: int) -> PyTree | None:
+        """Return the result of a run, or None if it is not finished."""
+        path = self._folder / self._names[index]
+        # What is being written has another name until it is whole.
+        if not path.exists():
+            return None
+        found = self._checkpointer.restore(path)
+        leaves = [
+            found[str(i)] if leaf.size else np.zeros(leaf.shape, leaf.dtype)
+            for i, leaf in enumerate(self._leaves)
+        ]
+        return jax.tree.unflatten(self._structure, leaves)
+
+    def save(self, index: int, result: PyTree) -> None:
+        """Store the result of a run."""
+        # Orbax stores no arrays without entries.
+        leaves = enumerate(map(np.asarray, jax.tree.leaves(result)))
+        found = {str(i): leaf for i, leaf in leaves if leaf.size}
+        self._checkpointer.save(self._folder / self._names[index], found, force=True)
