@@ -1,6 +1,6 @@
 r"""Search of learning rate and weight decay: the coordinates that make it easy.
 
-Once weight decay $\lambda$ has settled the norm of weights whose scale the loss ignores,
+Once weight decay $\lambda$ has settled the norm of weights whose scale does not matter,
 they turn by a constant angle $\theta$ per step. For SGD, momentum and AdamW it depends
 on $\eta\lambda$ alone; for SGD $\cos\theta = 1 - \eta\lambda$. Until then the initial
 effective learning rate $\eta / \|w_0\|^p$ counts. It is $\eta$, because Flax draws
@@ -13,10 +13,10 @@ convolutional network with batch norm, over $(\eta, \lambda)$ and over $(\eta, \
 with as many log-uniform trials. $\lambda$ follows from $\theta$ by
 `normax.UPDATE_RULES[rule].equilibrium_rotation`. Both boxes have the same centre and
 range of $\eta$; where one has a range of $\lambda$, the other has an equally large one
-of $\eta\lambda$, so that their areas are the same. Every seed has another network, order
-of the data, and position of the grid within its cells. The error of a run that diverges
-is 100%. Regret is the validation error of the best trial so far, less that of the best
-trial of this seed in all six searches.
+of $\eta\lambda$, so that their areas are the same. Every seed has another network,
+order of the data, and position of the grid within its cells. The error of a run that
+diverges is 100%. Regret is the validation error of the best trial so far, less that of
+the best trial of this seed in all six searches.
 
 Half of the training images are held out for validation. The setting that a search has
 found is trained anew on all of them, and only then tested.
@@ -53,7 +53,8 @@ from tqdm import tqdm
 import normax
 
 Results = dict[str, np.ndarray]
-Key = tuple[str, str, int]  # sampler, coordinates, seed
+KEY = ("sampler", "coordinates", "seed")
+Key = tuple[str, str, int]
 Studies = dict[Key, optuna.Study]
 Errors = Callable[[Results], np.ndarray]  # of training runs
 
@@ -117,10 +118,9 @@ def concatenate(rule: str, asked: Mapping[Key, Sequence[Any]]) -> Results:
     """Return the points of some trials of every study, one entry for each."""
     parts = []
     for key, trials in asked.items():
-        names = ("eta", key[1])
-        point = {name: np.array([t.params[name] for t in trials]) for name in names}
-        part: dict[str, Any] = {"trial": np.array([t.number for t in trials])}
-        part |= zip(("sampler", "coordinates", "seed"), key, strict=True)
+        point = {k: np.array([t.params[k] for t in trials]) for k in ("eta", key[1])}
+        part: dict[str, Any] = dict(zip(KEY, key, strict=True))
+        part["trial"] = np.array([t.number for t in trials])
         part |= complete(rule, point)
         parts.append({k: np.broadcast_to(x, len(trials)) for k, x in part.items()})
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
@@ -215,8 +215,7 @@ def draw_landscape(
     colours: dict[str, Any] = {"cmap": "OrRd", "norm": LogNorm(0.03, 0.5), "lw": 0.2}
     colours |= {"C": errors, "reduce_C_function": np.median}
     mesh = axes.hexbin(np.log10(x), np.log10(y), gridsize=(20, 11), **colours)
-    t = np.linspace(0, 1, 200)
-    ones = np.ones_like(t)
+    t, ones = np.linspace(0, 1, 200), np.ones(200)
     unit = np.array([[t, ones, 1 - t, 0 * t], [0 * t, t, ones, 1 - t]]).reshape(2, -1)
     for label, space in zip(COORDINATES.values(), spaces.values(), strict=True):
         low, high = np.log10([*space.values()])[..., None].swapaxes(0, 1)

@@ -196,17 +196,15 @@ def test_two_processes_share_the_trials(
     url = f"sqlite:///{tmp_path / 'trials.db'}"
     shared = ["--grid", "3", "--seeds", "1", "--storage", url, "--study", "two"]
     small = [*SMALL, *shared]
-    command = [sys.executable, "-W", "error", "-c", PROCESS, EXAMPLES, tmp_path, *small]
+    command: list[Any] = [sys.executable, "-W", "error", "-c", PROCESS]
+    command += [EXAMPLES, tmp_path, *small, "--batch", "2"]
     environment = os.environ | {
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "true",
         "PYTHONPATH": str(EXAMPLES.parent),
     }
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     processes = [
-        subprocess.Popen(
-            [*command, "--batch", "2"], env=environment, text=True, **pipes
-        )
-        for _ in range(2)
+        subprocess.Popen(command, env=environment, text=True, **pipes) for _ in range(2)
     ]
     for process in processes:
         _, errors = process.communicate(timeout=120)
