@@ -118,8 +118,8 @@ def momentum_runs(
         rules = {"unit": kernels, "none": optax.sgd(rate, MOMENTUM)}
         return train(start, optax.partition(rules, kernel_axes))
 
-    growing = make_schedule(rate, decay, MOMENTUM)(jnp.arange(steps))
-    growing = growing.reshape(*shape, 1)
+    times = jnp.arange(steps).reshape(*shape, 1)
+    growing = make_schedule(rate, decay, MOMENTUM)(times)
     constant = jnp.full_like(growing, rate)
     yield DECAY, run(decay, 0.0), constant
     yield "growing rate", run(0.0, decay), growing
