@@ -46,7 +46,8 @@ def make_train(
     model = ConvNet(setting, data.x_train.shape[-1], classes, nnx.Rngs(init_key))
     for norm in model.norms:
         norm.epsilon = norm.momentum = 0.0
-    graph, start, statistics = nnx.split(model, nnx.Param, ...)
+    graph, *variables = nnx.split(model, nnx.Param, ...)
+    start, statistics = variables
     order = batches(setting, len(data.x_train), order_key)
     keys = jax.random.split(augment_key, order.shape[:2])
     data = jax.device_put(data)
