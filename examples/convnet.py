@@ -7,6 +7,7 @@ tenth after half of the epochs and again after four fifths. With `augment`, imag
 moved and flipped on the device, which holds all of them as bytes.
 """
 
+import argparse
 import functools
 import itertools
 from collections.abc import Callable
@@ -40,6 +41,27 @@ SETTINGS = {
     "cifar100": COLOUR,
     "svhn": COLOUR,
 }
+
+
+def add_network_options(parser: argparse.ArgumentParser) -> None:
+    """Let the user choose the network and how long it trains."""
+    add = parser.add_argument
+    default = "default: what suits the data set"
+    add("--channels", type=int, nargs=4, help=f"of the convolutions; {default}")
+    add("--strides", type=int, nargs=4, help=f"of the convolutions; {default}")
+    add("--epochs", type=int, help=default)
+
+
+def make_setting(
+    parser: argparse.ArgumentParser, options: argparse.Namespace
+) -> Setting:
+    """Return the setting that suits the data set, but for what the user chose."""
+    setting = SETTINGS[options.dataset]
+    given = {name: getattr(options, name) for name in ("channels", "strides", "epochs")}
+    setting = setting._replace(**{k: v for k, v in given.items() if v is not None})
+    if setting.epochs < 2 or min(*setting.channels, *setting.strides) < 1:
+        parser.error("--epochs must be at least 2, --channels and --strides 1.")
+    return setting
 
 
 def conv_as_matmul(x: Any, kernel: Any, strides: Any, *_: Any, **__: Any) -> jax.Array:

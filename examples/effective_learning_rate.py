@@ -48,12 +48,21 @@ from typing import Any
 import datasets
 import jax
 import numpy as np
-from convnet import SETTINGS, Setting, make_train
-from experiments import add_data_options, load_data, make_folder, make_parser, write_csv
+from convnet import Setting, add_network_options, make_setting, make_train
+from experiments import (
+    ERROR_TICKS,
+    add_data_options,
+    error_colours,
+    file_name,
+    load_data,
+    make_folder,
+    make_parser,
+    write_csv,
+)
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
-from matplotlib.ticker import MultipleLocator, PercentFormatter
+from matplotlib.ticker import MultipleLocator
 
 import normax
 
@@ -191,7 +200,7 @@ def draw_row(row: Sequence[Axes], results: Results, rule: str) -> None:
     """Draw norm, test error and test error with projection of one rule."""
     power = normax.UPDATE_RULES[rule].norm_power
     free, projected = (select(results, rule, flag) for flag in (False, True))
-    colours = {"cmap": "OrRd", "norm": LogNorm(0.01, 0.5)}
+    colours = {"cmap": "OrRd", "norm": error_colours(results["test_error"])}
     finite = free["norm"][~free["diverged"]]
     limits = (finite.min(), finite.max()) if finite.size else (0.1, 10)
     norms = draw_map(row[0], free, "norm", (1, -1), cmap="GnBu", norm=LogNorm(*limits))
@@ -201,10 +210,9 @@ def draw_row(row: Sequence[Axes], results: Results, rule: str) -> None:
     row[0].contour(x, y, free["memory"], levels=[SETTLED_MEMORY], colors="black")
     colorbar = row[0].figure.colorbar
     ticks = np.array([0.01, 0.02, 0.05, 0.1, 0.2, 0.5])
-    percent = PercentFormatter(1, 0)
     bars = (
         colorbar(norms, ax=row[0], ticks=np.append(10 * ticks, 10), format="%g"),
-        colorbar(errors, ax=row[2], ticks=ticks, format=percent, extend="both"),
+        colorbar(errors, ax=row[2], **ERROR_TICKS),
     )
     for bar in bars:
         bar.minorticks_off()
@@ -235,24 +243,22 @@ def main(argv: Sequence[str] | None = None) -> Results:
     add("--rule", nargs="+", default=["nesterov", "adam"], choices=GRIDS)
     add_data_options(parser)
     add("--grid", type=int, default=7, help="points along each axis")
-    add("--channels", type=int, nargs=4, help="default: what suits the data set")
-    add("--epochs", type=int, help="default: what suits the data set")
+    add_network_options(parser)
     add("--seed", type=int, default=0)
     add("--checkpoints", type=Path, help="folder of finished runs, to continue from")
     options = parser.parse_args(argv)
-    setting = SETTINGS[options.dataset]
-    given = {"channels": options.channels, "epochs": options.epochs}
-    setting = setting._replace(**{k: v for k, v in given.items() if v is not None})
-    if min(options.grid, setting.epochs) < 2 or min(setting.channels) < 1:
-        parser.error("--grid and --epochs must be at least 2, --channels at least 1.")
+    setting = make_setting(parser, options)
+    if options.grid < 2:
+        parser.error("--grid must be at least 2.")
     make_folder(parser, options)
     data = load_data(parser, options, setting.batch_size)
     arguments = options.grid, options.seed, options.checkpoints
     results = run(options.rule, data, setting, *arguments)
     print(table(results, options.rule))
-    write_csv(results, options.out / "effective_learning_rate.csv")
+    name = file_name("effective_learning_rate", options)
+    write_csv(results, options.out / f"{name}.csv")
     figure = picture(results, options.rule)
-    figure.savefig(options.out / "effective_learning_rate.png", dpi=150)
+    figure.savefig(options.out / f"{name}.png", dpi=150)
     return results
 
 

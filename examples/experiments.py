@@ -4,9 +4,18 @@ import argparse
 import csv
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
+from matplotlib.colors import LogNorm
+from matplotlib.ticker import PercentFormatter
+
+ERROR_TICKS: dict[str, Any] = {
+    "ticks": [0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1],
+    "format": PercentFormatter(1, 0),
+    "extend": "max",
+}
 
 
 def make_parser(docstring: str | None) -> argparse.ArgumentParser:
@@ -52,6 +61,17 @@ def load_data(
             f"{len(data.x_train)} to train on."
         )
     return data
+
+
+def file_name(stem: str, options: argparse.Namespace) -> str:
+    """Return how the results are called, which names the data other than digits."""
+    return stem if options.dataset == "digits" else f"{stem}_{options.dataset}"
+
+
+def error_colours(errors: np.ndarray) -> LogNorm:
+    """Return the colours of a map of errors, up to half or twice the smallest."""
+    low = np.nanmin(errors[errors > 0], initial=0.5)
+    return LogNorm(low, max(0.5, 2 * low))
 
 
 def write_csv(columns: Mapping[str, np.ndarray], path: Path) -> None:

@@ -42,7 +42,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from experiments import add_data_options, load_data, make_folder, make_parser, write_csv
+from experiments import (
+    add_data_options,
+    file_name,
+    load_data,
+    make_folder,
+    make_parser,
+    write_csv,
+)
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 from tqdm import tqdm
@@ -391,7 +398,7 @@ def main(argv: Sequence[str] | None = None) -> Results:
     data = load_data(parser, options, BATCH_SIZE)
     results = run(data, setting, options.dropout, range(options.seeds))
     print(table(results))
-    name = "path_sgd_dropout" if options.dropout else "path_sgd"
+    name = file_name("path_sgd", options) + "_dropout" * options.dropout
     write_csv(results, options.out / f"{name}.csv")
     figure = picture(results, options.dataset, options.dropout)
     figure.savefig(options.out / f"{name}.png", dpi=150)

@@ -17,6 +17,7 @@ datasets: Any = importlib.import_module("datasets")
 effective_learning_rate: Any = importlib.import_module("effective_learning_rate")
 initialization: Any = importlib.import_module("initialization")
 normalizers: Any = importlib.import_module("normalizers")
+optimal_learning_rate: Any = importlib.import_module("optimal_learning_rate")
 optimizer_trajectories: Any = importlib.import_module("optimizer_trajectories")
 path_sgd: Any = importlib.import_module("path_sgd")
 table_1: Any = importlib.import_module("table_1")
@@ -106,6 +107,60 @@ def test_summary_recovers_the_exponent(rule: str, power: int) -> None:
     assert summary["along"] < 1e-6 < summary["across"]
     assert "10 of 50 runs diverged" in effective_learning_rate.table(results, [rule])
     effective_learning_rate.picture(results, [rule]).canvas.draw()
+
+
+@pytest.mark.parametrize("rule, power", [("nesterov", 2), ("rmsprop", 1)])
+def test_best_learning_rates_give_the_slope(rule: str, power: int) -> None:
+    lam, eta = np.meshgrid(np.geomspace(1e-3, 1, 7), np.geomspace(1e-5, 1, 16))
+    lam, eta = lam.T, eta.T
+    best = 2e-3 * lam ** (-power / 2)
+    rng = np.random.default_rng(0)
+    error = 0.1 + 0.01 * np.log(eta / best) ** 2 + 2e-4 * rng.normal(size=eta.shape)
+    columns = {
+        "lambda": lam,
+        "eta": eta,
+        "test_error": np.minimum(error, 0.9),
+        # The smallest decay has not settled; the largest rates diverge.
+        "memory": np.where(lam < 2e-3, 0.5, 0.01),
+        "diverged": eta > 100 * best,
+    }
+    results = {name: column.ravel() for name, column in columns.items()}
+    results |= {"rule": np.full(eta.size, rule), "seed": np.zeros(eta.size)}
+    points = optimal_learning_rate.select(results, rule)
+    found = optimal_learning_rate.fit(points, power)
+    np.testing.assert_array_equal(found.counts, lam[:, 0] > 2e-3)
+    np.testing.assert_allclose(found.best[1:], best[1:, 0], rtol=0.05)
+    assert found.slope == pytest.approx(-power / 2, abs=0.02)
+    assert abs(found.slope + power / 2) < found.halfwidth < 0.05
+
+
+def test_best_learning_rates_at_the_edge_do_not_count() -> None:
+    lam, eta = np.meshgrid(np.geomspace(0.01, 1, 3), [0.1, 1.0, 10.0], indexing="ij")
+    columns = {"lambda": lam, "eta": eta, "test_error": eta / 20}
+    columns |= {"memory": np.zeros((3, 3)), "diverged": np.zeros((3, 3), bool)}
+    columns |= {"rule": np.full((3, 3), "adam"), "seed": np.zeros((3, 3))}
+    results = {name: column.ravel() for name, column in columns.items()}
+    found = optimal_learning_rate.fit(optimal_learning_rate.select(results, "adam"), 1)
+    assert not found.counts.any() and np.isnan(found.slope)
+    np.testing.assert_allclose(found.best, 0.1)
+    optimal_learning_rate.picture(results, ["adam"]).canvas.draw()
+
+
+def test_optimal_learning_rate_validates_on_held_out_images(tmp_path: Path) -> None:
+    small = ["--rule", "adam", "--decays", "3", "--rates", "3", "--epochs", "2"]
+    results = optimal_learning_rate.main([*small, "--out", str(tmp_path)])
+    assert {len(column) for column in results.values()} == {9}
+    # 259 of 1297 images are held out.
+    counts = results["test_error"] * 259
+    np.testing.assert_allclose(counts, counts.round(), atol=1e-3)
+    assert (tmp_path / "optimal_learning_rate.csv").exists()
+    assert (tmp_path / "optimal_learning_rate.png").stat().st_size > 10_000
+    data = datasets.load("digits")
+    held = optimal_learning_rate.hold_out(data)
+    assert (len(held.x_train), len(held.x_test)) == (1038, 259)
+    images = np.concatenate([held.x_train, held.x_test]).reshape(1297, -1)
+    expected = np.sort(data.x_train.reshape(1297, -1).view("V64"), axis=0)
+    np.testing.assert_array_equal(np.sort(images.view("V64"), axis=0), expected)
 
 
 def test_unknown_rule_is_refused(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,89 @@
+"""Training of the convolutional network in which every step is recorded.
+
+Batch norm is without its epsilon, so that the loss does not depend on the norms of the
+kernels, but for rounding; and without running averages, which mix several steps: tests
+use the statistics of training images at the present weights.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import datasets
+import jax
+import jax.numpy as jnp
+import optax
+from convnet import ConvNet, Setting, batches, kernel_axes, shift_and_flip
+from flax import nnx
+
+import normax
+
+STATISTICS_IMAGES = 2048
+
+
+class Run(NamedTuple):
+    """Losses (epoch, step), norms (epoch, step, vector), test logits by epoch."""
+
+    losses: jax.Array
+    norms: jax.Array
+    logits: jax.Array
+
+
+Train = Callable[[Any, optax.GradientTransformation], Run]
+
+
+def vector_norms(params: Any) -> jax.Array:
+    """Return the norms of the weight vectors of all kernels."""
+    norms = normax.weight_norm(params, kernel_axes(params))
+    return jnp.concatenate(jax.tree.leaves(norms))
+
+
+def make_train(
+    data: datasets.Dataset, setting: Setting, seed: int
+) -> tuple[Any, Train]:
+    """Return initial parameters, and training from parameters with an optimizer."""
+    init_key, order_key, augment_key = jax.random.split(jax.random.key(seed), 3)
+    classes = int(max(data.y_train.max(), data.y_test.max())) + 1
+    model = ConvNet(setting, data.x_train.shape[-1], classes, nnx.Rngs(init_key))
+    for norm in model.norms:
+        norm.epsilon = norm.momentum = 0.0
+    graph, *variables = nnx.split(model, nnx.Param, ...)
+    start, statistics = variables
+    order = batches(setting, len(data.x_train), order_key)
+    keys = jax.random.split(augment_key, order.shape[:2])
+    data = jax.device_put(data)
+
+    def network(params: Any) -> ConvNet:
+        dtype = vector_norms(params).dtype
+        cast = jax.tree.map(lambda x: x.astype(dtype), statistics)
+        return nnx.merge(graph, params, cast, copy=True)
+
+    def loss_fn(params: Any, x: jax.Array, y: jax.Array) -> jax.Array:
+        logits = network(params)(x)
+        return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
+
+    def test(params: Any) -> jax.Array:
+        model = network(params)
+        model(jnp.asarray(data.x_train[:STATISTICS_IMAGES]))
+        model.eval()
+        return jax.lax.map(lambda x: model(x[None])[0], data.x_test, batch_size=500)
+
+    def train(params: Any, optimizer: optax.GradientTransformation) -> Run:
+        def step(carry: Any, batch: Any) -> Any:
+            params, state = carry
+            indices, key = batch
+            x, y = data.x_train[indices], data.y_train[indices]
+            if setting.augment:
+                x = shift_and_flip(key, x)
+            loss, grads = jax.value_and_grad(loss_fn)(params, x, y)
+            updates, state = optimizer.update(grads, state, params)
+            new = optax.apply_updates(params, updates)
+            return (new, state), (loss, vector_norms(params))
+
+        def epoch(carry: Any, batch: Any) -> Any:
+            carry, (losses, norms) = jax.lax.scan(step, carry, batch)
+            return carry, Run(losses, norms, test(carry[0]))
+
+        carry = params, optimizer.init(params)
+        return jax.lax.scan(epoch, carry, (order, keys))[1]
+
+    return start, train
