@@ -26,9 +26,8 @@ Batches of trials, of all searches at once, are one call of `normax.sweep`. With
 each with the same database and options. Since each draws on its own, the numbers then
 depend on chance. The process that finishes last writes the results.
 
-Written to `--out`: a picture (validation error in both planes, median over neighbours;
-regret) and all trials as CSV, with the test error of those that were chosen. From
-$\eta\lambda = 1$ on no rotation is given.
+Written to `--out`: a picture (median validation error in both planes; regret) and all
+trials as CSV, with the test errors of those chosen; no rotation if $\eta\lambda \ge 1$.
 """
 
 import itertools
