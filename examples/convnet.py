@@ -10,7 +10,7 @@ moved and flipped on the device, which holds all of them as bytes.
 import argparse
 import functools
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import datasets
@@ -53,10 +53,12 @@ def add_network_options(parser: argparse.ArgumentParser) -> None:
 
 
 def make_setting(
-    parser: argparse.ArgumentParser, options: argparse.Namespace
+    parser: argparse.ArgumentParser,
+    options: argparse.Namespace,
+    settings: Mapping[str, Setting] = SETTINGS,
 ) -> Setting:
     """Return the setting that suits the data set, but for what the user chose."""
-    setting = SETTINGS[options.dataset]
+    setting = settings[options.dataset]
     given = {name: getattr(options, name) for name in ("channels", "strides", "epochs")}
     setting = setting._replace(**{k: v for k, v in given.items() if v is not None})
     if setting.epochs < 2 or min(*setting.channels, *setting.strides) < 1:

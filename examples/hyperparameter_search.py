@@ -40,8 +40,21 @@ import datasets
 import jax
 import numpy as np
 import optuna
-from convnet import SETTINGS, Setting, make_train
-from experiments import add_data_options, load_data, make_folder, make_parser, write_csv
+from convnet import (
+    SETTINGS,
+    Setting,
+    add_network_options,
+    make_setting,
+    make_train,
+)
+from experiments import (
+    add_data_options,
+    file_name,
+    load_data,
+    make_folder,
+    make_parser,
+    write_csv,
+)
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
@@ -102,8 +115,8 @@ def make_spaces(rule: str) -> dict[str, Space]:
 def make_studies(parser: Any, options: Any, spaces: dict[str, Space]) -> Studies:
     """Return a study for each sampler, coordinates and seed."""
     storage = open_storage(parser, options.storage)
-    shared = ("rule", "dataset", "images", "channels", "epochs", "grid")
-    setting = json.dumps([spaces, *[getattr(options, name) for name in shared]])
+    names = ("rule", "dataset", "images", "channels", "strides", "epochs", "grid")
+    setting = json.dumps([spaces, *[getattr(options, name) for name in names]])
     studies = {}
     for key in itertools.product(SAMPLERS, COORDINATES, range(options.seeds)):
         sampler, coordinates, seed = key
@@ -266,22 +279,16 @@ def main(argv: Sequence[str] | None = None) -> Results:
     add = parser.add_argument
     add("--rule", default="nesterov", choices=BOXES)
     add_data_options(parser)
-    add("--channels", type=int, nargs=4, help="default: what suits the data set")
-    add("--epochs", type=int, help="default: what suits the data set")
+    add_network_options(parser)
     add("--grid", type=int, default=5, help="root of the number of trials of a search")
     add("--batch", type=int, default=5, help="trials of each search at once")
     add("--seeds", type=int, default=8, help="searches of each kind")
     add("--storage", help="URL of the database that several processes share")
     add("--study", default="normax", help="name of this experiment in the storage")
     options = parser.parse_args(argv)
-    setting = DIGITS if options.dataset == "digits" else SETTINGS[options.dataset]
-    given = {"channels": options.channels, "epochs": options.epochs}
-    setting = setting._replace(**{k: v for k, v in given.items() if v is not None})
-    positive = options.batch, options.seeds, *setting.channels
-    if min(options.grid, setting.epochs) < 2 or min(positive) < 1:
-        parser.error(
-            "--grid and --epochs must be at least 2, --batch, --seeds and --channels 1."
-        )
+    setting = make_setting(parser, options, SETTINGS | {"digits": DIGITS})
+    if options.grid < 2 or min(options.batch, options.seeds) < 1:
+        parser.error("--grid must be at least 2, --batch and --seeds 1.")
     make_folder(parser, options)
     data = load_data(parser, options, setting.batch_size)
     half = len(data.x_train) // 2
@@ -309,9 +316,10 @@ def main(argv: Sequence[str] | None = None) -> Results:
         name: np.char.mod("%.4g", x) if x.dtype.kind == "f" else x
         for name, x in results.items()
     }
-    write_csv(short, options.out / "hyperparameter_search.csv")
+    name = file_name("hyperparameter_search", options)
+    write_csv(short, options.out / f"{name}.csv")
     figure = picture(results, spaces, options.rule)
-    figure.savefig(options.out / "hyperparameter_search.png", dpi=150)
+    figure.savefig(options.out / f"{name}.png", dpi=150)
     return results
 
 

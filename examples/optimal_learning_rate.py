@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 import datasets
 import jax
 import numpy as np
-from convnet import Setting, add_network_options, make_setting, make_train
+from convnet import SETTINGS, Setting, add_network_options, make_setting, make_train
 from experiments import (
     ERROR_TICKS,
     add_data_options,
@@ -55,6 +55,8 @@ GRIDS = {
     "rmsprop": (3e-4, 3e-1, 1e-1, 1e1),
     "adam": (3e-4, 3e-1, 1e-3, 1e0),
 }
+# Norms settle later than networks of digits learn.
+LONG = SETTINGS | {"digits": SETTINGS["digits"]._replace(epochs=48)}
 SETTLED_MEMORY = 0.1
 
 
@@ -206,9 +208,7 @@ def main(argv: Sequence[str] | None = None) -> Results:
     add("--seeds", type=int, default=1, help="number of repetitions")
     add("--checkpoints", type=Path, help="folder of finished runs, to continue from")
     options = parser.parse_args(argv)
-    setting = make_setting(parser, options)
-    if options.epochs is None and options.dataset == "digits":
-        setting = setting._replace(epochs=48)
+    setting = make_setting(parser, options, LONG)
     if min(options.rates, options.decays) < 3 or options.seeds < 1:
         parser.error("--rates and --decays must be at least 3, --seeds at least 1.")
     make_folder(parser, options)

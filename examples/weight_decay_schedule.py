@@ -51,8 +51,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from convnet import SETTINGS, Setting, kernel_axes
-from experiments import add_data_options, load_data, make_folder, make_parser, write_csv
+from convnet import Setting, add_network_options, kernel_axes, make_setting
+from experiments import (
+    add_data_options,
+    file_name,
+    load_data,
+    make_folder,
+    make_parser,
+    write_csv,
+)
 from matplotlib.figure import Figure
 from recorded_training import Run, Train, make_train, vector_norms
 from tqdm import tqdm
@@ -279,16 +286,11 @@ def main(argv: Sequence[str] | None = None) -> Results:
     parser = make_parser(__doc__)
     add_data_options(parser)
     add = parser.add_argument
-    add("--channels", type=int, nargs=4, help="default: what suits the data set")
-    add("--epochs", type=int, help="default: what suits the data set")
+    add_network_options(parser)
     add("--shrinkage", type=float, default=3.0, help="of log-norms by decay alone")
     add("--seed", type=int, default=0)
     options = parser.parse_args(argv)
-    setting = SETTINGS[options.dataset]
-    given = {"channels": options.channels, "epochs": options.epochs}
-    setting = setting._replace(**{k: v for k, v in given.items() if v is not None})
-    if min(setting.epochs, *setting.channels) < 1:
-        parser.error("--epochs and --channels must be at least 1.")
+    setting = make_setting(parser, options)
     make_folder(parser, options)
     data = load_data(parser, options, setting.batch_size)
     steps = setting.epochs * (len(data.x_train) // setting.batch_size)
@@ -300,8 +302,9 @@ def main(argv: Sequence[str] | None = None) -> Results:
         )
     results = run(data, setting, options.shrinkage, options.seed)
     print(table(results))
-    write_csv(results, options.out / "weight_decay_schedule.csv")
-    picture(results).savefig(options.out / "weight_decay_schedule.png", dpi=110)
+    name = file_name("weight_decay_schedule", options)
+    write_csv(results, options.out / f"{name}.csv")
+    picture(results).savefig(options.out / f"{name}.png", dpi=110)
     return results
 
 

@@ -271,8 +271,8 @@ def test_two_processes_share_the_trials(
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["--grid", "1"], "--grid and --epochs must be at least 2, --batch"),
-        (["--batch", "0"], "--batch, --seeds and --channels 1"),
+        (["--grid", "1"], "--grid must be at least 2, --batch"),
+        (["--batch", "0"], "--batch and --seeds 1"),
         (["--rule", "adam"], "invalid choice: 'adam'"),
         (["--images", "20"], "but 10 are less than a batch, 16"),
         (["--storage", "nowhere"], "--storage nowhere cannot be used"),

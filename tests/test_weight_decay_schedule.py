@@ -37,7 +37,7 @@ def small_run(
     arguments = f"--images 640 --shrinkage {SHRINKAGE} --out {out}"
     setting = convnet.Setting((4, 8), (2, 2), 32, EPOCHS, augment=False)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(example.SETTINGS, "digits", setting)
+        patch.setitem(convnet.SETTINGS, "digits", setting)
         return example.main(arguments.split()), out
 
 
@@ -146,8 +146,8 @@ def test_float32_holds_the_gradient_of_batch_norm_up_to_e28() -> None:
         ("--shrinkage nan", "below 25 in 960 steps, got nan"),
         ("--shrinkage 25", "below 25 in 960 steps, got 25.0"),
         ("--epochs 2", "below 2.11 in 80 steps, got 3.0"),
-        ("--epochs 0", "--epochs and --channels must be at least 1"),
-        ("--channels 8 8 0 8", "--epochs and --channels must be at least 1"),
+        ("--epochs 0", "--epochs must be at least 2, --channels"),
+        ("--channels 8 8 0 8", "--epochs must be at least 2, --channels"),
         ("--images 31", "a batch is 32 images"),
     ],
 )
