@@ -13,9 +13,10 @@ Adam.
 Networks are trained over a grid of $\eta$ and $\lambda$ for several seeds; a fifth of
 the training images is held out. For each $\lambda$ the validation error, averaged over
 seeds, is smallest at some $\eta$ of the grid; $\eta^*$ is the minimum of the parabola
-in $\log \eta$ through the errors there and up to two steps to both sides. A decay
-counts if that $\eta$ is not the first or last of the grid, and if the norm had settled
-there. The slope is a least-squares fit to those, with its 95 % confidence interval.
+in $\log \eta$ through the errors there and up to two steps to both sides. The slope is
+a least-squares fit, with its 95 % confidence interval, to all decays for which that
+$\eta$ is not the first or last of the grid. Where training was too short for the norm
+to settle, less decay is needed to keep the effective rate, and the slope is less.
 
 Written to `--out`: a picture (maps of the validation error, the best learning rates and
 the fits) and all numbers as CSV. Printed: the slopes.
@@ -50,10 +51,10 @@ Results = dict[str, np.ndarray]
 
 # Smallest and largest learning rate, smallest and largest weight decay.
 GRIDS = {
-    "sgd": (3e-3, 3e0, 3e-2, 3e0),
-    "nesterov": (3e-4, 3e-1, 3e-2, 3e0),
-    "rmsprop": (3e-4, 3e-1, 1e-1, 1e1),
-    "adam": (3e-4, 3e-1, 1e-3, 1e0),
+    "sgd": (3e-3, 3e0, 1e-2, 1e0),
+    "nesterov": (3e-4, 3e-1, 1e-2, 1e0),
+    "rmsprop": (2e-4, 2e-2, 1e-2, 1e0),
+    "adam": (2e-4, 2e-2, 1e-2, 1e0),
 }
 # Norms settle later than networks of digits learn.
 LONG = SETTINGS | {"digits": SETTINGS["digits"]._replace(epochs=48)}
@@ -61,10 +62,11 @@ SETTLED_MEMORY = 0.1
 
 
 class Fit(NamedTuple):
-    """The best learning rates, whether they count, and the line through those."""
+    """The best learning rates, and the line through those inside of the grid."""
 
     best: np.ndarray
-    counts: np.ndarray
+    inside: np.ndarray
+    settled: np.ndarray
     slope: float
     intercept: float
     halfwidth: float
@@ -122,35 +124,38 @@ def mean_errors(points: Results) -> np.ndarray:
     return np.where(points["diverged"], 1.0, points["test_error"]).mean(0)
 
 
-def fit(points: Results, power: int) -> Fit:
+def fit(points: Results) -> Fit:
     """Find the best learning rate of every weight decay, and fit the slope."""
     errors = mean_errors(points)
     x, lam = np.log(points["eta"][0, 0]), points["lambda"][0, :, 0]
-    best, counts = np.exp(x[errors.argmin(1)]), np.zeros(len(lam), bool)
-    for row, i in enumerate(errors.argmin(1)):
+    smallest = errors.argmin(1)
+    best, step = np.exp(x[smallest]), x[1] - x[0]
+    for row, i in enumerate(smallest):
         window = slice(max(i - 2, 0), i + 3)
         curvature, slope, _ = np.polyfit(x[window] - x[i], errors[row, window], 2)
-        inside = 0 < i < len(x) - 1
-        if inside and curvature > 0:
-            step = x[1] - x[0]
+        if 0 < i < len(x) - 1 and curvature > 0:
             best[row] *= np.exp(np.clip(-slope / (2 * curvature), -step, step))
-        counts[row] = inside and points["memory"][:, row, i].mean() < SETTLED_MEMORY
-    if counts.sum() < 3:
-        return Fit(best, counts, np.nan, np.nan, np.nan)
-    line = stats.linregress(np.log(lam[counts]), np.log(best[counts]))
-    halfwidth = stats.t.ppf(0.975, counts.sum() - 2) * line.stderr
-    return Fit(best, counts, line.slope, line.intercept, halfwidth)
+    inside = (0 < smallest) & (smallest < len(x) - 1)
+    memory = points["memory"].mean(0)[np.arange(len(lam)), smallest]
+    settled = memory < SETTLED_MEMORY
+    if inside.sum() < 3:
+        return Fit(best, inside, settled, np.nan, np.nan, np.nan)
+    line = stats.linregress(np.log(lam[inside]), np.log(best[inside]))
+    halfwidth = stats.t.ppf(0.975, inside.sum() - 2) * line.stderr
+    return Fit(best, inside, settled, line.slope, line.intercept, halfwidth)
 
 
 def table(results: Results, rules: Sequence[str]) -> str:
     """Return the slopes as text."""
-    text = "\n          decays   slope of log(best learning rate) in log(decay)\n"
-    text += "rule      settled  measured, 95 % interval    predicted\n"
+    text = """
+          decays            slope of log(best rate) in log(decay)
+rule      inside  settled   measured, 95 % interval    predicted
+"""
     for rule in rules:
         power = normax.UPDATE_RULES[rule].norm_power
-        found = fit(select(results, rule), power)
-        text += f"{rule:10}{found.counts.sum():4}{found.slope:13.2f} ± "
-        text += f"{found.halfwidth:.2f}{-power / 2:20.2f}\n"
+        found = fit(select(results, rule))
+        text += f"{rule:10}{found.inside.sum():4}{found.settled.sum():9}"
+        text += f"{found.slope:12.2f} ± {found.halfwidth:.2f}{-power / 2:20.2f}\n"
     return text
 
 
@@ -158,21 +163,25 @@ def draw(axes: Axes, results: Results, rule: str, colours: LogNorm) -> Any:
     """Draw the validation errors, the best learning rates and the fit of one rule."""
     power = normax.UPDATE_RULES[rule].norm_power
     points = select(results, rule)
-    found = fit(points, power)
+    found = fit(points)
     lam, eta = points["lambda"][0, :, 0], points["eta"][0, 0]
     mesh = axes.pcolormesh(lam, eta, mean_errors(points).T, cmap="OrRd", norm=colours)
-    styles = ((found.counts, "ko"), (~found.counts, "kx"))
-    for mask, marker in styles:
-        axes.plot(lam[mask], found.best[mask], marker)
+    for settled, fill in ((True, "full"), (False, "none")):
+        mask = found.inside & (found.settled == settled)
+        axes.plot(lam[mask], found.best[mask], "ko", fillstyle=fill)
+    axes.plot(lam[~found.inside], found.best[~found.inside], "kx")
     axes.plot(lam, np.exp(found.intercept) * lam**found.slope, "k-", lw=1.5)
-    middle = np.log(found.best[found.counts]).mean() if found.counts.any() else np.nan
-    center = np.log(lam[found.counts]).mean() if found.counts.any() else np.nan
-    theory = np.exp(middle - power / 2 * (np.log(lam) - center))
+    # Through the middle of the fit, and of the map where there is none.
+    middle = np.exp(found.intercept) * np.sqrt(lam[0] * lam[-1]) ** found.slope
+    theory = np.nan_to_num(middle, nan=np.sqrt(eta[0] * eta[-1]))
+    theory *= (lam / np.sqrt(lam[0] * lam[-1])) ** (-power / 2)
     axes.plot(lam, theory, "k--", lw=1)
     axes.set(xscale="log", yscale="log", ylim=(eta[0], eta[-1]))
     axes.set_xlabel(r"weight decay $\lambda$")
     axes.set_title(
-        f"{rule}\nslope {found.slope:.2f} ± {found.halfwidth:.2f} ({-power / 2:g})"
+        f"{rule}\nslope {found.slope:.2f} ± {found.halfwidth:.2f}, "
+        f"predicted {-power / 2:g}",
+        fontsize="medium",
     )
     return mesh
 
@@ -189,8 +198,8 @@ def picture(results: Results, rules: Sequence[str]) -> Figure:
     bar.set_label("validation error")
     row[0].set_ylabel(r"learning rate $\eta$")
     figure.supxlabel(
-        "dots: best learning rate (crosses: norm not settled, or at the edge); "
-        "solid: fit; dashed: predicted slope",
+        "best learning rate: dots (hollow: before the norm had settled; crosses: at "
+        "the edge of the grid), solid: fit, dashed: predicted slope",
         fontsize="medium",
     )
     return figure
