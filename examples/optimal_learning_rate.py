@@ -13,10 +13,11 @@ Adam.
 Networks are trained over a grid of $\eta$ and $\lambda$ for several seeds; a fifth of
 the training images is held out. For each $\lambda$ the validation error, averaged over
 seeds, is smallest at some $\eta$ of the grid; $\eta^*$ is the minimum of the parabola
-in $\log \eta$ through the errors there and up to two steps to both sides. The slope is
-a least-squares fit, with its 95 % confidence interval, to all decays for which that
-$\eta$ is not the first or last of the grid. Where training was too short for the norm
-to settle, less decay is needed to keep the effective rate, and the slope is less.
+in $\log \eta$ through the errors there and up to two steps to both sides, at most one
+step away. The slope is a least-squares fit, with its 95 % confidence interval, to all
+decays for which that $\eta$ is not the first or last of the grid. Where training is too
+short for the norm to settle, the effective rate depends less on decay, and so does
+$\eta^*$.
 
 Written to `--out`: a picture (maps of the validation error, the best learning rates and
 the fits) and all numbers as CSV. Printed: the slopes.
@@ -221,7 +222,13 @@ def main(argv: Sequence[str] | None = None) -> Results:
     if min(options.rates, options.decays) < 3 or options.seeds < 1:
         parser.error("--rates and --decays must be at least 3, --seeds at least 1.")
     make_folder(parser, options)
-    data = load_data(parser, options, setting.batch_size * 5 // 4 + 1)
+    data = load_data(parser, options, setting.batch_size)
+    kept = len(data.x_train) - len(data.x_train) // 5
+    if kept < setting.batch_size:
+        parser.error(
+            "a fifth of the training images is held out for validation, but the other "
+            f"{kept} are less than a batch, {setting.batch_size}."
+        )
     shape = options.decays, options.rates
     arguments = shape, options.seeds, options.checkpoints
     results = run(options.rule, data, setting, *arguments)

@@ -8,13 +8,17 @@ whose code, data or settings have changed is not mistaken for the old one.
 
 import hashlib
 import re
-from collections.abc import Callable, Mapping
+import shutil
+import uuid
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from jax import stages
+from jax.extend.core import ClosedJaxpr, Jaxpr
 
 from normax._axes import PyTree
 
@@ -25,13 +29,24 @@ def _bytes(array: Any) -> bytes:
     return np.asarray(array).tobytes()
 
 
+def _constants(closed: ClosedJaxpr) -> Iterator[Any]:
+    """Return the arrays that a program and the functions in it close over."""
+    yield from closed.consts
+    for equation in closed.jaxpr.eqns:
+        for part in jax.tree.leaves(list(equation.params.values())):
+            if isinstance(part, Jaxpr):
+                part = ClosedJaxpr(part, ())
+            if isinstance(part, ClosedJaxpr):
+                yield from _constants(part)
+
+
 class FinishedRuns:
-    """The runs of `run(point)`, a function that can be traced, in a folder."""
+    """The runs of a jitted function `run(point)` in a folder."""
 
     def __init__(
         self,
         folder: Path,
-        run: Callable[[Mapping[str, jax.Array]], PyTree],
+        run: stages.Wrapped,
         points: Mapping[str, jax.Array],
         count: int,
     ) -> None:
@@ -39,18 +54,18 @@ class FinishedRuns:
         self._folder = folder.absolute()
         self._folder.mkdir(parents=True, exist_ok=True)
         self._checkpointer = ocp.PyTreeCheckpointer()
-        traced = jax.jit(run).trace({name: x[0] for name, x in points.items()})
+        traced = run.trace({name: values[0] for name, values in points.items()})
         self._structure = jax.tree.structure(traced.out_info)
         self._leaves = jax.tree.leaves(traced.out_info)
         # Addresses of functions, printed by some versions of JAX, differ by process.
         program = re.sub(r"0x[0-9a-f]+", "", str(traced.jaxpr))
         digest = hashlib.sha256(program.encode())
-        for constant in traced.jaxpr.consts:
+        for constant in _constants(traced.jaxpr):
             digest.update(_bytes(constant))
         self._names = []
         for index in range(count):
             one = digest.copy()
-            for name, values in points.items():
+            for name, values in sorted(points.items()):
                 one.update(name.encode() + _bytes(values[index]))
             self._names.append(one.hexdigest()[:32])
 
@@ -69,7 +84,14 @@ class FinishedRuns:
 
     def save(self, index: int, result: PyTree) -> None:
         """Store the result of a run."""
-        # Orbax stores no arrays without entries.
+        # Orbax stores neither arrays without entries nor trees without arrays.
         leaves = enumerate(map(np.asarray, jax.tree.leaves(result)))
         found = {str(i): leaf for i, leaf in leaves if leaf.size}
-        self._checkpointer.save(self._folder / self._names[index], found, force=True)
+        found |= {"finished": np.ones(1)}
+        path = self._folder / self._names[index]
+        own = path.with_suffix(f".{uuid.uuid4().hex}")
+        self._checkpointer.save(own, found)
+        try:
+            own.rename(path)
+        except OSError:  # Another process has finished the same run.
+            shutil.rmtree(own)

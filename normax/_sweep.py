@@ -6,17 +6,18 @@ most cores idle: as many runs as there are cores go side by side. A mesh spreads
 runs over its devices.
 """
 
+import contextlib
 import os
 import weakref
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
+from jax import lax, stages
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -54,20 +55,23 @@ def _runs_at_once(
     return max(1, min(batch_size, count) // devices) * devices, 1
 
 
-def _single(train_fn: Callable[..., PyTree]) -> Callable[[Points], PyTree]:
-    # A strong reference would keep the function, and with it its programs, alive.
-    function = weakref.ref(train_fn)
-    return lambda point: jax.tree.map(jnp.asarray, function()(**point))  # type: ignore[misc]
-
-
-def _program(
+def _programs(
     train_fn: Callable[..., PyTree], mesh: Mesh | None, cpu: bool
-) -> Callable[[Points], PyTree]:
-    """Return the compiled function of the points of one call."""
-    programs = _PROGRAMS.setdefault(train_fn, {})
+) -> tuple[stages.Wrapped, stages.Wrapped]:
+    """Return the jitted functions of one point, and of the points of one call."""
+    function: Any
+    try:
+        programs = _PROGRAMS.setdefault(train_fn, {})
+        # A strong reference would keep the function, and so its programs, alive.
+        function = weakref.ref(train_fn)
+    except TypeError:  # It has no hash, or no weak references: programs are not kept.
+        programs, function = {}, lambda: train_fn
     if (mesh, cpu) in programs:
         return programs[mesh, cpu]
-    run = _single(train_fn)
+    run = programs.setdefault(
+        "run",
+        jax.jit(lambda point: jax.tree.map(jnp.asarray, function()(**point))),
+    )
 
     def run_all(points: Points) -> PyTree:
         if all(len(values) == 1 for values in points.values()):
@@ -83,7 +87,7 @@ def _program(
             run_all, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False
         )
         program = jax.jit(shards)
-    return programs.setdefault((mesh, cpu), program)
+    return programs.setdefault((mesh, cpu), (run, program))
 
 
 def _train_all(
@@ -97,31 +101,42 @@ def _train_all(
 ) -> PyTree:
     """Train at every point; return the results with one axis in front."""
     check_range("batch_size", batch_size, low=1)
+    devices = list(mesh.devices.flat) if mesh else list(jnp.zeros(()).devices())
+    cpu = devices[0].platform == "cpu"
+    run, program = _programs(train_fn, mesh, cpu)
     finished, rows = None, [None] * count
     if checkpoint_dir is not None:
         # Orbax takes a second to import, which no other part of normax needs.
         from normax._finished_runs import FinishedRuns
 
-        finished = FinishedRuns(Path(checkpoint_dir), _single(train_fn), points, count)
+        finished = FinishedRuns(Path(checkpoint_dir), run, points, count)
         rows = [finished.load(index) for index in range(count)]
     left = [index for index, row in enumerate(rows) if row is None]
-    devices = list(mesh.devices.flat) if mesh else list(jnp.zeros(()).devices())
-    cpu = devices[0].platform == "cpu"
     size, workers = _runs_at_once(batch_size, max(1, len(left)), len(devices), cpu)
-    program = _program(train_fn, mesh, cpu)
 
-    def call(start: int) -> PyTree:
+    def chosen_at(start: int) -> Points:
         # The last call repeats a point rather than to be compiled for fewer.
         index = np.resize(left[start : start + size], size)
         chosen = {name: values[index] for name, values in points.items()}
         if mesh is not None:
             chosen = jax.device_put(chosen, NamedSharding(mesh, P(mesh.axis_names)))
-        return jax.device_get(program(chosen))
+        return chosen
 
+    # Threads do not inherit contexts such as `jax.enable_x64`: they only compute.
     starts = range(0, len(left), size)
-    with ThreadPoolExecutor(workers) as pool:
-        results = _watched(pool.map(call, starts), len(starts), progress)
-        for start, result in zip(starts, results, strict=True):
+    calls = [chosen_at(start) for start in starts]
+    compiled: Any = program.lower(calls[0]).compile() if calls else None
+
+    def call(chosen: Points) -> PyTree:
+        return jax.device_get(compiled(chosen))
+
+    # An error, or Ctrl-C, cancels what is left.
+    with (
+        ThreadPoolExecutor(workers) as pool,
+        contextlib.closing(cast(Any, pool.map(call, calls))) as results,
+    ):
+        watched = _watched(results, len(calls), progress)
+        for start, result in zip(starts, watched, strict=True):
             for offset, index in enumerate(left[start : start + size]):
                 rows[index] = jax.tree.map(lambda x: x[offset], result)  # noqa: B023
                 if finished is not None:
@@ -143,8 +158,9 @@ def sweep(
     $$r_i = f(a_i, b_i, \dots)$$
 
     What `grid_sweep` does, for points that form no grid: random ones, or those that a
-    search proposes. Called again with the same function it does not compile again, on
-    a CPU for any number of points, elsewhere for as many as before.
+    search proposes. Called again with the same function object it does not compile
+    again, on one CPU device for any number of points, elsewhere for as many as before.
+    As with `jax.jit`, what the function closes over is read at the first call.
 
     Args:
       train_fn: A training run, as in `grid_sweep`.
@@ -219,11 +235,12 @@ def grid_sweep(
       progress: Whether to show a progress bar, which needs tqdm. It counts calls of
         the program: choose `batch_size` on a GPU, where one call may be the entire
         grid.
-      checkpoint_dir: Folder in which every finished run is stored, with Orbax, and
-        from which it is taken instead of being run again: a sweep that was killed
-        continues. Runs are known by their computation, its data and hyperparameters,
-        so that one folder serves any number of sweeps, and code that was changed in
-        the meantime runs anew.
+      checkpoint_dir: Folder in which finished runs are stored, with Orbax, after every
+        call of the program, and from which they are taken instead of being run again:
+        a sweep that was killed continues. Runs are known by their computation (but
+        not what host callbacks do), its data and hyperparameters, so that one folder
+        serves any number of sweeps, and code that was changed in the meantime runs
+        anew. It takes some 50 ms a run.
 
     Returns:
       What `train_fn` returns, with the axes of the grid in front of every array, in

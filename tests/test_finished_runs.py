@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 import normax
+from normax._finished_runs import FinishedRuns
 
 GRID = {"rate": np.geomspace(0.01, 1, 3), "decay": np.array([0.0, 0.1])}
 
@@ -25,9 +26,13 @@ def make_train(target=(1.0, 2.0, 3.0), delay=0.0):
         done.append(float(rate))
         return np.float32(0)
 
+    @jax.jit
+    def difference(w):
+        return w - target
+
     def train(rate, decay):
         def step(w, _):
-            gradient = (w - target) + decay * w
+            gradient = difference(w) + decay * w
             return w - rate * gradient, jnp.sum(gradient**2)
 
         start = jax.pure_callback(note, jax.ShapeDtypeStruct((), jnp.float32), rate)
@@ -97,6 +102,46 @@ def test_what_has_changed_runs_anew(tmp_path):
     longer = GRID | {"decay": np.array([0.0, 0.1], np.float16)}
     normax.grid_sweep(train, longer, checkpoint_dir=tmp_path)
     assert len(done) == 12
+
+
+def test_what_is_stored_is_what_ran(tmp_path):
+    # As with `jax.jit`, what is closed over is read once.
+    factor = 1.0
+
+    def scale(x):
+        return factor * x
+
+    points = {"x": [1.0, 2.0]}
+    normax.sweep(scale, points)
+    factor = 10.0
+    assert normax.sweep(scale, points, checkpoint_dir=tmp_path).tolist() == [1, 2]
+    anew = normax.sweep(lambda x: factor * x, points, checkpoint_dir=tmp_path)
+    assert anew.tolist() == [10, 20]
+
+
+def test_two_processes_may_finish_the_same_run(tmp_path):
+    points = {"x": jnp.arange(2.0)}
+    run = jax.jit(lambda point: (point["x"], jnp.zeros((0, 3))))
+    one, other = (FinishedRuns(tmp_path, run, points, 2) for _ in range(2))
+    assert one.load(1) is None and other.load(1) is None
+    for saving in (one, other):
+        saving.save(1, run({"x": points["x"][1]}))
+    assert len(list(tmp_path.iterdir())) == 1
+    x, empty = one.load(1)
+    assert x == 1 and empty.shape == (0, 3) and one.load(0) is None
+    assert normax.sweep(lambda x: {}, points, checkpoint_dir=tmp_path) == {}
+
+
+def test_an_error_while_storing_ends_the_sweep(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError("the disk is full")
+
+    monkeypatch.setattr(FinishedRuns, "save", refuse)
+    train, done = make_train(delay=0.1)
+    points = {"rate": np.linspace(0.1, 1, 20), "decay": np.zeros(20)}
+    with pytest.raises(OSError, match="the disk is full"):
+        normax.sweep(train, points, batch_size=1, checkpoint_dir=tmp_path)
+    assert len(done) < 10
 
 
 def test_keys_are_hyperparameters_too(tmp_path):

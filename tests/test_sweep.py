@@ -1,6 +1,8 @@
 """Sweeps against loops of single runs."""
 
 import collections
+import dataclasses
+import functools
 import gc
 import threading
 import weakref
@@ -141,6 +143,55 @@ def test_the_program_is_kept_as_long_as_the_function(batch_size):
     del run
     gc.collect()
     assert function() is None
+
+
+def test_contexts_reach_the_runs():
+    seen = []
+
+    def run(x):
+        seen.append(jax.config.jax_default_matmul_precision)
+        return x - 1
+
+    with jax.enable_x64(True), jax.default_matmul_precision("highest"):
+        results = normax.sweep(run, {"x": np.array([1 + 1e-12, 1.0])})
+        assert results.dtype == jnp.float64
+    np.testing.assert_allclose(results, [1e-12, 0.0], rtol=1e-3)
+    assert seen == ["highest"]
+    assert normax.sweep(run, {"x": np.ones(2)}).dtype == jnp.float32
+
+
+@dataclasses.dataclass
+class Unhashable:
+    factor: float
+
+    def __call__(self, x):
+        return self.factor * x
+
+
+class Fixed:
+    __slots__ = ("factor",)
+
+    def __init__(self, factor):
+        self.factor = factor
+
+    def __call__(self, x):
+        return self.factor * x
+
+
+@pytest.mark.parametrize(
+    "train_fn",
+    [
+        Unhashable(2.0),
+        Fixed(2.0),
+        Unhashable(2.0).__call__,
+        functools.partial(lambda factor, x: factor * x, 2.0),
+        jax.jit(Unhashable(2.0).__call__),
+    ],
+    ids=["unhashable", "slots", "method", "partial", "jitted"],
+)
+def test_every_callable_is_a_run(train_fn):
+    for _ in range(2):
+        assert normax.sweep(train_fn, {"x": [1.0, 2.0]}).tolist() == [2, 4]
 
 
 def test_points_have_one_length():
