@@ -51,10 +51,14 @@ def load_data(
         data = datasets.load(options.dataset, options.data)
     except (OSError, ValueError) as error:
         parser.error(str(error))
-    if options.images is not None and options.images < 1:
-        parser.error(f"--images must be at least 1, got {options.images}.")
-    chosen = slice(options.images)
-    data = data._replace(x_train=data.x_train[chosen], y_train=data.y_train[chosen])
+    available = len(data.x_train)
+    images = available if options.images is None else options.images
+    if not 1 <= images <= available:
+        parser.error(
+            f"--images must be from 1 to {available}, the number of training images of "
+            f"{options.dataset}, got {images}."
+        )
+    data = data._replace(x_train=data.x_train[:images], y_train=data.y_train[:images])
     if len(data.x_train) < batch_size:
         parser.error(
             f"a batch is {batch_size} images, but {options.dataset} has only "

@@ -268,6 +268,8 @@ def test_bad_input_is_refused_before_training(
     few = ["--dataset", "mnist", "--data", str(tmp_path), "--out", str(tmp_path)]
     for arguments, message in (
         (few, "a batch is 128 images, but mnist has only 6"),
+        ([*few, "--images", "7"], "--images must be from 1 to 6"),
+        (["--images", "0"], "--images must be from 1 to 1297"),
         (["--out", str(tmp_path / "file")], "File exists"),
     ):
         with pytest.raises(SystemExit):
