@@ -3,6 +3,8 @@
 import pathlib
 import re
 
+import pytest
+
 ROOT = pathlib.Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 
@@ -26,6 +28,12 @@ def test_commands_are_those_of_the_checks():
             assert command in script
 
 
-def test_linked_files_exist():
-    for target in re.findall(r"\]\((?!http|#)([^)]+)\)", README):
-        assert (ROOT / target).exists(), target
+@pytest.mark.parametrize(
+    "folder", [ROOT, ROOT / "examples"], ids=["README", "examples"]
+)
+def test_linked_files_exist(folder):
+    text = (folder / "README.md").read_text()
+    targets = re.findall(r"\]\((?!http|#)([^)]+)\)", text)
+    assert targets
+    for target in targets:
+        assert (folder / target).exists(), target
