@@ -2,7 +2,7 @@
 
     python -m pytest tests/benchmarks/bench_sweep.py -s
 
-A run trains the batch-norm network of the examples on digits for two epochs, too small
+A run trains the batch-norm network of the examples on digits for eight epochs, too small
 a network to fill a device. Thirty runs as one sweep, without and with a progress bar,
 and one after the other, in one process and in alternation, compiled before; reported is
 the ratio of the medians. The aims are 1.5 on two cores, and 10 on a GPU.
@@ -35,7 +35,7 @@ def seconds(function):
 
 @pytest.mark.parametrize("progress", [False, True])
 def test_sweep_beside_a_loop(progress):
-    setting = convnet.SETTINGS["digits"]._replace(epochs=2)
+    setting = convnet.SETTINGS["digits"]._replace(epochs=8)
     train = convnet.make_train("nesterov", datasets.load("digits"), setting)
     single = jax.jit(train)
 
