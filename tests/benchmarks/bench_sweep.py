@@ -2,10 +2,10 @@
 
     python -m pytest tests/benchmarks/bench_sweep.py -s
 
-A run trains the batch-norm network of the examples on digits for eight epochs, too small
-a network to fill a device. Thirty runs as one sweep, without and with a progress bar,
-and one after the other, in one process and in alternation, compiled before; reported is
-the ratio of the medians. The aims are 1.5 on two cores, and 10 on a GPU.
+A run trains the batch-norm network of the examples on digits for eight epochs, too
+small a network to fill a device. Thirty runs as one sweep, without and with a progress
+bar, and one after the other, in one process and in alternation, compiled before;
+reported is the ratio of the medians. The aims are 1.5 on two cores, and 10 on a GPU.
 """
 
 import statistics
