@@ -43,6 +43,10 @@ SETTINGS = {
 }
 
 
+# What may be left of the initial norm, `memory`, where it counts as settled.
+SETTLED_MEMORY = 0.1
+
+
 def add_network_options(parser: argparse.ArgumentParser) -> None:
     """Let the user choose the network and how long it trains."""
     add = parser.add_argument
@@ -159,6 +163,36 @@ def batches(setting: Setting, size: int, key: jax.Array) -> jax.Array:
     )
 
 
+class Course(NamedTuple):
+    """The network at the start, batches of indices, and a key for each batch."""
+
+    model: ConvNet
+    order: jax.Array
+    keys: jax.Array
+
+
+def make_course(data: datasets.Dataset, setting: Setting, seed: int) -> Course:
+    """Draw the start of a training run, and what it will see."""
+    init_key, order_key, augment_key = jax.random.split(jax.random.key(seed), 3)
+    classes = int(max(data.y_train.max(), data.y_test.max())) + 1
+    model = ConvNet(setting, data.x_train.shape[-1], classes, nnx.Rngs(init_key))
+    order = batches(setting, len(data.x_train), order_key)
+    return Course(model, order, jax.random.split(augment_key, order.shape[:2]))
+
+
+def take(data: datasets.Dataset, setting: Setting, batch: Any) -> Any:
+    """Return the images and classes of a batch, indices and a key."""
+    indices, key = batch
+    x, y = data.x_train[indices], data.y_train[indices]
+    return (shift_and_flip(key, x) if setting.augment else x), y
+
+
+def test_logits(model: ConvNet, data: datasets.Dataset) -> jax.Array:
+    """Return the logits of the test images, by the running statistics."""
+    model.eval()
+    return jax.lax.map(lambda x: model(x[None])[0], data.x_test, batch_size=500)
+
+
 def memory(start: jax.Array, end: jax.Array, power: int) -> jax.Array:
     """Return the share of the initial norm that decay and growth have left."""
     norms = [normax.weight_norm(w, "layer") for w in (start, end)]
@@ -175,13 +209,9 @@ def make_train(
     seed: int = 0,
 ) -> Callable[..., dict[str, jax.Array]]:
     """Return the training run, a function of learning rate and weight decay."""
-    init_key, order_key, augment_key = jax.random.split(jax.random.key(seed), 3)
-    classes = int(max(data.y_train.max(), data.y_test.max())) + 1
-    model = ConvNet(setting, data.x_train.shape[-1], classes, nnx.Rngs(init_key))
+    model, order, keys = make_course(data, setting, seed)
     graph, *variables = nnx.split(model, nnx.Param, ...)
     start, statistics = variables
-    order = batches(setting, len(data.x_train), order_key)
-    keys = jax.random.split(augment_key, order.shape[:2])
     steps = order.shape[1]
     drop, second_drop = setting.epochs // 2, setting.epochs * 4 // 5
     drops = {drop * steps: 0.1, second_drop * steps: 0.1}
@@ -200,10 +230,7 @@ def make_train(
 
         def step(carry: Any, batch: Any) -> Any:
             params, statistics, state = carry
-            indices, key = batch
-            x, y = data.x_train[indices], data.y_train[indices]
-            if setting.augment:
-                x = shift_and_flip(key, x)
+            x, y = take(data, setting, batch)
             (loss, statistics), grads = jax.value_and_grad(loss_fn, has_aux=True)(
                 params, statistics, x, y
             )
@@ -219,9 +246,7 @@ def make_train(
         carry = start, statistics, optimizer.init(start)
         carry, (losses, norms, kernels) = jax.lax.scan(epoch, carry, (order, keys))
 
-        model = nnx.merge(graph, *carry[:2])
-        model.eval()
-        logits = jax.lax.map(lambda x: model(x[None])[0], data.x_test, batch_size=500)
+        logits = test_logits(nnx.merge(graph, *carry[:2]), data)
         power = normax.UPDATE_RULES[rule].norm_power
         return {
             "norm": norms[drop - 1],

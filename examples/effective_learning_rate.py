@@ -48,7 +48,13 @@ from typing import Any
 import datasets
 import jax
 import numpy as np
-from convnet import Setting, add_network_options, make_setting, make_train
+from convnet import (
+    SETTLED_MEMORY,
+    Setting,
+    add_network_options,
+    make_setting,
+    make_train,
+)
 from experiments import (
     ERROR_TICKS,
     add_data_options,
@@ -78,7 +84,6 @@ GRIDS = {
     "rmsprop": (3e-4, 5e-2, 1e0),
     "adam": (3e-3, 3e-1, 1e-1),
 }
-SETTLED_MEMORY = 0.1
 
 
 def grid(rule: str, size: int) -> tuple[np.ndarray, np.ndarray]:

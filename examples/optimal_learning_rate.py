@@ -30,7 +30,14 @@ from typing import Any, NamedTuple
 import datasets
 import jax
 import numpy as np
-from convnet import SETTINGS, Setting, add_network_options, make_setting, make_train
+from convnet import (
+    SETTINGS,
+    SETTLED_MEMORY,
+    Setting,
+    add_network_options,
+    make_setting,
+    make_train,
+)
 from experiments import (
     ERROR_TICKS,
     add_data_options,
@@ -59,7 +66,6 @@ GRIDS = {
 }
 # Norms settle later than networks of digits learn.
 LONG = SETTINGS | {"digits": SETTINGS["digits"]._replace(epochs=48)}
-SETTLED_MEMORY = 0.1
 
 
 class Fit(NamedTuple):

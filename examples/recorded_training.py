@@ -12,7 +12,7 @@ import datasets
 import jax
 import jax.numpy as jnp
 import optax
-from convnet import ConvNet, Setting, batches, kernel_axes, shift_and_flip
+from convnet import ConvNet, Setting, kernel_axes, make_course, take, test_logits
 from flax import nnx
 
 import normax
@@ -41,15 +41,11 @@ def make_train(
     data: datasets.Dataset, setting: Setting, seed: int
 ) -> tuple[Any, Train]:
     """Return initial parameters, and training from parameters with an optimizer."""
-    init_key, order_key, augment_key = jax.random.split(jax.random.key(seed), 3)
-    classes = int(max(data.y_train.max(), data.y_test.max())) + 1
-    model = ConvNet(setting, data.x_train.shape[-1], classes, nnx.Rngs(init_key))
+    model, order, keys = make_course(data, setting, seed)
     for norm in model.norms:
         norm.epsilon = norm.momentum = 0.0
     graph, *variables = nnx.split(model, nnx.Param, ...)
     start, statistics = variables
-    order = batches(setting, len(data.x_train), order_key)
-    keys = jax.random.split(augment_key, order.shape[:2])
     data = jax.device_put(data)
 
     def network(params: Any) -> ConvNet:
@@ -64,16 +60,12 @@ def make_train(
     def test(params: Any) -> jax.Array:
         model = network(params)
         model(jnp.asarray(data.x_train[:STATISTICS_IMAGES]))
-        model.eval()
-        return jax.lax.map(lambda x: model(x[None])[0], data.x_test, batch_size=500)
+        return test_logits(model, data)
 
     def train(params: Any, optimizer: optax.GradientTransformation) -> Run:
         def step(carry: Any, batch: Any) -> Any:
             params, state = carry
-            indices, key = batch
-            x, y = data.x_train[indices], data.y_train[indices]
-            if setting.augment:
-                x = shift_and_flip(key, x)
+            x, y = take(data, setting, batch)
             loss, grads = jax.value_and_grad(loss_fn)(params, x, y)
             updates, state = optimizer.update(grads, state, params)
             new = optax.apply_updates(params, updates)

@@ -187,6 +187,36 @@ def test_matmul_is_the_convolution() -> None:
         np.testing.assert_allclose(actual, expected, atol=1e-5)
 
 
+def test_memory_is_what_is_left_of_the_start() -> None:
+    arrays = [[1.0, 0]], [[0.5, 2]], [[0.3, 0.4]]
+    start, longer, shorter = np.array(arrays, np.float32)
+    assert convnet.memory(start, longer, 2) == pytest.approx(0.5**4)
+    assert convnet.memory(start, shorter, 1) == pytest.approx(0.6**3)
+    assert convnet.memory(start, -longer, 2) == 0
+
+
+def test_images_are_moved_by_four_pixels_and_flipped() -> None:
+    images = np.random.default_rng(0).integers(1, 256, (64, 6, 5, 3), np.uint8)
+    moved = np.asarray(convnet.shift_and_flip(jax.random.key(0), images))
+    assert moved.dtype == np.uint8
+    found = []
+    for image, result in zip(images, moved, strict=True):
+        padded = np.pad(image, ((4, 4), (4, 4), (0, 0)))
+        found += [
+            (down, right, flipped)
+            for down in range(9)
+            for right in range(9)
+            for flipped in (False, True)
+            if np.array_equal(
+                padded[down : down + 6, right : right + 5][:, :: 1 - 2 * flipped],
+                result,
+            )
+        ]
+    assert len(found) == 64
+    ends = np.min(found, axis=0), np.max(found, axis=0)
+    np.testing.assert_array_equal(ends, [(0, 0, False), (8, 8, True)])
+
+
 def test_digits_are_split_once() -> None:
     digits = datasets.load("digits")
     assert digits.x_train.shape == (1297, 8, 8, 1)
