@@ -148,15 +148,14 @@ class PathArithmetic:
     def normalize(self, x: Scaled) -> Scaled:
         """Bring the largest root of each exponent into $[1, 2)$."""
         axes = tuple(i for i, n in enumerate(x.exponent.shape) if n == 1)
-        return self._normalize(x, _range(x.root, axes)[1])
-
-    def _normalize(self, x: Scaled, top: jax.Array) -> Scaled:
-        top = jnp.reshape(top, x.exponent.shape)
+        low, high = (
+            jnp.reshape(bound, x.exponent.shape) for bound in _range(x.root, axes)
+        )
         # Zeros keep their exponent, and there is no quotient: XLA would turn several
         # factors, or quotients of quotients, into one that is infinite.
-        shift = jnp.where(top == 0, 0, exponent_of(top))
-        # The difference is 0, or NaN where `top` is not finite.
-        root = x.root * (exp2(-shift, top.dtype) + (top - top))
+        shift = jnp.where(high == 0, 0, exponent_of(high))
+        # The last term is 0, or NaN where roots are not finite.
+        root = x.root * (exp2(-shift, high.dtype) + 0 * (high - low))
         return Scaled(root, x.exponent + shift)
 
     def align(self, x: Scaled, exponent: jax.Array) -> jax.Array:
@@ -295,8 +294,6 @@ class PathArithmetic:
         """
         weight, x = self.cast(weight, x), self.common(x)
 
-        everywhere = tuple(range(weight.ndim))
-
         def total(scaled):
             return jnp.sum(self.power(scaled), axis=axes, keepdims=True)
 
@@ -308,21 +305,20 @@ class PathArithmetic:
                 lambda scale: scale,
             )
             # At least 1, up to rounding, unless the scale is 0.
-            root = scale * self.root(jnp.maximum(total(scaled), 0.5))
-            return root, _range(root, everywhere)[1]
+            return scale * self.root(jnp.maximum(total(scaled), 0.5))
 
         if weight.size < _LARGE:
-            root, top = carefully()
+            root = carefully()
         else:
             # In a vector of its own: weights are multiplied once. Its smallest numbers
             # become NaN, which no range holds.
             size = x.root * x.root
             size = jnp.where((size > 2.0**-80) | (x.root == 0), size, jnp.nan)
             root = where_live(self.root, total(weight * size))
-            low, high = _range(root, everywhere)
+            low, high = _range(root, tuple(range(root.ndim)))
             in_range = (low > 2.0**-20) & (high < 2.0**20)
-            root, top = lax.cond(in_range, lambda: (root, high), carefully)
-        return self._normalize(Scaled(root, x.exponent), top)
+            root = lax.cond(in_range, lambda: root, carefully)
+        return self.normalize(Scaled(root, x.exponent))
 
     def log(self, x: Scaled) -> jax.Array:
         r"""Return $\log x$, $-\infty$ for 0."""
@@ -362,9 +358,10 @@ class PathArithmetic:
         def inverse(x):
             # A quotient last, which XLA computes once for each unit, while it would
             # repeat other operations for each weight.
-            scale = exp2(-x.exponent, x.root.dtype)
-            live = x.root != 0
-            return jnp.where(live, scale, 0) / jnp.where(live, x.root, 1)
+            scale, root = exp2(-x.exponent, x.root.dtype), jnp.ravel(x.root)
+            live = root != 0
+            inverse = jnp.where(live, jnp.ravel(scale), 0) / jnp.where(live, root, 1)
+            return jnp.reshape(inverse, x.root.shape)
 
         factor = inverse(first) * inverse(second)
         (result,) = at_least_float32(update)

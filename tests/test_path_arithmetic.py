@@ -133,3 +133,13 @@ def test_what_is_not_finite_stays_so(bad):
     ):
         finite = np.isfinite(arithmetic.log(result))
         assert not finite[1 if len(finite) > 1 else 0]
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_no_number_beside_one_that_is_not_finite_is_wrong(bad):
+    arithmetic = PathArithmetic(2)
+    got = arithmetic.log(
+        arithmetic.normalize(arithmetic.of_weight(jnp.array([3.0, bad])))
+    )
+    assert not np.isfinite(got[1])
+    assert not np.isfinite(got[0]) or np.isclose(got[0], 2 * np.log(3))
