@@ -30,7 +30,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import pathlib
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -170,9 +170,7 @@ _SIGNS = {"mul", "select_n", "convert_element_type", "copy", "copy_p"}
 
 
 def _folder(file: str | None) -> str:
-    return str(pathlib.Path(file or "").parent / "_")[
-        :-1
-    ]  # with the separator at its end
+    return os.path.join(os.path.dirname(file or ""), "")  # ends with the separator
 
 
 _LIBRARIES = (
@@ -400,21 +398,6 @@ class PathTransform:
             self.accumulate(constant, factors)
 
         return self.new(value, pull)
-
-    def total(self, outputs: Sequence[Activation | Weight]) -> Path:
-        """Return the sum over all entries of all outputs."""
-        paths = [self.flush(output) for output in outputs]
-        sums = [
-            self.arithmetic.sum(path.value, tuple(range(len(path.shape))))
-            for path in paths
-        ]
-
-        def pull(factors):
-            for path in paths:
-                whole = self.arithmetic.broadcast(factors, path.shape)
-                self.accumulate(path, (whole,))
-
-        return self.new(functools.reduce(self.arithmetic.add, sums), pull)
 
 
 def zeros(variable: Any) -> jax.Array:

@@ -22,7 +22,7 @@ import normax._path_scan  # noqa: F401
 from normax._axes import PyTree
 from normax._checks import check_range
 from normax._norms import at_least_float32
-from normax._path_arithmetic import PathArithmetic
+from normax._path_arithmetic import PathArithmetic, Scaled
 from normax._path_lifting import (
     Activation,
     Factors,
@@ -67,11 +67,11 @@ def _one_example(forward: Forward, params: PyTree, inputs: PyTree) -> PyTree:
 
 def _lift(
     forward: Forward, params: PyTree, inputs: PyTree, p: jax.typing.ArrayLike
-) -> tuple[PathTransform, Path, list[Weight]]:
+) -> tuple[PathTransform, list[Path], list[Weight]]:
     """Interpret a network.
 
     Returns:
-      The interpreter, the sum over all paths, and the nodes of the parameters.
+      The interpreter, the paths to its outputs, and the nodes of the parameters.
     """
     check_range("p", p, 1, 32)
     flat = jax.tree_util.tree_leaves_with_path(params)
@@ -121,7 +121,7 @@ def _lift(
             "paths lead from the inputs to the outputs, but no output of `forward` "
             "depends on a floating-point input; pass `inputs` as an array of floats."
         )
-    return transform, transform.total(reached), weights
+    return transform, [transform.flush(output) for output in reached], weights
 
 
 def with_automatic_sharding(fn: Callable[[PyTree], Any]) -> Callable[[PyTree], Any]:
@@ -137,17 +137,25 @@ def with_automatic_sharding(fn: Callable[[PyTree], Any]) -> Callable[[PyTree], A
     return call
 
 
-def _compiled(
-    result: Callable[..., Any],
+def _of_total(
+    result: Callable[[PathArithmetic, Scaled], jax.Array],
     forward: Forward,
     params: PyTree,
     inputs: PyTree,
     p: jax.typing.ArrayLike,
-) -> Any:
+) -> jax.Array:
+    """Return a function of the sum over all paths."""
+
     # One program, compiled anew: a cache keyed by `forward` would keep stale what
     # `forward` closes over.
     def evaluate(params):
-        return result(*_lift(forward, params, inputs, p))
+        transform, outputs, _ = _lift(forward, params, inputs, p)
+        arithmetic = transform.arithmetic
+        sums = (
+            arithmetic.sum(path.value, tuple(range(len(path.shape))))
+            for path in outputs
+        )
+        return result(arithmetic, functools.reduce(arithmetic.add, sums))
 
     return jax.jit(with_automatic_sharding(evaluate))(params)
 
@@ -156,9 +164,10 @@ def scale_factors(
     forward: Forward, params: PyTree, inputs: PyTree, p: jax.typing.ArrayLike
 ) -> PyTree:
     r"""Return factors of $\partial F/\partial v_e$, a tuple for each parameter."""
-    transform, total, weights = _lift(forward, params, inputs, p)
-    one = transform.arithmetic.ones((), total.value.root.dtype)
-    transform.accumulate(total, (one,))
+    transform, outputs, weights = _lift(forward, params, inputs, p)
+    dtype = outputs[0].value.root.dtype
+    for path in outputs:
+        transform.accumulate(path, (transform.arithmetic.ones(path.shape, dtype),))
     transform.run_backward()
     factors: list[Factors | None] = []
     for w in weights:
@@ -167,7 +176,7 @@ def scale_factors(
         elif w.cotangent is not None:
             factors.append(w.cotangent)
         elif w.params:  # no path uses it
-            factors.append((transform.arithmetic.zeros(w.shape, one.root.dtype),))
+            factors.append((transform.arithmetic.zeros(w.shape, dtype),))
         else:
             factors.append(None)
     return jax.tree.unflatten(jax.tree.structure(params), factors)
@@ -222,10 +231,7 @@ def path_norm(
       Neyshabur, Salakhutdinov, Srebro, Path-SGD: Path-Normalized Optimization in Deep
       Neural Networks, 2015, equation (5).
     """
-    return _compiled(
-        lambda transform, total, _: transform.arithmetic.pth_root(total.value),
-        forward, params, inputs, p,
-    )  # fmt: skip
+    return _of_total(PathArithmetic.pth_root, forward, params, inputs, p)
 
 
 def log_path_norm(
@@ -268,10 +274,9 @@ def log_path_norm(
       Neyshabur, Salakhutdinov, Srebro, Path-SGD: Path-Normalized Optimization in Deep
       Neural Networks, 2015, equation (5).
     """
-    return _compiled(
-        lambda transform, total, _: transform.arithmetic.log(total.value) / p,
-        forward, params, inputs, p,
-    )  # fmt: skip
+    return _of_total(
+        lambda arithmetic, total: arithmetic.log(total) / p, forward, params, inputs, p
+    )
 
 
 def path_scales(

@@ -22,6 +22,8 @@ optimizer_trajectories: Any = importlib.import_module("optimizer_trajectories")
 path_sgd: Any = importlib.import_module("path_sgd")
 table_1: Any = importlib.import_module("table_1")
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 @pytest.fixture
 def arrays() -> dict[str, np.ndarray]:

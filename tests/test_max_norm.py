@@ -10,6 +10,8 @@ import scipy.optimize
 
 import normax
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 def draw(seed, widths, biases=False, dtype=jnp.float64):
     rng = np.random.default_rng(seed)

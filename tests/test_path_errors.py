@@ -10,6 +10,8 @@ import pytest
 
 import normax
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 X = jnp.ones((1, 4))
 PARAMS = {"w": jnp.ones((4, 4)), "v": jnp.ones((4, 2)), "slope": jnp.full((1, 4), 0.1)}
 

@@ -18,6 +18,8 @@ from flax import nnx
 
 import normax
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 RNG = np.random.default_rng(0)
 relu = jax.nn.relu
 

@@ -10,6 +10,8 @@ from flax import nnx
 
 import normax
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 def normal(seed, shapes, dtype=jnp.float32):
     rng = np.random.default_rng(seed)
