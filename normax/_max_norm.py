@@ -257,7 +257,7 @@ def balance(
 
     Args:
       params: Pytree of kernels and biases of a plain stack, see `rescale_units`.
-      p: The power of the max-norm, from 1 to 32, a number.
+      p: The power of the max-norm, at least 1 and below 32, a number.
       forward: The network, to be checked, see `rescale_units`.
       inputs: Inputs of the network.
 

@@ -293,31 +293,45 @@ class PathArithmetic:
           The sums, with length one on `axes`.
         """
         weight, x = self.cast(weight, x), self.common(x)
+        operands = [weight, x.root]
+        if isinstance(self.p, jax.Array):  # traced, perhaps: not to be closed over
+            operands.append(self.p)
 
-        def total(scaled):
-            return jnp.sum(self.power(scaled), axis=axes, keepdims=True)
+        def total(arithmetic, scaled):
+            return jnp.sum(arithmetic.power(scaled), axis=axes, keepdims=True)
 
-        def carefully():
-            scaled, scale = self.weigh(
+        def carefully(weight, root, p=self.p):
+            arithmetic = PathArithmetic(p)
+            scaled, scale = arithmetic.weigh(
                 weight,
-                x.root,
+                root,
                 lambda half: jnp.max(half, axis=axes, keepdims=True, initial=0),
                 lambda scale: scale,
             )
             # At least 1, up to rounding, unless the scale is 0.
-            return scale * self.root(jnp.maximum(total(scaled), 0.5))
+            return scale * arithmetic.root(jnp.maximum(total(arithmetic, scaled), 0.5))
 
-        if weight.size < _LARGE:
-            root = carefully()
-        else:
+        @jax.custom_jvp
+        def in_one_pass(weight, root, p=self.p):
+            arithmetic = PathArithmetic(p)
             # In a vector of its own: weights are multiplied once. Its smallest numbers
             # become NaN, which no range holds.
-            size = x.root * x.root
-            size = jnp.where((size > 2.0**-80) | (x.root == 0), size, jnp.nan)
-            root = where_live(self.root, total(weight * size))
-            low, high = _range(root, tuple(range(root.ndim)))
-            in_range = (low > 2.0**-20) & (high < 2.0**20)
-            root = lax.cond(in_range, lambda: root, carefully)
+            size = root * root
+            size = jnp.where((size > 2.0**-80) | (root == 0), size, jnp.nan)
+            sums = total(arithmetic, weight * size)
+            low, high = _range(sums, tuple(range(sums.ndim)))
+            return lax.cond(
+                (low > 2.0**-80) & (high < 2.0**80),
+                lambda: arithmetic.root(sums),
+                lambda: carefully(weight, root, p),
+            )
+
+        @in_one_pass.defjvp
+        def derivative(primals, tangents):
+            # Where one pass does not do, what it overflows to has no derivative.
+            return in_one_pass(*primals), jax.jvp(carefully, primals, tangents)[1]
+
+        root = (carefully if weight.size < _LARGE else in_one_pass)(*operands)
         return self.normalize(Scaled(root, x.exponent))
 
     def log(self, x: Scaled) -> jax.Array:
@@ -354,16 +368,16 @@ class PathArithmetic:
         """
         one = self.ones((1,) * update.ndim, factors[0].root.dtype)
         first, second = (*factors, one)[:2]
+        # Of the sum: each by itself may leave the range of floats.
+        scales = halves(-(first.exponent + second.exponent), one.root.dtype)
 
-        def inverse(x):
+        def inverse(root, scale):
             # A quotient last, which XLA computes once for each unit, while it would
             # repeat other operations for each weight.
-            scale, root = exp2(-x.exponent, x.root.dtype), jnp.ravel(x.root)
             live = root != 0
-            inverse = jnp.where(live, jnp.ravel(scale), 0) / jnp.where(live, root, 1)
-            return jnp.reshape(inverse, x.root.shape)
+            return jnp.where(live, scale, 0) / jnp.where(live, root, 1)
 
-        factor = inverse(first) * inverse(second)
+        factor = inverse(first.root, scales[0]) * inverse(second.root, scales[1])
         (result,) = at_least_float32(update)
         # In four steps: a power of the factor can leave the range of floats though the
         # result does not.

@@ -8,12 +8,13 @@ of weights along paths, which no rescaling changes.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
 from jax.sharding import AxisType, PartitionSpec
 
 import normax._path_layers  # registers its rules
@@ -42,27 +43,86 @@ def _is_float(leaf: Any) -> bool:
     return jnp.issubdtype(dtype, jnp.inexact)
 
 
+def _shapes_only(inputs: PyTree) -> PyTree:
+    """Return the shapes of inputs, but integers and random keys as they are."""
+    return jax.tree.map(
+        lambda x: (
+            jax.ShapeDtypeStruct(np.shape(x), jnp.result_type(x)) if _is_float(x) else x
+        ),
+        inputs,
+    )
+
+
+def _mixed_axes(eqn: JaxprEqn) -> tuple[int, ...]:
+    """Return the lengths of the axes along which an equation mixes entries."""
+    shape, params = getattr(eqn.invars[0].aval, "shape", ()), eqn.params
+    match eqn.primitive.name:
+        case "dot_general":
+            return tuple(shape[i] for i in params["dimension_numbers"][0][0])
+        case "conv_general_dilated":
+            batch = params["dimension_numbers"].lhs_spec[0]
+            return tuple(n for i, n in enumerate(shape) if i != batch)
+        case "scan":
+            return (params["length"],)
+    axes = params.get("axes", (params["axis"],) if "axis" in params else ())
+    reduces = eqn.primitive.name.startswith(("reduce", "arg", "cum"))
+    return tuple(shape[i] for i in axes) if reduces else ()
+
+
+def _called(eqn: JaxprEqn) -> Iterator[Jaxpr]:
+    """Return the programs inside of an equation."""
+    programs = Jaxpr | ClosedJaxpr
+    for value in jax.tree.leaves(
+        eqn.params, is_leaf=lambda value: isinstance(value, programs)
+    ):
+        if isinstance(value, programs):
+            yield value.jaxpr if isinstance(value, ClosedJaxpr) else value
+
+
+def _mixes(jaxpr: Jaxpr) -> list[tuple[str, tuple[int, ...]]]:
+    """Return the primitives of a program that mix entries, and along what lengths."""
+    mixes = []
+    for eqn in jaxpr.eqns:
+        if axes := _mixed_axes(eqn):
+            mixes.append((eqn.primitive.name, axes))
+        for inner in _called(eqn):
+            mixes += _mixes(inner)
+    return mixes
+
+
 def _one_example(forward: Forward, params: PyTree, inputs: PyTree) -> PyTree:
-    """Return inputs with a batch of one, if their first axis is that of a batch."""
-    sizes = {np.shape(x)[:1] for x in jax.tree.leaves(inputs)}
-    if len(sizes) != 1 or sizes <= {(), (1,)}:
+    """Return inputs with a batch of one, if their first axis is that of a batch.
+
+    It is one if all outputs but scalars have it, and if the network sums over as many
+    entries when there is a single one of it.
+    """
+    sizes = {np.shape(x)[0] for x in jax.tree.leaves(inputs) if np.ndim(x)}
+    if len(sizes) != 1 or sizes == {1}:
         return inputs
+    (size,) = sizes
 
     def first(x):
-        if isinstance(x, jax.ShapeDtypeStruct):
+        if isinstance(x, jax.ShapeDtypeStruct) and x.shape:
             return jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype)
-        return x[:1]
+        return x[:1] if np.ndim(x) else x
 
     one = jax.tree.map(first, inputs)
-    whole = jax.eval_shape(forward, params, inputs)
+    trace = jax.make_jaxpr(functools.partial(forward), return_shape=True)
+    program, whole = trace(params, inputs)
     try:
-        part = jax.eval_shape(forward, params, one)
+        program_of_one, part = trace(params, one)
     except Exception:  # whatever the network raises: the first axis is one of features
         return inputs
-    is_batch = jax.tree.map(
-        lambda a, b: a.shape[:1] in sizes and b.shape == (1, *a.shape[1:]), whole, part
+    has_axis = jax.tree.map(
+        lambda a, b: (
+            a.shape == ()
+            or (a.shape, b.shape) == ((size, *b.shape[1:]), (1, *a.shape[1:]))
+        ),
+        whole,
+        part,
     )
-    return one if all(jax.tree.leaves(is_batch)) else inputs
+    alike = _mixes(program.jaxpr) == _mixes(program_of_one.jaxpr)
+    return one if alike and all(jax.tree.leaves(has_axis)) else inputs
 
 
 def _lift(
@@ -82,8 +142,9 @@ def _lift(
                 f"the weights of a path norm must be real, but {name} is complex; hold "
                 "real and imaginary parts as two arrays."
             )
-    inputs = _one_example(forward, params, inputs)
-    closed = jax.make_jaxpr(forward)(params, inputs)
+    inputs = _one_example(forward, params, _shapes_only(inputs))
+    # A new function: JAX remembers what it traced, and what that had closed over.
+    closed = jax.make_jaxpr(functools.partial(forward))(params, inputs)
     arithmetic = PathArithmetic(p)
     transform = PathTransform(arithmetic)
     weights = [
@@ -204,7 +265,7 @@ def path_norm(
       inputs: An example or a batch of its inputs, arrays or `jax.ShapeDtypeStruct`s;
         only shapes matter, and the norm is that of one example. Integers are
         constants.
-      p: The power, from 1 to 32.
+      p: The power, at least 1 and below 32.
 
     Returns:
       A scalar, in float32 or the wider dtype of the parameters; infinite where it
@@ -248,7 +309,7 @@ def log_path_norm(
       forward: The network, as in `path_norm`.
       params: Its parameters, a pytree.
       inputs: An example or a batch of its inputs; only shapes matter.
-      p: The power, from 1 to 32.
+      p: The power, at least 1 and below 32.
 
     Returns:
       A scalar, in float32 or the wider dtype of the parameters; $-\infty$ if every
@@ -300,7 +361,7 @@ def path_scales(
       params: Its parameters, a pytree. They are edge weights, up to reshaping,
         transposing, sums, and factors that hold another parameter or none.
       inputs: An example or a batch of its inputs; only shapes matter.
-      p: The power, from 1 to 32.
+      p: The power, at least 1 and below 32.
       log: Whether to return $\log \gamma$, which is finite at any depth and scale.
 
     Returns:

@@ -84,7 +84,7 @@ def scale_by_path_sgd(
         ReLUs between them: the kernels (inputs, outputs) and biases are then read
         off the parameters in natural order of their names (Dense_2 before Dense_10).
       inputs: An example or a batch of the network's inputs; only shapes matter.
-      p: The power of the path norm, from 1 to 32.
+      p: The power of the path norm, at least 1 and below 32.
       update_every: Number of steps after which the scales are computed again; in
         between they are kept in the state. The steps still commute with rescalings.
 
@@ -198,7 +198,7 @@ def path_sgd(
       forward: The network, or None for a plain stack of dense layers, see
         `scale_by_path_sgd`.
       inputs: An example or a batch of the network's inputs; only shapes matter.
-      p: The power of the path norm, from 1 to 32.
+      p: The power of the path norm, at least 1 and below 32.
       momentum: Decay rate of the velocity, None for none.
       nesterov: Whether the momentum is Nesterov's.
       update_every: Number of steps after which the scales are computed again.

@@ -271,7 +271,7 @@ def _require_same_function(
         for drawn in (other[which], fresh)
     )
     eps = max(float(jnp.finfo(leaf.dtype).eps) for leaf in leaves)
-    compiled = jax.jit(forward)
+    compiled = jax.jit(functools.partial(forward))  # reads anew what it closes over
     examples = [_like(inputs, seed) for seed in range(3)]
     outputs = [jax.tree.leaves(compiled(params, x)) for x in examples]
 

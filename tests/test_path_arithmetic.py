@@ -143,3 +143,51 @@ def test_no_number_beside_one_that_is_not_finite_is_wrong(bad):
     )
     assert not np.isfinite(got[1])
     assert not np.isfinite(got[0]) or np.isclose(got[0], 2 * np.log(3))
+
+
+@pytest.mark.parametrize("p", [3, 4.0, 31.0])
+def test_large_contractions_of_high_powers_lose_no_summands(p):
+    # Next to the smallest normal number most powers would be rounded to 0.
+    small = 2.0 ** (-123 / p)
+    weights = np.full((600, 500), small / 4)
+    weights[0] = small
+    arithmetic = PathArithmetic(p)
+    ones = arithmetic.ones((600, 1), jnp.float32)
+    got = arithmetic.contract(jnp.asarray(weights, jnp.float32), ones, (0,))
+    log_w = p * np.log(np.asarray(weights, np.float32).astype(np.float64))
+    assert_log(arithmetic, got, logsum(log_w, 0, True))
+
+
+@pytest.mark.parametrize("mapped", [False, True])
+def test_derivatives_of_large_contractions_of_any_size(mapped):
+    arithmetic = PathArithmetic(2)
+    sizes = RNG.normal(size=(600, 500))
+    sizes[:, 0] *= 1e25
+    weights = jnp.asarray(sizes, jnp.float32)
+    roots = np.ones((600, 1))
+    roots[7] = 1e-25
+    x = Scaled(jnp.asarray(roots, jnp.float32), jnp.zeros((1, 1), jnp.int32))
+
+    def log(weights):
+        return jnp.sum(arithmetic.log(arithmetic.contract(weights, x, (0,))))
+
+    slope = jax.grad(log)
+    slope = jax.vmap(slope)(weights[None])[0] if mapped else slope(weights)
+    w = np.asarray(weights, np.float64)
+    values = w**2 * roots**4
+    expected = 2 * values / w / values.sum(0)
+    np.testing.assert_allclose(slope, expected, 2e-5, 1e-37)
+    _, change = jax.jvp(log, (weights,), (weights,))
+    np.testing.assert_allclose(change, 2 * 500, 1e-5)
+
+
+def test_exponents_of_factors_are_added_before_they_are_applied():
+    arithmetic = PathArithmetic(2)
+    one = jnp.ones((1, 1))
+    for exponent in (130, 300, -250):
+        factors = (
+            Scaled(one, jnp.full((1, 1), exponent, jnp.int32)),
+            Scaled(one, jnp.full((1, 1), 3 - exponent, jnp.int32)),
+        )
+        got = arithmetic.divide_by_path_scale(one, factors)
+        np.testing.assert_allclose(got, 2.0**-12)

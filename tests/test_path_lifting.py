@@ -15,6 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 import normax
 
@@ -673,3 +675,77 @@ def test_constants_of_another_dtype_in_a_scan():
         w = jnp.ones((2, 1, 1), jnp.float32)
         scales = normax.path_scales(forward, w, jnp.ones((1, 1), jnp.float32))
     np.testing.assert_allclose(scales, np.full((2, 1, 1), 16.0))
+
+
+def test_what_the_network_closes_over_is_read_anew():
+    scale = {"by": 1.0}
+
+    def forward(w, x):
+        return scale["by"] * (x @ w)
+
+    w, x = jnp.ones((2, 2)), jnp.ones((1, 2))
+    before = normax.path_norm(forward, w, x), normax.path_scales(forward, w, x)[0, 0]
+    scale["by"] = 10.0
+    after = normax.path_norm(forward, w, x), normax.path_scales(forward, w, x)[0, 0]
+    np.testing.assert_allclose(before + after, (2, 1, 20, 100), 1e-6)
+
+
+def test_examples_in_a_batch_are_told_from_steps_and_rows():
+    def recurrent(params, x):
+        def step(state, x):
+            state = relu(x @ params["in"] + state @ params["state"])
+            return state, state
+
+        return jax.lax.scan(step, jnp.zeros((*x.shape[1:-1], 4)), x)[1]
+
+    params = {"in": draw(3, 4), "state": draw(4, 4)}
+    whole = normax.path_norm(
+        jax.vmap(recurrent, (None, 0)), params, jnp.ones((7, 5, 3))
+    )
+    np.testing.assert_allclose(
+        normax.path_norm(recurrent, params, jnp.ones((5, 3))), whole, 1e-6
+    )
+    assert np.all(normax.path_scales(recurrent, params, jnp.ones((5, 3)))["state"] > 0)
+
+    conv = nn.Conv(2, (3, 3))
+    image = jnp.ones((6, 6, 1))
+    params = conv.init(jax.random.key(0), image)
+    np.testing.assert_allclose(
+        normax.path_norm(conv.apply, params, image),
+        normax.path_norm(conv.apply, params, image[None]),
+        1e-6,
+    )
+
+    def mixed(w, x):
+        return relu(x @ w).mean(0, keepdims=True) + x @ w
+
+    w = draw(4, 4)
+    rows = [normax.path_norm(mixed, w, jnp.ones((n, 4))) for n in (1, 3)]
+    assert not np.isclose(*rows)
+
+    def with_bias(w, x):
+        return relu(x @ w + w[:1]) @ w
+
+    whole, one = (normax.path_norm(with_bias, w, jnp.ones((n, 4))) for n in (32, 1))
+    np.testing.assert_allclose(whole, one, 1e-6)
+
+    def with_step(w, inputs):
+        return relu(inputs["x"] @ w) @ w, jnp.zeros(())
+
+    inputs = {"x": jnp.ones((32, 4)), "step": 3, "key": jax.random.key(0)}
+    np.testing.assert_allclose(
+        normax.path_norm(with_step, w, inputs),
+        normax.path_norm(lambda w, x: relu(x @ w) @ w, w, jnp.ones((1, 4))),
+        1e-6,
+    )
+
+
+def test_inputs_of_an_explicit_mesh():
+    mesh = jax.make_mesh((4,), ("x",), axis_types=(AxisType.Explicit,))
+    w = draw(4, 4)
+    expected = normax.path_norm(lambda w, x: x @ w, w, jnp.ones((1, 4)))
+    with jax.set_mesh(mesh):
+        sharded = jax.device_put(jnp.ones((8, 4)), NamedSharding(mesh, P("x")))
+        for x in (jnp.ones((1, 4)), sharded):
+            got = normax.path_norm(lambda w, x: x @ w, jnp.asarray(w), x)
+            np.testing.assert_allclose(got, expected, 1e-6)
