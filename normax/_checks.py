@@ -31,7 +31,7 @@ def check_range(name: str, value: Any, low: float, below: float = float("inf")) 
             upper = "finite" if below == float("inf") else f"below {below}"
             raise ValueError(
                 f"{name} must be at least {low} and {upper}, got {array}; "
-                f"choose a {name} in that range."
+                f"choose {name} in that range."
             )
 
 
@@ -51,7 +51,7 @@ def check_positive(name: str, value: Any) -> None:
         array = np.asarray(leaf)
         if not np.all((array > 0) & (array < np.inf)):
             raise ValueError(
-                f"{name} must be positive and finite, got {array}; choose a {name} "
+                f"{name} must be positive and finite, got {array}; choose {name} "
                 "above 0."
             )
 

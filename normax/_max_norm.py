@@ -262,8 +262,8 @@ def balance(
       inputs: Inputs of the network.
 
     Returns:
-      Pytree like `params`, in the same dtypes. Its units may differ in scale by any
-      factor before, at any depth.
+      Pytree like `params`, in the same dtypes. Before, the units of a layer may differ
+      in scale by factors of up to $10^{75}$ in float32, at any depth.
 
     Raises:
       ValueError: As `rescale_units`; or `p` is out of range.

@@ -263,7 +263,7 @@ class PathTransform:
             if all(isinstance(x, Weight) for x in inputs):
                 return self.evaluate_weights(eqn, inputs)
             if name not in RULES:
-                raise NotHomogeneous("it is not positively homogeneous")
+                raise NotHomogeneous("no rule says that it is positively homogeneous")
             if name not in _SIGNS and any(isinstance(x, Sign) for x in inputs):
                 raise NotHomogeneous("it takes the sign of an activation")
             return RULES[name](self, eqn, inputs)

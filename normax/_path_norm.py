@@ -263,8 +263,9 @@ def path_norm(
       forward: The network, `forward(params, inputs) -> outputs`.
       params: Its parameters, a pytree.
       inputs: An example or a batch of its inputs, arrays or `jax.ShapeDtypeStruct`s;
-        only shapes matter, and the norm is that of one example. Integers are
-        constants.
+        only shapes matter, and the norm is that of one example. A batch is told by
+        the first axis of all inputs and outputs but scalars, over which nothing sums.
+        Integers are constants.
       p: The power, at least 1 and below 32.
 
     Returns:
@@ -303,7 +304,8 @@ def log_path_norm(
     $$\log \phi_p(w) = \frac{1}{p} \log
       \sum_{\text{paths}} \prod_{e \in \text{path}} |w_e|^p$$
 
-    Finite at any depth, width and scale of the weights.
+    Finite at any depth, width and scale of the weights. In float32 the units of one
+    layer may differ in scale by a factor of $10^{75}$; smaller ones count as 0.
 
     Args:
       forward: The network, as in `path_norm`.
@@ -354,7 +356,8 @@ def path_scales(
 
     A weight that many edges share, such as an entry of a convolution's kernel, counts
     every edge: the sum is over the edges and the paths through them. Path-SGD
-    divides the gradient by it.
+    divides the gradient by it. The range is that of `log_path_norm`; positions of one
+    unit of a convolution may differ by a factor of $10^{38/p}$.
 
     Args:
       forward: The network, as in `path_norm`.

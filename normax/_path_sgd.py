@@ -83,6 +83,7 @@ def scale_by_path_sgd(
         without dropout; see `path_norm`. None for a plain stack of dense layers with
         ReLUs between them: the kernels (inputs, outputs) and biases are then read
         off the parameters in natural order of their names (Dense_2 before Dense_10).
+        As with `jax.jit`, what it closes over is read at the first call.
       inputs: An example or a batch of the network's inputs; only shapes matter.
       p: The power of the path norm, at least 1 and below 32.
       update_every: Number of steps after which the scales are computed again; in

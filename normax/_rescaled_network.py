@@ -60,8 +60,8 @@ def parameter_layers(params: PyTree) -> tuple[Layer, ...]:
         if not jnp.issubdtype(jax.dtypes.result_type(leaf), jnp.floating):
             raise ValueError(
                 "the weights of a network are real floating-point arrays, but params"
-                f"{jax.tree_util.keystr(path)} has dtype {leaf.dtype}; leave it out of "
-                "the parameters."
+                f"{jax.tree_util.keystr(path)} has dtype {jnp.result_type(leaf)}; "
+                "leave it out of the parameters."
             )
     layers = feed_forward_layers(jax.tree.map(jnp.asarray, params), _FIX)
     if not layers:

@@ -204,6 +204,12 @@ def random_rescaling(
     dtype = np.dtype(_dtype(leaves, layers))
     tiny = max(float(jnp.finfo(leaf.dtype).tiny) for leaf in leaves)
     factors = _random_factors(
-        key, fraction, log_mean, log_std, tuple(widths), dtype, -0.75 * np.log10(tiny)
+        key,
+        float(fraction),
+        log_mean,
+        log_std,
+        tuple(widths),
+        dtype,
+        -0.75 * np.log10(tiny),
     )
     return rescaled_network(params, layers, factors, forward, inputs)

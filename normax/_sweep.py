@@ -160,7 +160,6 @@ def sweep(
     What `grid_sweep` does, for points that form no grid: random ones, or those that a
     search proposes. Called again with the same function object it does not compile
     again, on one CPU device for any number of points, elsewhere for as many as before.
-    As with `jax.jit`, what the function closes over is read at the first call.
 
     Args:
       train_fn: A training run, as in `grid_sweep`.
@@ -219,7 +218,8 @@ def grid_sweep(
 
     `train_fn` is traced and compiled once. On a GPU or TPU it is batched with
     `jax.vmap`; on a CPU several runs go side by side, in threads or on the devices of a
-    mesh. A run that diverges does not touch the others.
+    mesh. A run that diverges does not touch the others. As with `jax.jit`, what
+    `train_fn` closes over is read at the first call with this function object.
 
     Args:
       train_fn: A training run, `train_fn(**hyperparameters) -> pytree of arrays`, that

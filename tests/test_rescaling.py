@@ -322,6 +322,8 @@ def test_forward_is_checked():
         )
     with pytest.raises(ValueError, match="only `forward` is given"):
         normax.balance(SQUARE, forward=residual)
+    with pytest.raises(ValueError, match=r"params\['step'\] has dtype int32"):
+        normax.balance({**SQUARE, "step": 3})
 
 
 def reference_log10_factors(rng, units, picks):
@@ -361,7 +363,7 @@ def test_the_parameters_of_the_distribution():
     picks = np.log10(np.float64(rescaled[0])) / 0.5  # each counts half a decade
     np.testing.assert_allclose(picks, np.round(picks), atol=1e-5)
     assert np.sum(np.round(picks)) == 80 and np.max(picks) > 2.5
-    same = normax.random_rescaling(KEY, params, fraction=0.0)
+    same = normax.random_rescaling(KEY, params, fraction=jnp.float32(0))
     jax.tree.map(np.testing.assert_array_equal, same, params)
     for bad in (dict(fraction=-0.1), dict(log_std=-1.0), dict(fraction=np.nan)):
         with pytest.raises(ValueError, match="must be at least 0"):
