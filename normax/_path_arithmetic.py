@@ -293,15 +293,15 @@ class PathArithmetic:
           The sums, with length one on `axes`.
         """
         weight, x = self.cast(weight, x), self.common(x)
-        operands = [weight, x.root]
-        if isinstance(self.p, jax.Array):  # traced, perhaps: not to be closed over
-            operands.append(self.p)
+        # A traced power is an operand, since derivatives may be taken by it; a plain
+        # number is none, since it would be traced.
+        p = (self.p,) if isinstance(self.p, jax.Array) else ()
 
         def total(arithmetic, scaled):
             return jnp.sum(arithmetic.power(scaled), axis=axes, keepdims=True)
 
-        def carefully(weight, root, p=self.p):
-            arithmetic = PathArithmetic(p)
+        def carefully(weight, root, *p):
+            arithmetic = PathArithmetic(*p) if p else self
             scaled, scale = arithmetic.weigh(
                 weight,
                 root,
@@ -312,8 +312,8 @@ class PathArithmetic:
             return scale * arithmetic.root(jnp.maximum(total(arithmetic, scaled), 0.5))
 
         @jax.custom_jvp
-        def in_one_pass(weight, root, p=self.p):
-            arithmetic = PathArithmetic(p)
+        def in_one_pass(weight, root, *p):
+            arithmetic = PathArithmetic(*p) if p else self
             # In a vector of its own: weights are multiplied once. Its smallest numbers
             # become NaN, which no range holds.
             size = root * root
@@ -323,7 +323,7 @@ class PathArithmetic:
             return lax.cond(
                 (low > 2.0**-80) & (high < 2.0**80),
                 lambda: arithmetic.root(sums),
-                lambda: carefully(weight, root, p),
+                lambda: carefully(weight, root, *p),
             )
 
         @in_one_pass.defjvp
@@ -331,7 +331,7 @@ class PathArithmetic:
             # Where one pass does not do, what it overflows to has no derivative.
             return in_one_pass(*primals), jax.jvp(carefully, primals, tangents)[1]
 
-        root = (carefully if weight.size < _LARGE else in_one_pass)(*operands)
+        root = (carefully if weight.size < _LARGE else in_one_pass)(weight, x.root, *p)
         return self.normalize(Scaled(root, x.exponent))
 
     def log(self, x: Scaled) -> jax.Array:

@@ -158,6 +158,14 @@ def test_large_contractions_of_high_powers_lose_no_summands(p):
     assert_log(arithmetic, got, logsum(log_w, 0, True))
 
 
+@pytest.mark.parametrize("p", [1, 2.0])
+def test_plain_powers_are_products_in_large_contractions(p):
+    arithmetic = PathArithmetic(p)
+    ones = arithmetic.ones((600, 1), jnp.float32)
+    contract = jax.make_jaxpr(lambda w: arithmetic.contract(w, ones, (0,)))
+    assert " pow" not in str(contract(jnp.ones((600, 500))))
+
+
 @pytest.mark.parametrize("mapped", [False, True])
 def test_derivatives_of_large_contractions_of_any_size(mapped):
     arithmetic = PathArithmetic(2)
