@@ -18,9 +18,10 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from jax import stages
-from jax.extend.core import ClosedJaxpr, Jaxpr
+from jax.extend.core import ClosedJaxpr
 
 from normax._axes import PyTree
+from normax._programs import called_programs
 
 
 def _bytes(array: Any) -> bytes:
@@ -33,11 +34,8 @@ def _constants(closed: ClosedJaxpr) -> Iterator[Any]:
     """Return the arrays that a program and the functions in it close over."""
     yield from closed.consts
     for equation in closed.jaxpr.eqns:
-        for part in jax.tree.leaves(list(equation.params.values())):
-            if isinstance(part, Jaxpr):
-                part = ClosedJaxpr(part, ())
-            if isinstance(part, ClosedJaxpr):
-                yield from _constants(part)
+        for program in called_programs(equation):
+            yield from _constants(program)
 
 
 class FinishedRuns:

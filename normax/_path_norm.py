@@ -8,7 +8,7 @@ of weights along paths, which no rescaling changes.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -33,6 +33,7 @@ from normax._path_lifting import (
     Unsupported,
     Weight,
 )
+from normax._programs import called_programs
 
 Forward = Callable[[PyTree, PyTree], PyTree]
 
@@ -69,36 +70,34 @@ def _mixed_axes(eqn: JaxprEqn) -> tuple[int, ...]:
     return tuple(shape[i] for i in axes) if reduces else ()
 
 
-def _called(eqn: JaxprEqn) -> Iterator[Jaxpr]:
-    """Return the programs inside of an equation."""
-    programs = Jaxpr | ClosedJaxpr
-    for value in jax.tree.leaves(
-        eqn.params, is_leaf=lambda value: isinstance(value, programs)
-    ):
-        if isinstance(value, programs):
-            yield value.jaxpr if isinstance(value, ClosedJaxpr) else value
-
-
 def _mixes(jaxpr: Jaxpr) -> list[tuple[str, tuple[int, ...]]]:
     """Return the primitives of a program that mix entries, and along what lengths."""
     mixes = []
     for eqn in jaxpr.eqns:
         if axes := _mixed_axes(eqn):
             mixes.append((eqn.primitive.name, axes))
-        for inner in _called(eqn):
-            mixes += _mixes(inner)
+        for inner in called_programs(eqn):
+            mixes += _mixes(inner.jaxpr)
     return mixes
 
 
-def _one_example(forward: Forward, params: PyTree, inputs: PyTree) -> PyTree:
-    """Return inputs with a batch of one, if their first axis is that of a batch.
+def _trace_one_example(
+    forward: Forward, params: PyTree, inputs: PyTree
+) -> tuple[PyTree, ClosedJaxpr]:
+    """Trace a network for a batch of one, if the first axis is that of a batch.
 
     It is one if all outputs but scalars have it, and if the network sums over as many
     entries when there is a single one of it.
+
+    Returns:
+      The inputs, of one example if they are a batch, and the program for them.
     """
+    # A new function: JAX remembers what it traced, and what that had closed over.
+    trace = jax.make_jaxpr(functools.partial(forward), return_shape=True)
+    program, whole = trace(params, inputs)
     sizes = {np.shape(x)[0] for x in jax.tree.leaves(inputs) if np.ndim(x)}
     if len(sizes) != 1 or sizes == {1}:
-        return inputs
+        return inputs, program
     (size,) = sizes
 
     def first(x):
@@ -107,12 +106,10 @@ def _one_example(forward: Forward, params: PyTree, inputs: PyTree) -> PyTree:
         return x[:1] if np.ndim(x) else x
 
     one = jax.tree.map(first, inputs)
-    trace = jax.make_jaxpr(functools.partial(forward), return_shape=True)
-    program, whole = trace(params, inputs)
     try:
         program_of_one, part = trace(params, one)
     except Exception:  # whatever the network raises: the first axis is one of features
-        return inputs
+        return inputs, program
     has_axis = jax.tree.map(
         lambda a, b: (
             a.shape == ()
@@ -122,7 +119,9 @@ def _one_example(forward: Forward, params: PyTree, inputs: PyTree) -> PyTree:
         part,
     )
     alike = _mixes(program.jaxpr) == _mixes(program_of_one.jaxpr)
-    return one if alike and all(jax.tree.leaves(has_axis)) else inputs
+    if alike and all(jax.tree.leaves(has_axis)):
+        return one, program_of_one
+    return inputs, program
 
 
 def _lift(
@@ -142,9 +141,7 @@ def _lift(
                 f"the weights of a path norm must be real, but {name} is complex; hold "
                 "real and imaginary parts as two arrays."
             )
-    inputs = _one_example(forward, params, _shapes_only(inputs))
-    # A new function: JAX remembers what it traced, and what that had closed over.
-    closed = jax.make_jaxpr(functools.partial(forward))(params, inputs)
+    inputs, closed = _trace_one_example(forward, params, _shapes_only(inputs))
     arithmetic = PathArithmetic(p)
     transform = PathTransform(arithmetic)
     weights = [

@@ -7,9 +7,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
-from jax.extend.core import ClosedJaxpr, Jaxpr, Var
+from jax.extend.core import Jaxpr, Var
 
 from normax._norms import at_least_float32
+from normax._programs import called_programs
 from normax.nn._batch_renorm import BatchRenorm
 from normax.nn._weight_norm import KeyPath, output_axes
 
@@ -214,13 +215,8 @@ def _sub_jaxprs(jaxpr: Jaxpr, marks: set[str]) -> Iterator[Jaxpr]:
     for eqn in jaxpr.eqns:
         if eqn.params.get("name") in marks:
             continue
-        for leaf in jax.tree.leaves(
-            eqn.params, is_leaf=lambda x: isinstance(x, ClosedJaxpr | Jaxpr)
-        ):
-            if isinstance(leaf, ClosedJaxpr):
-                yield from _sub_jaxprs(leaf.jaxpr, marks)
-            elif isinstance(leaf, Jaxpr):
-                yield from _sub_jaxprs(leaf, marks)
+        for program in called_programs(eqn):
+            yield from _sub_jaxprs(program.jaxpr, marks)
 
 
 def _calls_in_a_row(jaxpr: Jaxpr, marks: set[str]) -> list[tuple[str, str]]:
