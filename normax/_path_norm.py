@@ -65,6 +65,8 @@ def _mixed_axes(eqn: JaxprEqn) -> tuple[int, ...]:
             return tuple(n for i, n in enumerate(shape) if i != batch)
         case "scan":
             return (params["length"],)
+    if windows := params.get("window_dimensions"):
+        return tuple(n for n, k in zip(shape, windows, strict=True) if k > 1)
     axes = params.get("axes", (params["axis"],) if "axis" in params else ())
     reduces = eqn.primitive.name.startswith(("reduce", "arg", "cum"))
     return tuple(shape[i] for i in axes) if reduces else ()

@@ -716,6 +716,13 @@ def test_examples_in_a_batch_are_told_from_steps_and_rows():
         1e-6,
     )
 
+    def pooled(w, x):
+        return nn.avg_pool(x * w, (3, 3), padding="SAME")
+
+    norms = [normax.path_norm(pooled, jnp.ones((1, 1, 1)), image)]
+    norms += [normax.path_norm(pooled, jnp.ones((1, 1, 1, 1)), image[None])]
+    np.testing.assert_allclose(*norms, 1e-6)
+
     def mixed(w, x):
         return relu(x @ w).mean(0, keepdims=True) + x @ w
 
