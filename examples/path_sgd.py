@@ -31,10 +31,10 @@ does not say: inputs have mean 0 and variance 1 over all pixels, the log-normal
 distribution is the standard one, and dropout spares the inputs.
 """
 
+import functools
 import itertools
-import os
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import datasets
@@ -52,13 +52,11 @@ from experiments import (
 )
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
-from tqdm import tqdm
 
 import normax
 
 Results = dict[str, np.ndarray]
 Params = list[jax.Array]
-Point = tuple[str, str, int]
 
 
 class Setting(NamedTuple):
@@ -79,6 +77,7 @@ RULES: dict[str, Callable[[jax.Array], optax.GradientTransformation]] = {
 }
 STARTS = ("balanced", "unbalanced")
 PERCENT_TICKS = (0, 0.001, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1)
+POINT = ("rule", "start", "seed", "step_size")
 MEASURES = ("cross_entropy", "training_error", "test_error")
 
 
@@ -129,15 +128,14 @@ def splits(data: datasets.Dataset, seed: int) -> tuple[Split, Split]:
     return make_split(count, kept, held), make_split(count, entire, test)
 
 
-def all_examples(data: datasets.Dataset) -> tuple[np.ndarray, np.ndarray]:
+def all_examples(data: datasets.Dataset) -> tuple[jax.Array, jax.Array]:
     """Return rows of mean 0 and variance 1 over all training pixels, and classes."""
     images = np.concatenate([data.x_train, data.x_test])
     rows = (images - data.x_train.mean()) / data.x_train.std()
     labels = np.concatenate([data.y_train, data.y_test])
-    return rows.reshape(len(rows), -1).astype(np.float32), labels
+    return jnp.asarray(rows.reshape(len(rows), -1), jnp.float32), jnp.asarray(labels)
 
 
-@jax.jit
 def measure(
     examples: tuple[jax.Array, jax.Array],
     shares: tuple[jax.Array, jax.Array],
@@ -159,26 +157,44 @@ def measure(
     return dict(zip(MEASURES, means, strict=True))
 
 
-def make_epoch(rule: str, dropout: bool) -> Callable[..., Any]:
-    """Return an epoch of training, with the measures at its end."""
+def make_run(
+    data: datasets.Dataset,
+    examples: tuple[jax.Array, jax.Array],
+    rule: str,
+    setting: Setting,
+    dropout: bool,
+    seeds: int,
+    validate: bool,
+) -> Callable[..., dict[str, jax.Array]]:
+    """Return a training run, with a quarter of the epochs if it is to validate."""
+    x, y = examples
+    widths = x.shape[1], setting.width, setting.width, int(y.max()) + 1
+    chosen = [splits(data, seed)[0 if validate else 1] for seed in range(seeds)]
+    shares = tuple(
+        map(jnp.stack, zip(*(split.shares for split in chosen), strict=True))
+    )
+    epochs = max(setting.epochs // 4, 1) if validate else setting.epochs
+    # An epoch has as many steps with images held out as without.
+    steps = len(data.x_train) // BATCH_SIZE
 
-    def epoch(
-        examples: tuple[jax.Array, jax.Array],
-        shares: tuple[jax.Array, jax.Array],
-        params: Params,
-        state: optax.OptState,
-        order: jax.Array,
-        key: jax.Array,
-        eta: jax.Array,
-    ) -> tuple[Params, optax.OptState, dict[str, jax.Array]]:
-        optimizer = RULES[rule](eta)
-        x, y = examples
+    def batches(seed: int, epoch: int) -> np.ndarray:
+        rng = np.random.default_rng((seed, epoch))
+        return np.resize(rng.permutation(chosen[seed].train), (steps, BATCH_SIZE))
 
-        def loss_fn(params: Params, indices: jax.Array, key: jax.Array) -> jax.Array:
-            logits = network(params, x[indices], key if dropout else None)
-            return optax.softmax_cross_entropy_with_integer_labels(
-                logits, y[indices]
-            ).mean()
+    orders = jnp.array(
+        [[batches(seed, epoch) for epoch in range(epochs)] for seed in range(seeds)]
+    )
+
+    def loss_fn(params: Params, indices: jax.Array, key: jax.Array) -> jax.Array:
+        logits = network(params, x[indices], key if dropout else None)
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, y[indices])
+        return losses.mean()
+
+    def train(
+        start: jax.Array, seed: jax.Array, step_size: jax.Array
+    ) -> dict[str, jax.Array]:
+        optimizer = RULES[rule](step_size)
+        own = shares[0][seed], shares[1][seed]
 
         def step(carry: Any, batch: Any) -> Any:
             params, state = carry
@@ -186,11 +202,22 @@ def make_epoch(rule: str, dropout: bool) -> Callable[..., Any]:
             updates, state = optimizer.update(grads, state, params)
             return (optax.apply_updates(params, updates), state), None
 
-        keys = jax.random.split(key, len(order))
-        (params, state), _ = jax.lax.scan(step, (params, state), (order, keys))
-        return params, state, measure(examples, shares, params)
+        def epoch(carry: Any, number: jax.Array) -> Any:
+            keys = jax.random.split(jax.random.fold_in(key, number), steps)
+            carry, _ = jax.lax.scan(step, carry, (orders[seed, number], keys))
+            return carry, measure(examples, own, carry[0])
 
-    return epoch
+        key = jax.random.key(seed)
+        init_key, factor_key = jax.random.split(key)
+        one = balanced(init_key, widths)
+        other = normax.random_rescaling(factor_key, one)
+        params = [jnp.where(start == 0, *pair) for pair in zip(one, other, strict=True)]
+        before = measure(examples, own, params)
+        carry = params, optimizer.init(params)
+        _, after = jax.lax.scan(epoch, carry, jnp.arange(epochs))
+        return jax.tree.map(jnp.append, before, after)
+
+    return train
 
 
 def fastest(errors: np.ndarray) -> int:
@@ -199,83 +226,45 @@ def fastest(errors: np.ndarray) -> int:
     return int(np.lexsort((errors.argmin(1), errors.min(1)))[0])
 
 
-def chosen_at(rule: str, start: str, seed: int) -> Point:
-    """Return the runs that decide on a step size.
-
-    The starts of Path-SGD train alike up to rounding, but a validation error that is
-    nearly the same at two step sizes could part them.
-    """
-    return rule, "balanced" if rule == "Path-SGD" else start, seed
-
-
 def run(
-    data: datasets.Dataset, setting: Setting, dropout: bool, seeds: Sequence[int]
+    data: datasets.Dataset,
+    setting: Setting,
+    dropout: bool,
+    seeds: int,
+    checkpoint_dir: Path | None = None,
 ) -> Results:
     """Choose the step sizes and train; return one array entry per run and epoch."""
-    examples = jax.device_put(all_examples(data))
-    classes = int(examples[1].max()) + 1
-    widths = examples[0].shape[1], setting.width, setting.width, classes
-    steps = len(data.x_train) // BATCH_SIZE
-    starts: dict[tuple[str, int], Params] = {}
-    for seed in seeds:
-        init_key, factor_key = jax.random.split(jax.random.key(seed))
-        params = starts["balanced", seed] = balanced(init_key, widths)
-        starts["unbalanced", seed] = normax.random_rescaling(factor_key, params)
-
-    def batches(split: Split, seed: int, epoch: int) -> tuple[np.ndarray, jax.Array]:
-        # An epoch has as many steps with images held out as without: one program
-        # serves both.
-        order = np.random.default_rng((seed, epoch)).permutation(split.train)
-        key = jax.random.fold_in(jax.random.key(seed), epoch)
-        return np.resize(order, (steps, BATCH_SIZE)), key
-
-    def compile_epoch(rule: str) -> tuple[Any, optax.OptState]:
-        split, params = splits(data, seeds[0])[1], starts[STARTS[0], seeds[0]]
-        # No state at the start depends on the parameters' values.
-        state = jax.jit(RULES[rule](jnp.ones(())).init)(params)
-        epoch = jax.jit(make_epoch(rule, dropout))
-        arguments = split.shares, params, state, *batches(split, seeds[0], 0)
-        return epoch.lower(examples, *arguments, 1.0).compile(), state
-
-    def train(point: Point, split: Split, eta: float, epochs: int) -> Results:
-        epoch, state = compiled[point[0]]
-        params = starts[point[1:]]
-        rows = [measure(examples, split.shares, params)]
-        for number in range(epochs):
-            batch = batches(split, point[2], number)
-            carry = params, state
-            params, state, row = epoch(examples, split.shares, *carry, *batch, eta)
-            rows.append(row)
-        progress.update()
-        curves = jax.device_get(rows)
-        return {name: np.array([row[name] for row in curves]) for name in MEASURES}
-
-    def choose(point: Point) -> float:
-        split, _ = splits(data, point[2])
-        epochs = max(setting.epochs // 4, 1)
-        runs = [train(point, split, eta, epochs) for eta in STEP_SIZES]
-        return STEP_SIZES[fastest(np.stack([run["test_error"][1:] for run in runs]))]
-
-    def experiment(point: Point) -> Results:
-        _, split = splits(data, point[2])
-        step_size = choices[chosen_at(*point)]
-        curves = train(point, split, step_size, setting.epochs)
-        columns = dict(zip(("rule", "start", "seed"), point, strict=True))
-        columns |= {"step_size": step_size}
-        epochs = np.arange(setting.epochs + 1)
-        same = {name: np.full(epochs.shape, value) for name, value in columns.items()}
-        return same | {"epoch": epochs} | curves
-
-    points = list(itertools.product(RULES, STARTS, seeds))
-    choosing = list(dict.fromkeys(itertools.starmap(chosen_at, points)))
     # A small run does not fill the cores of a CPU; several at once do. Other devices
     # are filled by one.
-    workers = os.cpu_count() if jax.default_backend() == "cpu" else 1
-    total = len(choosing) * len(STEP_SIZES) + len(points)
-    with ThreadPoolExecutor(workers) as pool, tqdm(total=total, unit="run") as progress:
-        compiled = dict(zip(RULES, pool.map(compile_epoch, RULES), strict=True))
-        choices = dict(zip(choosing, pool.map(choose, choosing), strict=True))
-        rows = list(pool.map(experiment, points))
+    sweep_options: dict[str, Any] = {
+        "batch_size": None if jax.default_backend() == "cpu" else 1,
+        "checkpoint_dir": checkpoint_dir,
+        "progress": True,
+    }
+    examples, rows = all_examples(data), []
+    for rule in RULES:
+        experiment = data, examples, rule, setting, dropout, seeds
+        make = functools.partial(make_run, *experiment)
+        # The starts of Path-SGD train alike up to rounding, but a validation error that
+        # is nearly the same at two step sizes could part them.
+        deciding = STARTS[:1] if rule == "Path-SGD" else STARTS
+        grid: dict[str, np.ndarray] = {"start": np.arange(len(deciding))}
+        grid |= {"seed": np.arange(seeds), "step_size": STEP_SIZES}
+        errors = normax.grid_sweep(make(True), grid, **sweep_options)["test_error"]
+        runs = np.concatenate(np.asarray(errors)[..., 1:])
+        chosen = [STEP_SIZES[fastest(curves)] for curves in runs]
+        points = {
+            "start": np.repeat(np.arange(len(STARTS)), seeds),
+            "seed": np.tile(np.arange(seeds), len(STARTS)),
+            "step_size": np.resize(chosen, len(STARTS) * seeds),
+        }
+        curves = normax.sweep(make(False), points, **sweep_options)
+        points |= {"rule": np.full(len(STARTS) * seeds, rule)}
+        points["start"] = np.take(STARTS, points["start"])
+        shape = len(STARTS) * seeds, setting.epochs + 1
+        columns = {name: np.repeat(points[name], shape[1]) for name in POINT}
+        columns["epoch"] = np.tile(np.arange(shape[1]), shape[0])
+        rows.append(columns | {name: np.ravel(curves[name]) for name in MEASURES})
     return {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}
 
 
@@ -388,6 +377,7 @@ def main(argv: Sequence[str] | None = None) -> Results:
     add("--width", type=int, help="units of a layer; default: what suits the data set")
     add("--epochs", type=int, help="default: what suits the data set")
     add("--seeds", type=int, default=3, help="number of repetitions")
+    add("--checkpoints", type=Path, help="folder of finished runs, to continue from")
     options = parser.parse_args(argv)
     setting = SETTINGS[options.dataset]
     given = {"width": options.width, "epochs": options.epochs}
@@ -396,7 +386,8 @@ def main(argv: Sequence[str] | None = None) -> Results:
         parser.error("--width, --epochs and --seeds must be at least 1.")
     make_folder(parser, options)
     data = load_data(parser, options, BATCH_SIZE)
-    results = run(data, setting, options.dropout, range(options.seeds))
+    arguments = options.dropout, options.seeds, options.checkpoints
+    results = run(data, setting, *arguments)
     print(table(results))
     name = file_name("path_sgd", options) + "_dropout" * options.dropout
     write_csv(results, options.out / f"{name}.csv")

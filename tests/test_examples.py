@@ -373,10 +373,15 @@ def test_table_1_refuses_bad_input(
 @pytest.fixture(scope="module")
 def path_sgd_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
     out = tmp_path_factory.mktemp("out")
+    return small_path_sgd(out), out
+
+
+def small_path_sgd(out: Path) -> Any:
     small = ["--width", "32", "--epochs", "4", "--seeds", "1"]
+    folders = ["--out", str(out), "--checkpoints", str(out / "runs")]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(path_sgd, "STEP_SIZES", np.array([1e-1, 1e-2]))
-        return path_sgd.main([*small, "--out", str(out)]), out
+        return path_sgd.main([*small, *folders])
 
 
 def test_path_sgd_trains_alike_from_both_starts(path_sgd_run: tuple[Any, Path]) -> None:
@@ -408,6 +413,19 @@ def test_path_sgd_writes_picture_and_csv(path_sgd_run: tuple[Any, Path]) -> None
     assert lines[0].split(",") == list(results)
     assert len(lines) == 1 + len(results["epoch"])
     assert (out / "path_sgd.png").stat().st_size > 10_000
+
+
+def test_finished_runs_of_path_sgd_are_not_repeated(
+    path_sgd_run: tuple[Any, Path],
+) -> None:
+    results, out = path_sgd_run
+    runs = {path: path.stat().st_mtime_ns for path in (out / "runs").iterdir()}
+    # Two step sizes for each of five choices, and six experiments.
+    assert len(runs) == 2 * 5 + 6
+    again = small_path_sgd(out)
+    assert runs == {path: path.stat().st_mtime_ns for path in (out / "runs").iterdir()}
+    for name, column in results.items():
+        np.testing.assert_array_equal(again[name], column)
 
 
 def test_step_size_is_that_of_the_smallest_error_reached_first() -> None:
