@@ -14,7 +14,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
 from jax.sharding import AxisType, PartitionSpec
 
 import normax._path_layers  # registers its rules
@@ -23,6 +22,7 @@ import normax._path_scan  # noqa: F401
 from normax._axes import PyTree
 from normax._checks import check_range
 from normax._norms import at_least_float32
+from normax._one_example import Forward, trace_one_example
 from normax._path_arithmetic import PathArithmetic, Scaled
 from normax._path_lifting import (
     Activation,
@@ -33,9 +33,6 @@ from normax._path_lifting import (
     Unsupported,
     Weight,
 )
-from normax._programs import called_programs
-
-Forward = Callable[[PyTree, PyTree], PyTree]
 
 
 def _is_float(leaf: Any) -> bool:
@@ -52,78 +49,6 @@ def _shapes_only(inputs: PyTree) -> PyTree:
         ),
         inputs,
     )
-
-
-def _mixed_axes(eqn: JaxprEqn) -> tuple[int, ...]:
-    """Return the lengths of the axes along which an equation mixes entries."""
-    shape, params = getattr(eqn.invars[0].aval, "shape", ()), eqn.params
-    match eqn.primitive.name:
-        case "dot_general":
-            return tuple(shape[i] for i in params["dimension_numbers"][0][0])
-        case "conv_general_dilated":
-            batch = params["dimension_numbers"].lhs_spec[0]
-            return tuple(n for i, n in enumerate(shape) if i != batch)
-        case "scan":
-            return (params["length"],)
-    if windows := params.get("window_dimensions"):
-        return tuple(n for n, k in zip(shape, windows, strict=True) if k > 1)
-    axes = params.get("axes", (params["axis"],) if "axis" in params else ())
-    reduces = eqn.primitive.name.startswith(("reduce", "arg", "cum"))
-    return tuple(shape[i] for i in axes) if reduces else ()
-
-
-def _mixes(jaxpr: Jaxpr) -> list[tuple[str, tuple[int, ...]]]:
-    """Return the primitives of a program that mix entries, and along what lengths."""
-    mixes = []
-    for eqn in jaxpr.eqns:
-        if axes := _mixed_axes(eqn):
-            mixes.append((eqn.primitive.name, axes))
-        for inner in called_programs(eqn):
-            mixes += _mixes(inner.jaxpr)
-    return mixes
-
-
-def _trace_one_example(
-    forward: Forward, params: PyTree, inputs: PyTree
-) -> tuple[PyTree, ClosedJaxpr]:
-    """Trace a network for a batch of one, if the first axis is that of a batch.
-
-    It is one if all outputs but scalars have it, and if the network sums over as many
-    entries when there is a single one of it.
-
-    Returns:
-      The inputs, of one example if they are a batch, and the program for them.
-    """
-    # A new function: JAX remembers what it traced, and what that had closed over.
-    trace = jax.make_jaxpr(functools.partial(forward), return_shape=True)
-    program, whole = trace(params, inputs)
-    sizes = {np.shape(x)[0] for x in jax.tree.leaves(inputs) if np.ndim(x)}
-    if len(sizes) != 1 or sizes == {1}:
-        return inputs, program
-    (size,) = sizes
-
-    def first(x):
-        if isinstance(x, jax.ShapeDtypeStruct) and x.shape:
-            return jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype)
-        return x[:1] if np.ndim(x) else x
-
-    one = jax.tree.map(first, inputs)
-    try:
-        program_of_one, part = trace(params, one)
-    except Exception:  # whatever the network raises: the first axis is one of features
-        return inputs, program
-    has_axis = jax.tree.map(
-        lambda a, b: (
-            a.shape == ()
-            or (a.shape, b.shape) == ((size, *b.shape[1:]), (1, *a.shape[1:]))
-        ),
-        whole,
-        part,
-    )
-    alike = _mixes(program.jaxpr) == _mixes(program_of_one.jaxpr)
-    if alike and all(jax.tree.leaves(has_axis)):
-        return one, program_of_one
-    return inputs, program
 
 
 def _lift(
@@ -143,7 +68,7 @@ def _lift(
                 f"the weights of a path norm must be real, but {name} is complex; hold "
                 "real and imaginary parts as two arrays."
             )
-    inputs, closed = _trace_one_example(forward, params, _shapes_only(inputs))
+    inputs, closed = trace_one_example(forward, params, _shapes_only(inputs))
     arithmetic = PathArithmetic(p)
     transform = PathTransform(arithmetic)
     weights = [

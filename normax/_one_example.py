@@ -1,0 +1,92 @@
+"""Networks traced for one example: whether the first axis is that of a batch.
+
+A path norm is that of one example, but users pass the batch they train with. An axis of
+examples is one over which nothing is summed; `(rows, features)` of a single example
+looks alike until the network mixes the rows.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import jax
+import numpy as np
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
+
+from normax._axes import PyTree
+from normax._programs import called_programs
+
+Forward = Callable[[PyTree, PyTree], PyTree]
+
+
+def _mixed_axes(eqn: JaxprEqn) -> tuple[int, ...]:
+    """Return the lengths of the axes along which an equation mixes entries."""
+    shape, params = getattr(eqn.invars[0].aval, "shape", ()), eqn.params
+    match eqn.primitive.name:
+        case "dot_general":
+            return tuple(shape[i] for i in params["dimension_numbers"][0][0])
+        case "conv_general_dilated":
+            batch = params["dimension_numbers"].lhs_spec[0]
+            return tuple(n for i, n in enumerate(shape) if i != batch)
+        case "scan":
+            return (params["length"],)
+    if windows := params.get("window_dimensions"):
+        return tuple(n for n, k in zip(shape, windows, strict=True) if k > 1)
+    axes = params.get("axes", (params["axis"],) if "axis" in params else ())
+    reduces = eqn.primitive.name.startswith(("reduce", "arg", "cum"))
+    return tuple(shape[i] for i in axes) if reduces else ()
+
+
+def _mixes(jaxpr: Jaxpr) -> list[tuple[str, tuple[int, ...]]]:
+    """Return the primitives of a program that mix entries, and along what lengths."""
+    mixes = []
+    for eqn in jaxpr.eqns:
+        if axes := _mixed_axes(eqn):
+            mixes.append((eqn.primitive.name, axes))
+        for inner in called_programs(eqn):
+            mixes += _mixes(inner.jaxpr)
+    return mixes
+
+
+def trace_one_example(
+    forward: Forward, params: PyTree, inputs: PyTree
+) -> tuple[PyTree, ClosedJaxpr]:
+    """Trace a network for a batch of one, if the first axis is that of a batch.
+
+    It is one if all outputs but scalars have it, and if the network sums over as many
+    entries when there is a single one of it.
+
+    Returns:
+      The inputs, of one example if they are a batch, and the program for them.
+    """
+    # A new function: JAX remembers what it traced, and what that had closed over.
+    trace = jax.make_jaxpr(functools.partial(forward), return_shape=True)
+    program, whole = trace(params, inputs)
+    sizes = {np.shape(x)[0] for x in jax.tree.leaves(inputs) if np.ndim(x)}
+    if len(sizes) != 1 or sizes == {1}:
+        return inputs, program
+    (size,) = sizes
+
+    def first(x):
+        if isinstance(x, jax.ShapeDtypeStruct) and x.shape:
+            return jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype)
+        return x[:1] if np.ndim(x) else x
+
+    one = jax.tree.map(first, inputs)
+    try:
+        program_of_one, part = trace(params, one)
+    except Exception:  # whatever the network raises: the first axis is one of features
+        return inputs, program
+    has_axis = jax.tree.map(
+        lambda a, b: (
+            a.shape == ()
+            or (a.shape, b.shape) == ((size, *b.shape[1:]), (1, *a.shape[1:]))
+        ),
+        whole,
+        part,
+    )
+    alike = _mixes(program.jaxpr) == _mixes(program_of_one.jaxpr)
+    if alike and all(jax.tree.leaves(has_axis)):
+        return one, program_of_one
+    return inputs, program
