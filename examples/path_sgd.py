@@ -77,6 +77,7 @@ RULES: dict[str, Callable[[jax.Array], optax.GradientTransformation]] = {
 }
 STARTS = ("balanced", "unbalanced")
 PERCENT_TICKS = (0, 0.001, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1)
+TENTHS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 1)
 POINT = ("rule", "start", "seed", "step_size")
 MEASURES = ("cross_entropy", "training_error", "test_error")
 
@@ -349,17 +350,17 @@ def picture(results: Results, dataset: str, dropout: bool) -> Figure:
         axes.set_title(title)
         axes.set_xlabel("epoch")
         axes.set_xlim(0, results["epoch"].max())
+    low = {name: 0.7 * np.nanmin(results[name]) for name in MEASURES}
     panels[0].set_yscale("log")
-    panels[0].set_ylim(top=5 * results["cross_entropy"][0])
-    # Linear below the first tick, because training errors become 0.
-    panels[1].set_yscale("symlog", linthresh=1e-3)
-    panels[1].set_ylim(0, 1)
-    panels[2].set_yscale("log")
-    panels[2].set_ylim(top=1)
-    for axes, ticks in ((panels[1], PERCENT_TICKS), (panels[2], PERCENT_TICKS[3:])):
+    panels[0].set_ylim(low["cross_entropy"], 5 * results["cross_entropy"][0])
+    for axes, name in zip(panels[1:], MEASURES[1:], strict=True):
+        ticks = TENTHS if low[name] > 0.1 else PERCENT_TICKS
+        # Linear below the first tick, because training errors become 0.
+        axes.set_yscale("symlog", linthresh=1e-3)
         axes.set_yticks(ticks)
         axes.set_yticklabels([f"{100 * tick:g}%" for tick in ticks])
         axes.yaxis.set_minor_locator(NullLocator())
+        axes.set_ylim(low[name] if low[name] > 1e-3 else 0, 1)
     figure.suptitle(f"{dataset}, dropout" if dropout else dataset)
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(
