@@ -192,6 +192,11 @@ def _users_line(eqn: JaxprEqn) -> str | None:
     return None
 
 
+def may_collide(eqn: JaxprEqn) -> bool:
+    """Return whether an equation may write several entries to one place."""
+    return eqn.primitive.name == "scatter" and not eqn.params["unique_indices"]
+
+
 def _called(eqn: JaxprEqn) -> tuple[Jaxpr, Sequence[Any]] | None:
     if eqn.primitive.name not in _CALLS:
         return None
@@ -306,7 +311,7 @@ class PathTransform:
             pull = WEIGHT_PULLS.get(name)
             shared = len(inputs) == 2 and inputs[0].params & inputs[1].params
             inverse = name == "div" and inputs[1].params
-            if pull is None or shared or inverse:
+            if pull is None or shared or inverse or may_collide(eqn):
                 self.refuse(results, name)
             else:
                 self.record(

@@ -42,7 +42,7 @@ from normax._path_lifting import (
     rule,
     weight_pull,
 )
-from normax._path_structure import evaluate_constants, structural
+from normax._path_structure import bind, evaluate_constants, structural
 
 # Affine operations. The constant goes through the same equation as the activation.
 
@@ -299,3 +299,9 @@ def _reduce_window(transform, eqn, inputs):
         window_dilation=eqn.params["window_dilation"],
     )
     return _linear_layer(transform, inputs[0], pool, axes, axes)
+
+
+@rule("cumsum")
+def _cumsum(transform, eqn, inputs):
+    axes = (eqn.params["axis"],)
+    return _linear_layer(transform, inputs[0], lambda x: bind(eqn, x), axes, axes)

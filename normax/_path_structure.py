@@ -26,6 +26,7 @@ from normax._path_lifting import (
     PathTransform,
     Sign,
     Weight,
+    may_collide,
     rule,
     weight_pull,
     zeros,
@@ -65,6 +66,8 @@ _MOVING = {
     "concatenate", "stack", "unstack", "pad", "dynamic_slice", "gather",
     "tile", "broadcast_in_dim",
 }  # fmt: skip
+_WRITING = {"dynamic_update_slice": [0, 1], "scatter": [0, 2]}
+_MOVING |= set(_WRITING)
 UNIFORM.update({"neg", "reshape", "squeeze", "expand_dims", "broadcast_in_dim"})
 UNIFORM.update(_RENAMING)
 SLICES.update({"slice", "dynamic_slice", "gather", "split", "unstack"})
@@ -74,7 +77,7 @@ def _data(name: str, count: int) -> list[int]:
     """Return which operands hold data; the others are indices and padding."""
     if name in ("concatenate", "stack"):
         return list(range(count))
-    return list(range(1, count)) if name == "select_n" else [0]
+    return list(range(1, count)) if name == "select_n" else _WRITING.get(name, [0])
 
 
 def _move(eqn: JaxprEqn, operands: Sequence[Any], data: list[int], arrays: Any) -> Any:
@@ -96,6 +99,8 @@ def structural(transform, eqn, inputs):
         raise NotHomogeneous("it pads an activation with something else than 0")
     if any(isinstance(x, Sign) for x in inputs):
         raise NotHomogeneous("signs of activations are rearranged")
+    if may_collide(eqn):
+        raise NotHomogeneous("without `unique_indices` it may write to an entry twice")
     arithmetic = transform.arithmetic
     constants = _structural_constants(transform, eqn, inputs, data)
     dtype = next(x.path.value.root.dtype for x in inputs if isinstance(x, Activation))
@@ -113,7 +118,8 @@ def structural(transform, eqn, inputs):
         Scaled(root, of_rank(exponent, root.ndim))
         for root in (moved if eqn.primitive.multiple_results else [moved])
     ]
-    if eqn.primitive.name in SLICES:  # of which some may be 0
+    # Largest entries may be left out.
+    if eqn.primitive.name in SLICES or eqn.primitive.name in _WRITING:
         values = [arithmetic.normalize(value) for value in values]
     results = [Path(value) for value in values]
     pull = functools.partial(_pull_moved, transform, eqn, operands, data, paths)

@@ -33,6 +33,7 @@ def layer_norm(params, h):
     return nn.LayerNorm(use_bias=False, use_scale=False).apply({}, h)
 
 
+COLLIDING = jnp.array([0, 1, 1, 2])
 NOT_HOMOGENEOUS = {
     "tanh": (lambda params, h: jnp.tanh(h), "tanh"),
     "gelu": (lambda params, h: jax.nn.gelu(h), "tanh|integer_pow|mul"),
@@ -77,6 +78,10 @@ NOT_HOMOGENEOUS = {
     "branch": (
         lambda params, h: jax.lax.cond(h[0, 0] > 0, lambda: h, lambda: -h),
         "cond",
+    ),
+    "two entries in one place": (
+        lambda params, h: jnp.zeros((1, 4)).at[:, COLLIDING].set(h),
+        "scatter",
     ),
     "standardize": (
         lambda params, h: jax.nn.standardize(h),
@@ -199,6 +204,11 @@ def weight_norm(params, x):
         (lambda params, x: x @ (params["w"] @ params["v"]), "w", "dot_general"),
         (lambda params, x: x @ params["v"] / params["g"], "g", "div"),
         (lambda params, x: x @ params["v"] + params["g"] + params["g"], "g", "add"),
+        (
+            lambda params, x: x @ jnp.ones((4, 1)).at[COLLIDING].set(params["v"]),
+            "v",
+            "scatter",
+        ),
     ],
 )
 def test_path_scales_need_edge_weights(forward, blamed, primitive):

@@ -343,6 +343,24 @@ def test_structural_operations():
     check(forward, params, shape(1, 2), 1.5)
 
 
+def test_writing_into_arrays_and_cumulative_sums():
+    def forward(params, x):
+        buffer = jnp.ones((1, 6)).at[:, 1:4].set(x @ params["first"])
+        x = relu(buffer.at[0, 5].set(params["entry"], unique_indices=True))
+        x = jax.lax.dynamic_update_slice(x, relu(x[:, :2] @ params["second"]), (0, 3))
+        kernel = jnp.zeros((6, 4)).at[:, ::2].set(params["third"])
+        x = jnp.cumsum(x, axis=1) @ jax.lax.dynamic_update_slice(
+            kernel, params["fourth"], (0, 1)
+        )
+        return jax.lax.cumsum(relu(x).reshape(2, 2), axis=1, reverse=True) + 1
+
+    params = {
+        "first": draw(2, 3), "entry": draw(1).reshape(()), "second": draw(2, 2),
+        "third": draw(6, 2), "fourth": draw(6, 1),
+    }  # fmt: skip
+    check(forward, params, shape(1, 2), 1.5)
+
+
 def test_inputs_of_many_arrays_and_outputs_of_many():
     def forward(params, x):
         hidden = relu(x["a"] @ params["w"][0]) + x["b"][0] @ params["w"][1]
