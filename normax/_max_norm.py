@@ -19,6 +19,7 @@ from normax._checks import check_range
 from normax._feed_forward import Layer
 from normax._norms import at_least_float32, nonzero, vector_norm
 from normax._path_arithmetic import PathArithmetic, Scaled, exp2, exponent_of, of_rank
+from normax._path_norm import with_automatic_sharding
 from normax._rescaled_network import (
     Factors,
     Forward,
@@ -282,5 +283,6 @@ def balance(
     """
     check_range("p", p, 1, 32)
     layers, leaves = chained_layers(params), jax.tree.leaves(params)
-    factors = _balancing_factors(leaves, layers=layers, p=float(p))
+    find = functools.partial(_balancing_factors, layers=layers, p=float(p))
+    factors = with_automatic_sharding(find)(leaves)
     return rescaled_network(params, layers, factors, forward, inputs)

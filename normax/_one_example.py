@@ -22,6 +22,8 @@ Forward = Callable[[PyTree, PyTree], PyTree]
 
 def _mixed_axes(eqn: JaxprEqn) -> tuple[int, ...]:
     """Return the lengths of the axes along which an equation mixes entries."""
+    if not eqn.invars:
+        return ()
     shape, params = getattr(eqn.invars[0].aval, "shape", ()), eqn.params
     match eqn.primitive.name:
         case "dot_general":

@@ -151,16 +151,20 @@ class PathArithmetic:
         low, high = (
             jnp.reshape(bound, x.exponent.shape) for bound in _range(x.root, axes)
         )
-        # Zeros keep their exponent, and there is no quotient: XLA would turn several
-        # factors, or quotients of quotients, into one that is infinite.
-        shift = jnp.where(high == 0, 0, exponent_of(high))
+        # No quotient: XLA would turn several factors, or quotients of quotients, into
+        # one that is infinite.
+        shift = exponent_of(high)
         # The last term is 0, or NaN where roots are not finite.
         root = x.root * (exp2(-shift, high.dtype) + 0 * (high - low))
-        return Scaled(root, x.exponent + shift)
+        return Scaled(root, jnp.where(high == 0, DEAD, x.exponent + shift))
 
     def align(self, x: Scaled, exponent: jax.Array) -> jax.Array:
         """Return the roots of `x` at a given exponent, not below its own."""
-        return x.root * exp2(x.exponent - exponent, x.root.dtype)
+        shift, dtype = x.exponent - exponent, x.root.dtype
+        # What is below the range of floats, and not its smallest number, which would
+        # be large beside zeros.
+        below = shift < 1 - _layout(dtype)[2]
+        return x.root * jnp.where(below, 0, exp2(shift, dtype))
 
     def common(self, x: Scaled, axes: tuple[int, ...] | None = None) -> Scaled:
         """Give entries along some axes, or all, one exponent."""
@@ -184,11 +188,8 @@ class PathArithmetic:
         return Scaled(self._hypot(self.align(x, top), self.align(y, top)), top)
 
     def add_weight(self, x: Scaled, weight: jax.typing.ArrayLike) -> Scaled:
-        """Return $x + |w|^p$ at the exponents of `x`."""
-        root = self.of_weight(self.cast(weight, x)).root
-        return Scaled(
-            self._hypot(x.root, root * exp2(-x.exponent, root.dtype)), x.exponent
-        )
+        """Return $x + |w|^p$."""
+        return self.add(x, self.normalize(self.of_weight(self.cast(weight, x))))
 
     def _hypot(self, a: jax.Array, b: jax.Array) -> jax.Array:
         # The smaller over the larger one: neither need be in the range of powers.

@@ -30,6 +30,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import math
 import os
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -309,7 +310,9 @@ class PathTransform:
             )
         if depends:
             pull = WEIGHT_PULLS.get(name)
-            shared = len(inputs) == 2 and inputs[0].params & inputs[1].params
+            joined = name in ("concatenate", "stack")  # not added or multiplied
+            twice = len(inputs) == 2 and inputs[0].params & inputs[1].params
+            shared = twice and not joined
             inverse = name == "div" and inputs[1].params
             if pull is None or shared or inverse or may_collide(eqn):
                 self.refuse(results, name)
@@ -408,6 +411,12 @@ class PathTransform:
 def zeros(variable: Any) -> jax.Array:
     """Return zeros like a variable of a jaxpr."""
     return jnp.zeros(variable.aval.shape, variable.aval.dtype)
+
+
+def without_infinities(w: Weight) -> Weight:
+    """Return a constant, or 0 for an infinite one: a maximum that ignores it."""
+    infinite = w.uniform in (math.inf, -math.inf)
+    return Weight(jnp.zeros_like(w.value), uniform=0.0) if infinite else w
 
 
 def weight(value: Any) -> Weight:

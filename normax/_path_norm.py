@@ -60,6 +60,11 @@ def _lift(
       The interpreter, the paths to its outputs, and the nodes of the parameters.
     """
     check_range("p", p, 1, 32)
+    if np.ndim(p):
+        raise ValueError(
+            f"p must be one number, but it has shape {np.shape(p)}; use jax.vmap for "
+            "several."
+        )
     flat = jax.tree_util.tree_leaves_with_path(params)
     names = [f"params{jax.tree_util.keystr(path)}" for path, _ in flat]
     for name, (_, leaf) in zip(names, flat, strict=True):
@@ -176,7 +181,7 @@ def path_norm(
       |w_e|^p\Big)^{1/p}$$
 
     The sum is over all paths from an input, or from the constant input of a bias, to
-    an output. Rescaling a hidden unit does not change it. `forward` is any
+    an output. Rescaling a hidden unit does not change it. `forward` is a
     positively homogeneous network written in JAX, Linen's `model.apply` and NNX's
     `nnx.merge` included: dense layers and convolutions of any kind, ReLU, leaky ReLU
     (as its steepest slope), max- and average-pooling, residual connections, batch
@@ -184,7 +189,9 @@ def path_norm(
     traced at every call; under `jax.jit` that costs nothing.
 
     Args:
-      forward: The network, `forward(params, inputs) -> outputs`.
+      forward: The network, `forward(params, inputs) -> outputs`. All floats that it
+        returns are outputs, also what no input reaches (paths from a constant): let it
+        return the logits alone, without statistics or penalties.
       params: Its parameters, a pytree.
       inputs: An example or a batch of its inputs, arrays or `jax.ShapeDtypeStruct`s;
         only shapes matter, and the norm is that of one example. A batch is told by

@@ -41,6 +41,7 @@ from normax._path_lifting import (
     Weight,
     rule,
     weight_pull,
+    without_infinities,
 )
 from normax._path_structure import bind, evaluate_constants, structural
 
@@ -97,7 +98,7 @@ def _multiply(
         _accumulate_unbroadcast(transform, path, (*factors, size), shape)
         _accumulate_unbroadcast(transform, w, (*factors, path.value), shape)
 
-    if w.uniform is not None and abs(w.uniform) == 1:
+    if w.uniform is not None and abs(w.uniform) == 1 and path.shape == shape:
         new = path
     else:
         product = arithmetic.multiply(*_same_rank(path.value, size))
@@ -207,15 +208,20 @@ def _steepest(
 @rule("max", "min")
 def _max(transform, eqn, inputs):
     x, other = sorted(inputs, key=lambda value: not isinstance(value, Activation))
+    shape = eqn.outvars[0].aval.shape
     if isinstance(other, Weight):
         neutral = -math.inf if eqn.primitive.name == "max" else math.inf
-        if other.uniform == neutral:
+        if other.uniform == neutral and x.path.shape == shape:
             return [x]
-        return _steepest(transform, [x, other], x.source)
-    if x.source is other.source:
-        return _steepest(transform, [x, other], x.source)
-    paths = [transform.flush(case) for case in inputs]
-    return [Activation(_sum_of(transform, paths, eqn.outvars[0].aval.shape))]
+        other = without_infinities(other) if other.uniform == neutral else other
+    if isinstance(other, Weight) or x.source is other.source:
+        (result,) = _steepest(transform, [x, other], x.source)
+        paths = [result.path]
+        if result.path.shape == shape:
+            return [result]
+    else:
+        paths = [transform.flush(case) for case in inputs]
+    return [Activation(_sum_of(transform, paths, shape))]
 
 
 @rule("clamp")
@@ -234,7 +240,8 @@ def _select_n(transform, eqn, inputs):
         return _steepest(transform, cases, which.source)
     if not isinstance(which, Weight):
         raise NotHomogeneous("the activations choose among other values")
-    return structural(transform, eqn, inputs)
+    cases = [without_infinities(x) if isinstance(x, Weight) else x for x in cases]
+    return structural(transform, eqn, [which, *cases])
 
 
 # Pooling and reductions.

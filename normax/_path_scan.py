@@ -27,6 +27,7 @@ from normax._path_lifting import (
     Value,
     Weight,
     rule,
+    without_infinities,
     zeros,
 )
 
@@ -99,7 +100,7 @@ class _Body:
             return kind
         if isinstance(value, Weight) and kind.active:
             path = Path(self.arithmetic.zeros(value.shape, self.dtype))
-            return Activation(path, value)
+            return Activation(path, without_infinities(value))
         if kind.constant and value.constant is None:
             return Activation(value.path, Weight(zeros(variable)))
         return value
@@ -164,7 +165,8 @@ class _Body:
             inner, _, results = self.interpret([*consts, *carry, *slices])
             found.extend(self.kind(inner, value) for value in results)
 
-        jax.eval_shape(step, carry, jax.tree.map(lambda x: x[0], xs))
+        one = lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype)  # noqa: E731
+        jax.eval_shape(step, carry, jax.tree.map(one, xs))
         return found
 
     def dense(self, node: Any, cotangent: Any, stacked: bool = False) -> Any:

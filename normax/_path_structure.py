@@ -97,6 +97,8 @@ def structural(transform, eqn, inputs):
         raise NotHomogeneous("the activations are indices or padding")
     if eqn.primitive.name == "pad" and inputs[1].uniform != 0:
         raise NotHomogeneous("it pads an activation with something else than 0")
+    if eqn.params.get("fill_value"):
+        raise NotHomogeneous("it fills an activation with something else than 0")
     if any(isinstance(x, Sign) for x in inputs):
         raise NotHomogeneous("signs of activations are rearranged")
     if may_collide(eqn):
@@ -180,7 +182,9 @@ def _scatter(transform, eqn, operands, values):
     arithmetic, shape = transform.arithmetic, eqn.invars[0].aval.shape
     (root,), exponent = arithmetic.together(values)
     entries = np.arange(math.prod(shape), dtype=np.int32).reshape(shape)
-    index = bind(eqn, jnp.asarray(entries), *operands[1:])
+    # What is filled in comes from nowhere: from behind the last entry.
+    params = eqn.params | {"fill_value": entries.size} if operands[1:] else eqn.params
+    index = eqn.primitive.bind(jnp.asarray(entries), *operands[1:], **params)
     none = jnp.zeros(entries.size, root.dtype)
     scale = arithmetic.scale(none.at[index].max(root, mode="drop"))
     copies = arithmetic.value(root / scale.at[index].get(mode="clip"))

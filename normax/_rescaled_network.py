@@ -179,17 +179,27 @@ def scale_layers(
 
 def _require_in_range(params: PyTree, rescaled: PyTree) -> None:
     flat = jax.tree_util.tree_leaves_with_path(params)
-    for (path, leaf), result in zip(flat, jax.tree.leaves(rescaled), strict=True):
-        # NumPy, which compiles nothing anew for every shape.
-        before, after = (np.asarray(x).astype(np.float64) for x in (leaf, result))
-        lost = ~np.isfinite(after) | (np.sign(after) != np.sign(before))
+    names = [f"params{jax.tree_util.keystr(path)}" for path, _ in flat]
+    # NumPy, which compiles nothing anew for every shape.
+    before, after = (
+        [np.asarray(x).astype(np.float64) for x in jax.tree.leaves(tree)]
+        for tree in (params, rescaled)
+    )
+    for name, old in zip(names, before, strict=True):
+        if not np.isfinite(old).all():
+            raise ValueError(
+                f"only finite weights can be rescaled, but {name} holds NaN or "
+                "infinity; go back to where the network had not diverged."
+            )
+    for name, (_, leaf), old, new in zip(names, flat, before, after, strict=True):
+        lost = ~np.isfinite(new) | (np.sign(new) != np.sign(old))
         if lost.any():
             first = tuple(int(i) for i in np.argwhere(lost)[0])
             raise ValueError(
-                f"rescaled weights must be finite and keep their signs, but "
-                f"params{jax.tree_util.keystr(path)} at {first} goes from "
-                f"{before[first]} to {after[first]} in {result.dtype}; use factors "
-                "that are closer to 1, or parameters in a wider dtype."
+                f"rescaled weights must be finite and keep their signs, but {name} at "
+                f"{first} goes from {old[first]} to {new[first]} in "
+                f"{jnp.result_type(leaf)}; use factors that are closer to 1, or "
+                "parameters in a wider dtype."
             )
 
 
@@ -233,6 +243,7 @@ def rescaled_network(
 
 
 def _like(inputs: PyTree, seed: int) -> PyTree:
+    """Return random inputs, larger ones for later seeds: relu6 is a ReLU below 6."""
     rng = np.random.default_rng(seed)
 
     def draw(x):
@@ -240,7 +251,8 @@ def _like(inputs: PyTree, seed: int) -> PyTree:
             x = np.zeros(x.shape, x.dtype)
         if not jnp.issubdtype(x.dtype, jnp.floating):
             return x
-        return jnp.asarray(rng.normal(size=x.shape), x.dtype)
+        size = 8.0**seed if jnp.finfo(x.dtype).maxexp > 16 else 1.0
+        return jnp.asarray(size * rng.normal(size=x.shape), x.dtype)
 
     return jax.tree.map(draw, inputs)
 

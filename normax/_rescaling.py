@@ -199,6 +199,7 @@ def random_rescaling(
     """
     check_range("fraction", fraction, 0)
     check_range("log_std", log_std, 0)
+    params = jax.tree.map(jnp.asarray, params)
     layers, leaves = chained_layers(params), jax.tree.leaves(params)
     widths = [leaves[layer.kernel].shape[-1] for layer in layers[:-1]]
     dtype = np.dtype(_dtype(leaves, layers))

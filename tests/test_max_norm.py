@@ -7,6 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.optimize
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 import normax
 
@@ -79,6 +81,18 @@ def test_group_norms_at_any_scale(p):
     assert normax.max_norm(broken, p) == np.inf
     broken = [{"kernel": params[0]["kernel"].at[0, 0].set(jnp.nan)}]
     assert np.isnan(normax.max_norm(broken, p))
+
+
+def test_hidden_units_spread_over_an_explicit_mesh():
+    params = [w["kernel"] for w in draw(0, (3, 4, 4, 2), False, jnp.float32)]
+    expected = normax.balance(params)
+    mesh = jax.make_mesh((4,), ("units",), axis_types=(AxisType.Explicit,))
+    with jax.set_mesh(mesh):
+        kernels = zip(params, (P(None, "units"), P("units"), P("units")), strict=True)
+        sharded = [jax.device_put(w, NamedSharding(mesh, spec)) for w, spec in kernels]
+        found = normax.balance(sharded)
+    for got, want in zip(found, expected, strict=True):
+        np.testing.assert_allclose(got, want, 1e-6)
 
 
 def test_dtypes_and_refusals():

@@ -79,6 +79,10 @@ NOT_HOMOGENEOUS = {
         lambda params, h: jax.lax.cond(h[0, 0] > 0, lambda: h, lambda: -h),
         "cond",
     ),
+    "filled": (
+        lambda params, h: h.at[:, COLLIDING].get(mode="fill", fill_value=1.0),
+        "gather",
+    ),
     "two entries in one place": (
         lambda params, h: jnp.zeros((1, 4)).at[:, COLLIDING].set(h),
         "scatter",
@@ -235,6 +239,11 @@ def test_weight_norm_has_the_path_norm_of_its_effective_weights():
 def test_p_is_at_least_one(function, p):
     with pytest.raises(ValueError, match="p must be"):
         function(lambda params, x: x @ params["w"], PARAMS, X, p)
+
+
+def test_p_is_one_number():
+    with pytest.raises(ValueError, match=r"p must be one number.* shape \(2,\)"):
+        normax.path_norm(lambda params, x: x @ params["w"], PARAMS, X, np.ones(2))
 
 
 def test_complex_parameters_and_integer_inputs_raise():

@@ -65,9 +65,11 @@ def assert_scales(got, expected, rtol=3e-6):
 
 
 def check(forward, params, inputs, p=2.0, twin=None):
-    _, gradient = oracle(twin or forward, params, inputs, p)
+    value, gradient = oracle(twin or forward, params, inputs, p)
     expected = jax.tree.map(lambda g: np.float32(g ** (2 / p)), gradient)
     assert_scales(normax.path_scales(forward, params, inputs, p), expected)
+    norm = normax.path_norm(forward, params, inputs, p)
+    np.testing.assert_allclose(norm, value ** (1 / p), rtol=3e-6)
 
 
 # Every path written out.
@@ -359,6 +361,142 @@ def test_writing_into_arrays_and_cumulative_sums():
         "third": draw(6, 2), "fourth": draw(6, 1),
     }  # fmt: skip
     check(forward, params, shape(1, 2), 1.5)
+
+
+BROADCAST = {
+    "ones": lambda h: h * jnp.ones((1, 5, 1)),
+    "minus ones": lambda h: h * -jnp.ones((1, 5, 1)),
+    "divided": lambda h: h / jnp.ones((1, 5, 1)),
+    "maximum": lambda h: jnp.maximum(h, jnp.zeros((1, 5, 1))),
+    "no bound": lambda h: jnp.maximum(h, jnp.full((1, 5, 1), -jnp.inf)),
+    "leaky": lambda h: jnp.maximum(h, 0.5 * h * jnp.ones((1, 5, 1))),
+}
+
+
+@pytest.mark.parametrize("name", BROADCAST)
+def test_known_numbers_broadcast_activations(name):
+    def stretched(params, x, stretch):
+        h = relu(x @ params["first"])[:, None, :]
+        return relu(stretch(h) @ params["second"]), stretch(h)
+
+    forward = lambda params, x: stretched(params, x, BROADCAST[name])  # noqa: E731
+    twin = lambda v, x: stretched(v, x, BROADCAST["ones"])  # noqa: E731
+    params = {"first": draw(2, 3), "second": draw(3, 2)}
+    check(forward, params, shape(1, 2), twin=twin)
+
+
+def test_constants_made_inside_of_a_network_that_takes_a_batch():
+    def forward(params, x):
+        return relu(x @ (params["w"] * jnp.triu(jnp.ones((3, 3))))) @ jnp.eye(3, 2)
+
+    params = {"w": draw(3, 3)}
+    found = normax.path_scales(forward, params, shape(7, 3))
+    _, gradient = oracle(forward, params, shape(1, 3), 2.0)
+    expected = jax.tree.map(np.float32, gradient)
+    assert_scales(found, expected)
+
+
+def test_entries_that_nothing_fills():
+    index = jnp.array([2, 7, 0, -9])
+
+    def forward(params, x):
+        rows = params["table"].at[index].get(mode="fill", fill_value=0)
+        h = relu(x @ params["w"]).at[:, index].get(mode="fill", fill_value=0)
+        return h @ params["v"] + (x @ params["w"]) @ rows
+
+    params = {"w": draw(2, 4), "table": draw(4, 3), "v": draw(4, 3)}
+    check(forward, params, shape(1, 2))
+
+
+def test_what_a_maximum_leaves_out_has_no_paths():
+    mask = jnp.array([True, False, True])
+
+    def forward(params, x):
+        h = x @ params["w"] + params["b"]
+        one = jnp.max(h, axis=-1, where=mask, initial=-jnp.inf)
+        other = jnp.max(jnp.where(mask, h, -jnp.inf), axis=-1)
+        largest, _ = jax.lax.scan(
+            lambda most, row: (jnp.maximum(most, row @ params["v"]), None),
+            jnp.full((1, 2), -jnp.inf),
+            h[:, mask].T[:, None, :],
+        )
+        return one, other, largest
+
+    def twin(v, x):
+        kept = (x @ v["w"] + v["b"])[:, mask]
+        return kept.sum(), kept.sum(), (kept.T[:, None, :] @ v["v"]).sum()
+
+    params = {"w": draw(2, 3), "b": draw(1, 3), "v": draw(1, 2)}
+    check(forward, params, shape(1, 2), 1.5, twin)
+
+
+@pytest.mark.parametrize("start", ["learned", "ones"])
+def test_scans_that_start_at_a_weight(start):
+    def forward(params, x):
+        h = params["h"] if start == "learned" else jnp.ones((1, 3))
+        step = lambda h, x: (relu(h @ params["v"] + x @ params["w"]), None)  # noqa: E731
+        return jax.lax.scan(step, h, jnp.stack([x, x]))[0]
+
+    params = {"h": draw(1, 3), "v": draw(3, 3), "w": draw(2, 3)}
+    if start == "ones":
+        del params["h"]
+    check(forward, params, shape(1, 2), 1.5)
+
+
+def deep(weights, x):
+    for w in weights:
+        x = relu(x * w)
+    return x
+
+
+BESIDE = {
+    "head": lambda p, x: deep(p["deep"], x) @ p["zero"] + p["b"][None],
+    "residual": lambda p, x: deep(p["deep"], x) @ p["zero"] + x @ p["b"][None],
+    "concatenated": lambda p, x: (
+        jnp.concatenate([deep(p["deep"], x) @ p["zero"], x], -1) @ p["both"]
+    ),
+}
+
+
+@pytest.mark.parametrize("size", [1e3, 1e-3])
+@pytest.mark.parametrize("name", BESIDE)
+def test_numbers_beside_dead_ones_keep_their_size(name, size):
+    params = {"deep": [jnp.full((1, 1), size)] * 40, "zero": jnp.zeros((1, 1))}
+    params |= {"b": jnp.full((1,), 3.0), "both": jnp.array([[2.0], [3.0]])}
+    norm = normax.path_norm(BESIDE[name], params, shape(1, 1))
+    np.testing.assert_allclose(norm, 3.0, rtol=1e-6)
+
+
+@pytest.mark.parametrize(("size", "expected"), [(1e3, 1e120), (1e-3, 2.0)])
+def test_the_larger_of_path_and_bias_counts(size, expected):
+    params = {"deep": [jnp.full((1, 1), size)] * 40, "b": jnp.full((1,), 2.0)}
+    forward = lambda p, x: deep(p["deep"], x) + p["b"][None]  # noqa: E731
+    norm = normax.log_path_norm(forward, params, shape(1, 1))
+    np.testing.assert_allclose(norm, np.log(expected), rtol=1e-6)
+    without = params | {"b": jnp.zeros((1,))}
+    norm = normax.log_path_norm(forward, without, shape(1, 1))
+    np.testing.assert_allclose(norm, 40 * np.log(size), rtol=1e-6)
+
+
+def test_concatenated_weights_are_edges_of_their_own():
+    def forward(params, x):
+        kernel = jnp.concatenate([params["w"], -params["w"]], axis=1)
+        return relu(x @ kernel) @ params["v"]
+
+    def twin(v, x):
+        return x @ jnp.concatenate([v["w"], v["w"]], axis=1) @ v["v"]
+
+    check(forward, {"w": draw(2, 3), "v": draw(6, 1)}, shape(1, 2), 1.5, twin)
+
+
+def test_scans_of_no_step():
+    def forward(params, x):
+        step = lambda h, w: (relu(h @ w), None)  # noqa: E731
+        return jax.lax.scan(step, x, params["none"])[0] @ params["w"]
+
+    params = {"none": jnp.zeros((0, 2, 2)), "w": draw(2, 1)}
+    norm = normax.path_norm(forward, params, shape(1, 2))
+    np.testing.assert_allclose(norm, np.linalg.norm(params["w"]), rtol=1e-6)
 
 
 def test_inputs_of_many_arrays_and_outputs_of_many():

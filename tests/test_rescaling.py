@@ -208,6 +208,27 @@ def test_factors_far_out_of_the_range_of_products():
         np.testing.assert_allclose(mlp(rescaled, x), mlp(wide, x), 1e-12)
 
 
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_weights_that_are_not_finite_are_named(bad):
+    broken = mlp_params()
+    broken["Dense_3"]["bias"] = broken["Dense_3"]["bias"].at[0].set(bad)
+    for change in (
+        normax.balance,
+        lambda params: normax.rescale_units(params, [2.0, 3.0]),
+        lambda params: normax.random_rescaling(KEY, params),
+    ):
+        with pytest.raises(ValueError, match=r"finite.*params.*holds NaN or infinity"):
+            change(broken)
+
+
+def test_arrays_of_numpy():
+    params = [np.ones((2, 400)), np.ones((400, 1))]
+    rescaled = normax.random_rescaling(KEY, params, log_std=3.0)
+    assert {w.dtype for w in rescaled} == {jnp.dtype(jnp.float32)}
+    x = np.ones((1, 2), np.float32)
+    assert_close(jax.nn.relu(x @ rescaled[0]) @ rescaled[1], [[800.0]], 1e-5)
+
+
 def conv_shapes(*shapes):
     return {f"Conv_{i}": jnp.ones(shape) for i, shape in enumerate(shapes)}
 
@@ -287,6 +308,14 @@ def test_forward_is_checked():
             match = rf"(?s)Dense_0.*Dense_4.*applies `{primitive}`"
             with pytest.raises(ValueError, match=match):
                 normax.rescale_units(SQUARE, factors, forward=stack(breaks), **given)
+    # Saturated by no input of moderate size.
+    small = jax.tree.map(lambda w: 0.2 * w, SQUARE)
+    for change in (
+        normax.balance,
+        lambda *a, **k: normax.rescale_units(*a, [2.0] * 5, **k),
+    ):
+        with pytest.raises(ValueError, match="applies `min`"):
+            change(small, forward=stack(jax.nn.relu6), **given)
     tied = r"Dense_0'\], .*Dense_2'\], .*Dense_4'\] changes.*residual.*same factors"
     for change in (
         normax.balance,
