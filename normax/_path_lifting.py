@@ -30,6 +30,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import itertools
 import math
 import os
 from collections.abc import Callable, Sequence
@@ -44,18 +45,34 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
 
 from normax._path_arithmetic import PathArithmetic, Scaled
 
+Ranges = Sequence[tuple[int, int]]
 Factors = tuple[Scaled, ...]  # a product, whose factors broadcast to one shape
 
 
 @dataclasses.dataclass(eq=False)
 class Origin:
-    """A parameter, or an input of a scan's body that depends on parameters.
+    """A parameter, a part of one, or an input of a scan's body that depends on some.
 
     Attributes:
       names: What to call the parameters in errors.
+      part: The array that this is a part of, and its range along every axis, None
+        where that is unknown.
     """
 
     names: frozenset[str]
+    part: tuple[Weight, Ranges | None] | None = None
+
+    def overlaps(self, other: Origin) -> bool:
+        """Return whether both may hold the same entries."""
+        if self is other:
+            return True
+        if self.part is None:
+            return other.part is not None and other.overlaps(self)
+        array, ranges = self.part
+        if other.part and other.part[0] is array and ranges and other.part[1]:
+            pairs = zip(ranges, other.part[1], strict=True)
+            return all(max(a, c) < min(b, d) for (a, b), (c, d) in pairs)
+        return any(whole.overlaps(other) for whole in array.params)
 
 
 @dataclasses.dataclass(eq=False)
@@ -193,6 +210,23 @@ def _users_line(eqn: JaxprEqn) -> str | None:
     return None
 
 
+def _ranges_of_parts(eqn: JaxprEqn, array: Weight) -> Sequence[Ranges | None]:
+    """Return what parts of an array an equation takes, None where that is unknown."""
+    shape, params = array.shape, eqn.params
+    if eqn.primitive.name == "slice":
+        limits = zip(params["start_indices"], params["limit_indices"], strict=True)
+        return [list(limits)]
+    if eqn.primitive.name != "split":
+        return [None] * len(eqn.outvars)
+    ends = np.cumsum(params["sizes"]).tolist()
+    parts = []
+    for start, end in itertools.pairwise([0, *ends]):
+        ranges = [(0, n) for n in shape]
+        ranges[params["axis"]] = (start, end)
+        parts.append(ranges)
+    return parts
+
+
 def may_collide(eqn: JaxprEqn) -> bool:
     """Return whether an equation may write several entries to one place."""
     return eqn.primitive.name == "scatter" and not eqn.params["unique_indices"]
@@ -297,8 +331,10 @@ class PathTransform:
         name = eqn.primitive.name
         if name in SLICES and depends:  # layers of a stack are parameters of their own
             names = frozenset[str]().union(*(origin.names for origin in depends))
-            for result in results:
-                result.params = frozenset([Origin(names)])
+            for result, ranges in zip(
+                results, _ranges_of_parts(eqn, inputs[0]), strict=True
+            ):
+                result.params = frozenset([Origin(names, (inputs[0], ranges))])
         if name in UNIFORM and len(inputs) == 1 and inputs[0].uniform is not None:
             sign = -1 if name == "neg" else 1
             results[0].uniform = sign * inputs[0].uniform
@@ -311,8 +347,13 @@ class PathTransform:
         if depends:
             pull = WEIGHT_PULLS.get(name)
             joined = name in ("concatenate", "stack")  # not added or multiplied
-            twice = len(inputs) == 2 and inputs[0].params & inputs[1].params
-            shared = twice and not joined
+            shared = (
+                len(inputs) == 2
+                and not joined
+                and any(
+                    a.overlaps(b) for a in inputs[0].params for b in inputs[1].params
+                )
+            )
             inverse = name == "div" and inputs[1].params
             if pull is None or shared or inverse or may_collide(eqn):
                 self.refuse(results, name)

@@ -208,6 +208,14 @@ def weight_norm(params, x):
         (lambda params, x: x @ (params["w"] @ params["v"]), "w", "dot_general"),
         (lambda params, x: x @ params["v"] / params["g"], "g", "div"),
         (lambda params, x: x @ params["v"] + params["g"] + params["g"], "g", "add"),
+        (lambda params, x: x @ (params["v"] - params["v"][:1]), "v", "sub"),
+        (lambda params, x: x[:, :3] @ (params["v"][:3] + params["v"][1:]), "v", "add"),
+        (lambda params, x: x[:, 0:1] @ (params["v"][:1] * params["v"][:1]), "v", "mul"),
+        (
+            lambda params, x: x @ params["w"] + params["w"][0:1] - params["w"][0:1],
+            "w",
+            "sub",
+        ),
         (
             lambda params, x: x @ jnp.ones((4, 1)).at[COLLIDING].set(params["v"]),
             "v",

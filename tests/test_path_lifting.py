@@ -489,6 +489,21 @@ def test_concatenated_weights_are_edges_of_their_own():
     check(forward, {"w": draw(2, 3), "v": draw(6, 1)}, shape(1, 2), 1.5, twin)
 
 
+def test_parts_of_a_parameter_are_combined():
+    def forward(params, x):
+        first, second = jnp.split(params["split"], 2, axis=1)
+        x = x @ (params["stack"][0] * params["stack"][1]) + params["b"][:1]
+        return relu(x + params["b"][1:]) @ (first * second)
+
+    def twin(v, x):
+        x = x @ (v["stack"][0] * v["stack"][1]) + v["b"].sum(0, keepdims=True)
+        return x @ (v["split"][:, :2] * v["split"][:, 2:])
+
+    params = {"stack": draw(2, 2, 2), "b": draw(2, 2), "split": draw(2, 4)}
+    params = jax.tree.map(jnp.abs, params)
+    check(forward, params, shape(1, 2), 1.0, twin)
+
+
 def test_scans_of_no_step():
     def forward(params, x):
         step = lambda h, w: (relu(h @ w), None)  # noqa: E731
