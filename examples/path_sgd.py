@@ -78,7 +78,6 @@ RULES: dict[str, Callable[[jax.Array], optax.GradientTransformation]] = {
 STARTS = ("balanced", "unbalanced")
 PERCENT_TICKS = (0, 0.001, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1)
 TENTHS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 1)
-POINT = ("rule", "start", "seed", "step_size")
 MEASURES = ("cross_entropy", "training_error", "test_error")
 
 
@@ -254,17 +253,15 @@ def run(
         errors = normax.grid_sweep(make(True), grid, **sweep_options)["test_error"]
         runs = np.concatenate(np.asarray(errors)[..., 1:])
         chosen = [STEP_SIZES[fastest(curves)] for curves in runs]
-        points = {
-            "start": np.repeat(np.arange(len(STARTS)), seeds),
-            "seed": np.tile(np.arange(seeds), len(STARTS)),
-            "step_size": np.resize(chosen, len(STARTS) * seeds),
-        }
+        starts, numbers = np.divmod(np.arange(len(STARTS) * seeds), seeds)
+        points = {"start": starts, "seed": numbers}
+        points |= {"step_size": np.resize(chosen, starts.size)}
         curves = normax.sweep(make(False), points, **sweep_options)
-        points |= {"rule": np.full(len(STARTS) * seeds, rule)}
-        points["start"] = np.take(STARTS, points["start"])
-        shape = len(STARTS) * seeds, setting.epochs + 1
-        columns = {name: np.repeat(points[name], shape[1]) for name in POINT}
-        columns["epoch"] = np.tile(np.arange(shape[1]), shape[0])
+        points = {"rule": np.full(starts.size, rule), **points}
+        points |= {"start": np.take(STARTS, starts)}
+        epochs = np.arange(setting.epochs + 1)
+        columns = {name: np.repeat(x, epochs.size) for name, x in points.items()}
+        columns |= {"epoch": np.tile(epochs, starts.size)}
         rows.append(columns | {name: np.ravel(curves[name]) for name in MEASURES})
     return {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}
 

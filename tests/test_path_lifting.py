@@ -420,11 +420,13 @@ def test_what_a_maximum_leaves_out_has_no_paths():
             jnp.full((1, 2), -jnp.inf),
             h[:, mask].T[:, None, :],
         )
-        return one, other, largest
+        least = jnp.min(h, axis=-1, where=mask, initial=jnp.inf)
+        return one, other, largest, least
 
     def twin(v, x):
         kept = (x @ v["w"] + v["b"])[:, mask]
-        return kept.sum(), kept.sum(), (kept.T[:, None, :] @ v["v"]).sum()
+        rows = kept.T[:, None, :] @ v["v"]
+        return kept.sum(), kept.sum(), rows.sum(), kept.sum()
 
     params = {"w": draw(2, 3), "b": draw(1, 3), "v": draw(1, 2)}
     check(forward, params, shape(1, 2), 1.5, twin)
@@ -476,6 +478,18 @@ def test_the_larger_of_path_and_bias_counts(size, expected):
     without = params | {"b": jnp.zeros((1,))}
     norm = normax.log_path_norm(forward, without, shape(1, 1))
     np.testing.assert_allclose(norm, 40 * np.log(size), rtol=1e-6)
+
+
+def test_what_is_below_the_range_of_its_layer_counts_as_zero():
+    def forward(params, x):
+        return jnp.concatenate([deep(params["deep"], x), x], -1) @ params["last"]
+
+    params = {"deep": [jnp.full((1, 1), 1e3)] * 40, "last": jnp.array([[0.0], [1.0]])}
+    assert normax.path_norm(forward, params, shape(1, 1)) == 0
+    norm = normax.log_path_norm(
+        forward, params | {"last": jnp.ones((2, 1))}, shape(1, 1)
+    )
+    np.testing.assert_allclose(norm, 40 * np.log(1e3), rtol=1e-6)
 
 
 def test_concatenated_weights_are_edges_of_their_own():
