@@ -6,6 +6,7 @@ values and the tolerance. They compare values, so inside `jax.jit` they need
 """
 
 import functools
+import math
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
@@ -19,8 +20,8 @@ from normax._norms import at_least_float32, inner_product, nonzero, vector_norm
 # Below this fraction of the largest of its kind, a gradient in float32 may be the
 # rounding of terms that cancel, and is held to the larger one's tolerance.
 _NOISE = 1e-3
-# Powers of two, so that rescaling rounds nothing; their products are not 1.
-_FACTORS = ((4.0, 0.5), (0.5, 4.0))
+# Of the factors 1/2, 2, 4 and 8: rescaling by powers of two rounds nothing.
+_EXPONENTS = np.array([-1, 1, 2, 3])
 
 
 class Comparison(NamedTuple):
@@ -181,8 +182,20 @@ class Rescaling(NamedTuple):
     params: PyTree
 
 
+def _exponents(shape: tuple[int, ...]) -> Iterator[np.ndarray]:
+    """Draw exponents for vectors; each changes, and no two agree in all draws."""
+    base, count = len(_EXPONENTS), math.prod(shape)
+    # The digits of numbers in random order: a function may know of groups and
+    # neighbours, or of any one pair.
+    numbers = np.random.default_rng(0).permutation(count).reshape(shape)
+    draw = 0
+    while draw < 2 or base**draw < count:
+        yield np.roll(_EXPONENTS, -draw)[numbers // base**draw % base]
+        draw += 1
+
+
 def rescalings(params: PyTree, axes: Axes) -> Iterator[Rescaling]:
-    """Rescale the weight vectors of one array after another, each in two ways."""
+    """Rescale the weight vectors of one array after another, each in several ways."""
     treedef: Any
     paths, treedef = jax.tree_util.tree_flatten_with_path(params)
     leaves = [leaf for _, leaf in paths]
@@ -193,12 +206,13 @@ def rescalings(params: PyTree, axes: Axes) -> Iterator[Rescaling]:
             jax.tree_util.keystr(paths[position][0]),
             jnp.asarray(leaves[position]),
         )
-        shape = [1 if i in vector_axes else n for i, n in enumerate(w.shape)]
-        # A checkerboard: along every axis that counts vectors, neighbours differ.
-        even = np.indices(shape).sum(axis=0) % 2 == 0
-        for pair in _FACTORS:
-            where = f"params{path}, vectors over axes {vector_axes} times {pair}"
-            factors = jnp.where(even, *pair).astype(w.dtype)
+        shape = tuple(1 if i in vector_axes else n for i, n in enumerate(w.shape))
+        for draw, exponents in enumerate(_exponents(shape)):
+            where = (
+                f"params{path}, vectors over axes {vector_axes} times 1/2, 2, 4 or 8 "
+                f"(draw {draw})"
+            )
+            factors = jnp.asarray(2.0**exponents, w.dtype)
             rescaled = treedef.unflatten(
                 w * factors if i == position else leaf for i, leaf in enumerate(leaves)
             )
@@ -218,9 +232,9 @@ def assert_scale_invariant(
 
     $$f(\dots, \alpha w, \dots) = f(\dots, w, \dots), \qquad \alpha > 0$$
 
-    The vectors of one array after another are rescaled, neighbours by different
-    factors out of 4 and 1/2, and then the other way round. Every entry of an output
-    must keep its value to within `rtol` of the largest.
+    The vectors of one array after another are rescaled, by random factors out of 1/2,
+    2, 4 and 8, at least twice and until every two vectors have had different ones.
+    Every entry of an output must keep its value to within `rtol` of the largest.
 
     Args:
       fn: Called as `fn(params)`; returns a pytree of arrays. It is compiled.

@@ -1,6 +1,7 @@
 """Assertions about weight vectors: they pass what is right and name what is wrong."""
 
 import functools
+import itertools
 
 import chex
 import jax
@@ -164,6 +165,25 @@ def test_functions_that_come_close_to_invariance(fn, axes):
     w = draw()["dense"]["kernel"]
     with pytest.raises(AssertionError, match="assert_scale_invariant"):
         normax.assert_scale_invariant(fn, 1.5 * w / jnp.linalg.norm(w), axes)
+
+
+@pytest.mark.parametrize("check", ABOUT_A_LOSS[:2])
+def test_no_two_vectors_are_rescaled_alike(check):
+    # Layer norm over every other unit, every third, or blocks: what the units of a
+    # group have in common does not count.
+    x, w = np.random.default_rng(1).normal(size=(16, 5)), jnp.eye(5, 24) + 0.1
+    for shape, axis in (((16, 12, 2), 1), ((16, 8, 3), 1), ((16, 6, 4), 2)):
+
+        def grouped(w, shape=shape, axis=axis):
+            z = (x @ w).reshape(shape)
+            z = (z - z.mean(axis, keepdims=True)) / z.std(axis, keepdims=True)
+            return jnp.sum(jnp.sin(z) ** 3)
+
+        with pytest.raises(AssertionError, match=check.__name__):
+            check(grouped, w, "unit")
+    for i, j in itertools.combinations(range(0, 24, 3), 2):
+        with pytest.raises(AssertionError, match=check.__name__):
+            check(lambda w, i=i, j=j: w[0, i] / jnp.linalg.norm(w[:, j]), w, "unit")
 
 
 def test_one_array_at_a_time():
