@@ -13,6 +13,7 @@ Vector = list[jax.Array]  # of one dtype
 Product = Callable[[Vector], Vector]
 
 _HISTORY = 100  # values of the model that are remembered
+_NOISE = 16  # rounding of a product, in units of the precision
 
 
 def inner(x: Vector, y: Vector) -> jax.Array:
@@ -27,6 +28,17 @@ def add(x: Vector, scale: jax.Array, y: Vector) -> Vector:
 
 def divide(x: Vector, y: Vector) -> Vector:
     return [a / b for a, b in zip(x, y, strict=True)]
+
+
+def multiply(scale: jax.Array, x: Vector) -> Vector:
+    return [scale * a for a in x]
+
+
+def magnitude(x: Vector) -> jax.Array:
+    """Return the power of two next to the largest entry, 1 if all are 0."""
+    largest = jnp.max(jnp.stack([jnp.max(jnp.abs(a), initial=0) for a in x]))
+    _, exponent = jnp.frexp(jax.lax.stop_gradient(largest))
+    return jnp.ldexp(jnp.ones_like(largest), jnp.clip(exponent, -126, 126))
 
 
 class _Search(NamedTuple):
@@ -56,8 +68,9 @@ def conjugate_gradients(
     $$\phi(x_i) - \phi(x_{i-k}) \ge k\,\epsilon\,\phi(x_i), \qquad
     i > k = \min(\max(10, \lfloor i / 10\rfloor), 99).$$
 
-    Also stop where the curvature $\langle d, A d\rangle$ is not positive: after a step
-    by its absolute value, or without one where it is below rounding.
+    Also stop where the residual is rounding; and where the curvature $\langle d, A
+    d\rangle$ is not positive: after a step by its absolute value, or without one where
+    it is rounding. Rounding has a part in the null space of $A$.
 
     Args:
       product: The map $x \mapsto A x$, symmetric.
@@ -71,7 +84,10 @@ def conjugate_gradients(
     Returns:
       $x$, and the number of iterations.
     """
-    eps = float(jnp.finfo(vector[0].dtype).eps)
+    noise = _NOISE * float(jnp.finfo(vector[0].dtype).eps)
+    # What is linear in the right-hand side neither overflows nor underflows.
+    scale = magnitude(vector)
+    vector = multiply(1 / scale, vector)
 
     def body(now: _Search) -> _Search:
         image = product(now.direction)
@@ -79,7 +95,7 @@ def conjugate_gradients(
         scaled = [m * d for m, d in zip(metric, now.direction, strict=True)]
         size = inner(now.direction, scaled)
         largest = jnp.maximum(now.largest, jnp.abs(curvature) / nonzero(size))
-        flat = jnp.abs(curvature) <= eps * largest * size
+        flat = jnp.abs(curvature) <= noise * largest * size
         step = jnp.where(flat, 0, now.square / jnp.where(flat, 1, jnp.abs(curvature)))
         residual = add(now.residual, -step, image)
         conditioned = divide(residual, metric)
@@ -90,10 +106,11 @@ def conjugate_gradients(
         k = jnp.clip(count // 10, 10, _HISTORY - 1)
         progress = value - now.values[(count - k) % _HISTORY]
         slow = (count > k) & (progress >= k * tolerance * value)
-        settled = decrease <= (8 * eps) ** 2 * jnp.abs(value)
+        settled = decrease <= noise**2 * jnp.abs(value)
+        solved = ~(square > noise**2 * first)
         return _Search(
             count,
-            slow | settled | flat | ~(curvature > 0) | ~(square > 0),
+            slow | settled | solved | flat | ~(curvature > 0),
             add(now.x, step, now.direction),
             residual,
             add(conditioned, square / now.square, now.direction),
@@ -103,7 +120,7 @@ def conjugate_gradients(
         )
 
     conditioned = divide(vector, metric)
-    square = inner(vector, conditioned)
+    square = first = inner(vector, conditioned)
     search = jax.lax.while_loop(
         lambda now: (now.iterations < limit) & ~now.done,
         body,
@@ -118,4 +135,4 @@ def conjugate_gradients(
             jnp.zeros_like(square),
         ),
     )
-    return search.x, search.iterations
+    return multiply(scale, search.x), search.iterations

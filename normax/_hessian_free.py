@@ -27,6 +27,8 @@ from normax._conjugate_gradients import (
     conjugate_gradients,
     divide,
     inner,
+    magnitude,
+    multiply,
 )
 from normax._norms import at_least_float32, nonzero
 
@@ -155,11 +157,12 @@ def hessian_free(
 
     *Conjugate gradients* start from the last step's solution times `warm_start` (from
     0, if that has no lower model than 0), and stop when the model's last $k$ values
-    have decreased by less than $k\,\epsilon$ of it, $k = \max(10, i / 10)$. At
-    negative curvature they end with a step along it, as long as if the curvature were
-    positive; where there is no curvature, without one. They are preconditioned if
-    `update` is given `curvature_diagonal`, a pytree like the parameters of numbers
-    $c \ge 0$, by $(c + \lambda + \mu)^\xi$. Martens takes $\xi = 3/4$ and the squares
+    have decreased by less than $k\,\epsilon$ of it, $k = \max(10, i / 10)$, or when
+    what is left of the gradient is rounding. At negative curvature they end with a
+    step along it, as long as if the curvature were positive; where there is no
+    curvature, without one. They are preconditioned if `update` is given
+    `curvature_diagonal`, a pytree like the parameters of numbers $c \ge 0$, by
+    $(c + \lambda + \mu)^\xi$. Martens takes $\xi = 3/4$ and the squares
     of the gradients of single examples, added up as the loss is. With the diagonal of
     $B$, $\xi = 1$ and no damping, no step depends on the units of the parameters,
     converged or not.
@@ -180,7 +183,8 @@ def hessian_free(
     some arrays only, it is so of Gauss-Newton steps that have converged or are
     preconditioned by the diagonal with $\xi = 1$. Damping breaks this: it
     is a curvature, and belongs to one scale of the weights. Under weight decay
-    norms go to 0 as $(1 - \eta)^t$ with undamped Gauss-Newton steps.
+    norms go to 0 as $(1 - \eta)^t$ with undamped Gauss-Newton steps. In float32 they
+    may be between $10^{-15}$ and $10^{15}$.
 
     Derivatives through `update` are those of the linear system, solved likewise;
     $\alpha$, the change of $\mu$ and the number of iterations count as constants.
@@ -324,11 +328,17 @@ def hessian_free(
             return add(undamped(v), shift, v)
 
         gradient = add(gradient, decay, w)
+        # The system is solved in units of the weights: of a scale-invariant loss, the
+        # curvature is inverse to their square. Where it is not, zeros and very small
+        # weights say nothing.
+        unit = jnp.clip(magnitude(w), 2.0**-50, 2.0**50)
         if curvature_diagonal is None:
             metric = [jnp.ones((), dtype) for _ in w]
         else:
             power = jnp.asarray(preconditioner_power, dtype)
-            diagonal = [c + decay + mu for c in pick(curvature_diagonal)]
+            diagonal = [
+                unit * (c + decay + mu) * unit for c in pick(curvature_diagonal)
+            ]
             metric = [jax.lax.stop_gradient(nonzero(c) ** power) for c in diagonal]
 
         # From the last solution, unless the model is no lower there than at 0.
@@ -340,10 +350,14 @@ def hessian_free(
             [jnp.where(kept, x, 0) for x in vector] for vector in (last, image)
         ]
         vector = [-g - a for g, a in zip(gradient, image, strict=True)]
-        square = inner(vector, divide(vector, metric))
-        start = jax.lax.stop_gradient(jnp.where(kept, height, 0) / nonzero(square))
+        vector = multiply(unit, vector)
+        size = magnitude(vector)
+        scaled = multiply(1 / size, vector)
+        square = inner(scaled, divide(scaled, metric))
+        height = jnp.where(kept, height, 0) / size / size
+        start = jax.lax.stop_gradient(height / nonzero(square))
         change, iterations = jax.lax.custom_linear_solve(
-            lambda v: product(v, decay + mu),
+            lambda v: multiply(unit, product(multiply(unit, v), decay + mu)),
             vector,
             lambda product, vector: conjugate_gradients(
                 product, vector, metric, start, tolerance, cg_iterations
@@ -351,7 +365,7 @@ def hessian_free(
             symmetric=True,
             has_aux=True,
         )
-        direction = add(last, jnp.ones((), dtype), change)
+        direction = add(last, unit, change)
 
         rate = learning_rate(state.count) if callable(learning_rate) else learning_rate
         step = [jnp.asarray(rate, dtype) * p for p in direction]

@@ -1,6 +1,7 @@
 """Hessian-free optimization against matrices: NumPy, Newton, scales, memory."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -453,6 +454,55 @@ def test_effective_learning_rate_visits_the_same_functions(functions):
         np.testing.assert_allclose(original, 7 * effective, rtol=1e-5)
     damped = [direction_of(run(alpha, rate, 0.0, 100, 0.1)) for alpha in (1.0, 7.0)]
     assert jnp.max(jnp.abs(damped[0] - damped[1])) > 0.01
+
+
+@pytest.mark.parametrize("preconditioned", [False, True])
+def test_rounding_is_no_direction(preconditioned):
+    """The step is that of the pseudo-inverse, whatever the scale of the weights.
+
+    The loss does not depend on the length of w, so that the matrix has a null space;
+    of the solutions, the smallest in the metric of the preconditioner is found.
+    It takes conjugate gradients as many iterations as there are other directions; what
+    is left of the residual then is rounding, with a part along w.
+    """
+    for dimension, seed in itertools.product((3, 4, 6), range(3)):
+        rng = np.random.default_rng(seed)
+        x, w = rng.normal(size=(50, dimension)), rng.normal(size=dimension)
+        w /= np.linalg.norm(w)
+        y = np.sin(x[:, 0]) + x[:, 1]
+
+        def outputs(w, x=x):
+            return jnp.asarray(x, w.dtype) @ (2 * w / jnp.linalg.norm(w))
+
+        def loss_of_outputs(z, y=y):
+            return jnp.mean((z - jnp.asarray(y, z.dtype)) ** 2)
+
+        tangent = np.eye(dimension) - np.outer(w, w)
+        jacobian = 2 * x @ tangent
+        gradient = 2 / 50 * jacobian.T @ (2 * x @ w - y)
+        matrix = 2 / 50 * jacobian.T @ jacobian
+        root = np.diag(np.diag(matrix) ** (-0.375 if preconditioned else 0))
+        inverse = root @ np.linalg.pinv(root @ matrix @ root, rcond=1e-9) @ root
+        expected = -inverse @ gradient
+
+        def loss(w, outputs=outputs, loss_of_outputs=loss_of_outputs):
+            return loss_of_outputs(outputs(w))
+
+        for scale in (1e-15, 1e-9, 0.1, 1.0, 3.0, 1e4, 1e12, 1e15):
+            start = jnp.asarray(w * scale, jnp.float32)
+            diagonal = jnp.asarray(np.diag(matrix) / scale**2, jnp.float32)
+            state = solve(
+                loss,
+                start,
+                (outputs, loss_of_outputs),
+                diagonal=diagonal if preconditioned else None,
+                damping=0.0,
+                cg_tolerance=5e-4,
+                preconditioner_power=0.75,
+            )[1]
+            direction = first(state.direction).astype(np.float64) / scale
+            error = np.linalg.norm(direction - expected) / np.linalg.norm(expected)
+            assert error < 1e-3, (dimension, seed, scale)
 
 
 def test_scale_of_some_of_the_arrays():
