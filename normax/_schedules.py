@@ -1,11 +1,14 @@
 r"""Learning rates in closed form: schedules, and the optimum on quadratics."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from normax._checks import check_positive, check_range
-from normax._norms import at_least_float32
+from normax._norms import at_least_float32, nonzero
 
 
 def exponential_equivalent_schedule(
@@ -32,10 +35,12 @@ def exponential_equivalent_schedule(
     are the roots of $r^2 - (1 + \rho - \eta\lambda)\,r + \rho$. Nesterov momentum has
     no such schedule: its step mixes two gradients, taken at different scales.
 
-    The relative error of the rate is that of its type times the exponent
-    $2t\,\eta\lambda / (1-\rho)$. Where this exceeds about 88 (float64: 709) the rate
-    leaves the range of the type and is infinite: such a run needs float64, or to be
-    continued from rescaled weights. The weights grow by half the exponent.
+    The relative error of the rate is a few times that of its type times the exponent
+    $\log(\eta_t / \eta) \approx 2t\,\eta\lambda / (1-\rho)$. Close to the limit, $\eta
+    \lambda = (1-\sqrt\rho)^2$, it is the square of the exponent that counts, in float64
+    or where an argument is traced. Where the exponent exceeds about 88 (float64: 709)
+    the rate leaves the range of the type and is infinite: such a run needs float64, or
+    to be continued from rescaled weights. The weights grow by half the exponent.
 
     Args:
       learning_rate: Constant learning rate $\eta$ of the run with decay, positive.
@@ -62,29 +67,50 @@ def exponential_equivalent_schedule(
     check_positive("learning_rate", learning_rate)
     check_range("weight_decay", weight_decay, low=0)
     check_range("momentum", momentum, low=0, below=1)
+    given = learning_rate, weight_decay, momentum
+    dtype = at_least_float32(*given)[0].dtype
+    known = not any(isinstance(value, jax.core.Tracer) for value in given)
+    # Known numbers are not rounded to float32 first: near the limit of the decay what
+    # remains of the difference of the roots would be rounding.
+    xp: Any = np if known else jnp
+    eta, lam, rho = xp.broadcast_arrays(
+        *(xp.asarray(value, np.float64 if known else dtype) for value in given)
+    )
+    decay = eta * lam
     check_range(
         "learning_rate * weight_decay / (1 - sqrt(momentum))**2",
-        learning_rate * weight_decay / (1 - momentum**0.5) ** 2,
+        decay * ((1 + rho**0.5) / (1 - rho)) ** 2,
         low=0,
         below=1,
     )
-    eta, lam, rho = jnp.broadcast_arrays(
-        *at_least_float32(learning_rate, weight_decay, momentum)
+    # (r_+ - r_-)^2, without the root of rho, which has no derivative at 0.
+    discriminant = (1 - rho - decay) ** 2 - 4 * rho * decay
+    if known:
+        # Below the limit it is positive, but for rounding.
+        discriminant = np.maximum(discriminant, 0)
+    width = xp.sqrt(discriminant)
+    root = (1 - decay + rho + width) / 2
+    slow = 2 * decay / (1 - rho + decay + width)
+    small = xp.minimum(slow, 0.5)
+    log_root = xp.where(slow < 0.5, xp.log1p(-small), xp.log(root))
+    ratio = rho / root**2
+    # 1 - ratio; smaller than 1, so that the power 0 of the ratio 0 is 1.
+    gap = xp.minimum(width / root, 1 - jnp.finfo(dtype).eps)
+    eta, log_root, share, gap, log_ratio = (
+        jnp.asarray(constant, dtype)
+        for constant in (eta, log_root, slow * ratio, gap, xp.log1p(-gap))
     )
-    decay = eta * lam
-    # 1 - r of both roots, without cancellation in the small one.
-    middle = 1 - rho + decay
-    width = jnp.sqrt(middle**2 - 4 * decay)
-    slow, fast = 2 * decay / (middle + width), (middle + width) / 2
-    log_root = jnp.log1p(-slow)
-    ratio = rho / (1 - slow) ** 2
-    share = (slow - decay) / (fast - slow)
 
     def schedule(count):
-        t = jnp.asarray(count, eta.dtype)
-        # a_t = r_+^t (1 + share (1 - ratio^t))
-        transient = (1 + share * (1 - ratio**t)) * (1 + share * (1 - ratio ** (t + 1)))
-        return eta * jnp.exp(-(2 * t + 1) * log_root) / transient
+        t = jnp.asarray(count, dtype)
+
+        def transient(t):
+            # a_t / r_+^t = 1 + (1 - r_+) (ratio + ... + ratio^t)
+            terms = -jnp.expm1(t * log_ratio) / nonzero(gap)
+            return 1 + share * jnp.where(gap == 0, t, terms)
+
+        growth = jnp.exp(-(2 * t + 1) * log_root)
+        return eta * growth / (transient(t) * transient(t + 1))
 
     return schedule
 

@@ -1,5 +1,8 @@
 """Schedules against the runs they are equivalent to, in float64 and function space."""
 
+import decimal
+import fractions
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -92,6 +95,56 @@ def test_float32_at_100_000_steps(rho):
         assert schedule(2**31 - 1) == jnp.inf
 
 
+def recursion(number, eta, lam, rho, steps):
+    """Return the rates from the weights under decay alone, in a type of numbers."""
+    eta, lam, rho = (number(x) for x in (eta, lam, rho))
+    before, after, rates = number(1), 1 - eta * lam, []
+    for _ in range(steps):
+        rates.append(eta / (before * after))
+        before, after = after, (1 + rho - eta * lam) * after - rho * before
+    return rates
+
+
+@pytest.mark.parametrize("x64", [False, True])
+@pytest.mark.parametrize("below", [0.0, 1e-12, 1e-9, 1e-6, 1e-3, 0.5])
+@pytest.mark.parametrize("rho", [0.0, 1e-8, 0.25, 0.9, 0.999])
+def test_rates_up_to_the_limit_of_the_decay(rho, below, x64):
+    limit = ((1 - rho) / (1 + rho**0.5)) ** 2
+    # The largest decay that is still below it, but for rounding.
+    lam = min(limit * (1 - below), limit * (1 - 1e-14))
+    steps = {0.0: 2, 1e-8: 4, 0.25: 50, 0.9: 500, 0.999: 3000}[rho]
+    with decimal.localcontext(prec=100):
+        expected = recursion(decimal.Decimal, 1.0, lam, rho, steps)
+        with jax.enable_x64(x64):
+            make = normax.exponential_equivalent_schedule
+            rates = np.asarray(make(1.0, lam, rho)(jnp.arange(steps)))
+            traced = jax.jit(lambda *args: make(*args)(jnp.arange(steps)))(
+                1.0, lam, rho
+            )
+        eps = np.finfo(rates.dtype).eps
+        for values in (rates, traced) if x64 else (rates,):
+            for rate, precise in zip(values.tolist(), expected, strict=True):
+                exponent = float(precise.ln())
+                if exponent < (700 if x64 else 87):
+                    allowed = eps * (4 + 4 * exponent + 16 * x64 * exponent**2)
+                    assert abs(float(decimal.Decimal(rate) / precise - 1)) < allowed
+
+
+@pytest.mark.parametrize("steps", [0, 1, 2, 7])
+def test_derivative_by_momentum_at_none(steps):
+    h = fractions.Fraction(1, 10**30)
+    start, moved = (
+        recursion(fractions.Fraction, 0.5, 0.3, rho, steps + 1)[steps] for rho in (0, h)
+    )
+    for count in (steps, jnp.asarray(steps)):
+        slope = jax.grad(
+            lambda rho, t=count: normax.exponential_equivalent_schedule(0.5, 0.3, rho)(
+                t
+            )
+        )(0.0)
+        np.testing.assert_allclose(slope, float((moved - start) / h), atol=1e-13)
+
+
 def test_schedules_are_traceable_and_broadcast():
     make = normax.exponential_equivalent_schedule
     rates = jax.jit(lambda eta, t: make(eta, 0.1, 0.5)(t))(0.2, 7)
@@ -101,6 +154,11 @@ def test_schedules_are_traceable_and_broadcast():
     difference = (make(0.2 + step, 0.1)(3) - make(0.2 - step, 0.1)(3)) / (2 * step)
     np.testing.assert_allclose(slope, difference, rtol=1e-6)
     assert make(np.array([0.1, 0.2]), 0.1)(3).shape == (2,)
+    momenta = np.array([0.0, 0.3, 0.6])
+    np.testing.assert_allclose(
+        jax.vmap(lambda rho: make(0.2, 0.1, rho)(7))(momenta),
+        make(0.2, 0.1, momenta)(7),
+    )
 
 
 def test_harmonic_schedule():
