@@ -113,17 +113,15 @@ def _sgd(
         kept = 1 - decay
         m = (1 + rho) ** 2 + rho**2 * (1 + rho * kept) / (1 - rho * kept)
         pull = 1 + kept + 2 * rho * kept
-        fourth_power = learning_rate * gradient_norm**2 * m / (weight_decay * pull)
+        square = jnp.sqrt(learning_rate * m / (weight_decay * pull))
         versine = decay * (1 + rho * (1 + rho) * pull / m) / (1 + rho * kept)
     else:
         versine = decay / (1 + rho)
         check_range(f"{name} / (1 + momentum)", versine, low=0, below=2)
-        fourth_power = (
-            learning_rate
-            * gradient_norm**2
-            / (weight_decay * (1 - rho) * (2 - versine))
-        )
-    return Equilibrium(fourth_power**0.25, _angle(versine), decay / (1 - rho))
+        square = jnp.sqrt(learning_rate / (weight_decay * (1 - rho) * (2 - versine)))
+    # The square of the norm at G = 1; G^2 could leave the range of float32.
+    norm = jnp.sqrt(gradient_norm) * jnp.sqrt(square)
+    return Equilibrium(norm, _angle(versine), decay / (1 - rho))
 
 
 def _noise(b1, b2) -> tuple[Any, Any, Any]:
@@ -158,14 +156,13 @@ def _adam(learning_rate, weight_decay, gradient_norm, dimension, b1, b2) -> Equi
     with the factors $D$, $U$, $R$ of `_noise`, which are 1 as $b_2 \to 1$.
     """
     diffusion, square, response = _noise(b1, b2)
-    cube = learning_rate * jnp.sqrt(dimension) * gradient_norm / (2 * weight_decay)
-    decay = jnp.cbrt(
-        (learning_rate**2 * weight_decay * dimension * response / gradient_norm) ** 2
-        * diffusion
-        / 2
-    )
+    # Roots before products, which could leave the range of float32.
+    rate, pull = jnp.cbrt(learning_rate), jnp.cbrt(weight_decay)
+    push = jnp.cbrt(jnp.sqrt(dimension) * gradient_norm / 2 * diffusion / response)
+    share = jnp.cbrt(dimension * response) / jnp.cbrt(gradient_norm)
+    decay = (rate**2 * pull * share) ** 2 * jnp.cbrt(diffusion / 2)
     rotation = jnp.sqrt(2 * decay * (1 - b1) / (1 + b1) * square / diffusion)
-    return Equilibrium(jnp.cbrt(cube * diffusion / response), rotation, decay)
+    return Equilibrium(rate * push / pull, rotation, decay)
 
 
 def _rmsprop(
@@ -254,17 +251,33 @@ def _newton(learning_rate, weight_decay, gradient_norm, dimension) -> Equilibriu
     )
 
 
+def _inside(x: jax.Array) -> jax.Array:
+    r"""Return $\min(x, 1/x)$, whose powers do not overflow."""
+    return jnp.minimum(x, 1 / jnp.maximum(x, 1))
+
+
 def _relaxation_of_power(power: int) -> Callable[[jax.Array], jax.Array]:
-    r"""Return $\int dx / (x^{1-n} - x)$, for $\|w\|^n$ that relaxes exponentially."""
-    return lambda x: -jnp.log(jnp.abs(1 - x**power)) / power
+    r"""Return $\int dx / (x^{1-n} - x)$, for $\|w\|^n$ that relaxes exponentially.
+
+    $$-\tfrac1n \log|1 - x^n| = -\tfrac1n \log(1 - x^{-n}) - \log x \quad (x > 1)$$
+    """
+    return lambda x: (
+        -jnp.log1p(-(_inside(x) ** power)) / power - jnp.log(jnp.maximum(x, 1))
+    )
 
 
 def _adaptive_relaxation(x: jax.Array) -> jax.Array:
-    r"""Return $\int dx / (x^{-1} - x^2)$, for coupled rules of power one."""
-    root = jnp.sqrt(3.0)
+    r"""Return $\int dx / (x^{-1} - x^2)$, for coupled rules of power one.
+
+    $$\tfrac16 \log(1 + x + x^2) - \tfrac13 \log|1 - x|
+    - \tfrac{1}{\sqrt3} \arctan \tfrac{2x+1}{\sqrt3}$$
+
+    where the logarithms are the same at $x$ and $1/x$.
+    """
+    root, y = jnp.sqrt(3.0), _inside(x)
     return (
-        jnp.log(1 + x + x**2) / 6
-        - jnp.log(jnp.abs(1 - x)) / 3
+        jnp.log1p(y + y**2) / 6
+        - jnp.log1p(-y) / 3
         - jnp.arctan((2 * x + 1) / root) / root
     )
 

@@ -59,6 +59,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from normax._axes import PyTree
@@ -79,6 +80,9 @@ from normax._hessian_free import hessian_free
 from normax._norms import at_least_float32
 from normax._second_order import newton
 from normax._unit_norm import normalized_sgd
+
+# Hyperparameters that change a rule unless they are None, False or 0.
+_CHANGING = {"momentum", "nesterov", "centered", "damping"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,7 +183,9 @@ class UpdateRule:
         $b_2 \ge 0.95$; AdaDelta's is 3%. At $\kappa = 0.3$, where decay is no small
         part of the adaptive denominator, it is 3% for RMSProp and 2% for Adam. All
         hold where gradients are noise, orthogonal to $w$, of many independent
-        entries that are large beside $\epsilon$.
+        entries, of the size $G / (\sqrt d\,\|w\|)$, that are large beside Adam's
+        $\epsilon$ or the root of RMSProp's and AdaDelta's: only in AdaDelta's step does
+        the value of `eps` count.
 
         Args:
           learning_rate: Learning rate $\eta$, positive.
@@ -202,8 +208,8 @@ class UpdateRule:
         Examples:
           >>> import normax
           >>> rule = normax.UPDATE_RULES["sgd"]
-          >>> rule.equilibrium_norm(0.1, 1e-3, gradient_norm=2.0)
-          Array(3.7606502, dtype=float32)
+          >>> print(f"{rule.equilibrium_norm(0.1, 1e-3, gradient_norm=2.0):.3f}")
+          3.761
           >>> normax.UPDATE_RULES["adamw"].equilibrium_norm(1e-3, 0.1, dimension=64)
           Array(0.56515354, dtype=float32)
 
@@ -352,11 +358,12 @@ class UpdateRule:
             zip(("gradient_norm", "dimension"), given[2:], strict=True)
         )
         known = inspect.signature(theory.settle).parameters
-        for name in {"momentum", "nesterov", "centered"} & (arguments.keys() - known):
-            if arguments[name] is not signature.parameters[name].default:
+        for name in _CHANGING & (arguments.keys() - known):
+            value = arguments[name]
+            if isinstance(value, jax.core.Tracer) or np.any(value):
                 raise ValueError(
                     f"the equilibrium of UPDATE_RULES[{self.name!r}] is not known for "
-                    f"{name}={arguments[name]}; leave {name} at its default."
+                    f"{name}={value}; leave {name} at its default."
                 )
         for name in needs:
             if arguments[name] is None:

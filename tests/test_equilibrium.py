@@ -303,12 +303,80 @@ def test_only_what_matters_is_asked_for():
         ("rmsprop", dict(momentum=0.5), "not known for momentum=0.5; leave"),
         ("adam", dict(nesterov=True), "not known for nesterov=True; leave"),
         ("normalized_sgd", dict(momentum=0.5), "not known for momentum=0.5; leave"),
+        ("rmsprop", dict(centered=np.True_), "not known for centered=True; leave"),
+        ("newton", dict(damping=10.0), "not known for damping=10.0; leave"),
+        ("hessian_free", dict(damping=np.ones(())), "not known for damping=1.0; leave"),
     ],
 )
 def test_arguments_that_cannot_be_right(name, arguments, message):
     good = dict(learning_rate=0.1, weight_decay=0.1, gradient_norm=1.0, dimension=9)
     with pytest.raises(ValueError, match=message):
         RULES[name].equilibrium_norm(**good | arguments)
+
+
+@pytest.mark.parametrize(
+    "name, hyper",
+    [
+        ("normalized_sgd", dict(momentum=0.0, nesterov=np.False_)),
+        ("rmsprop", dict(centered=np.bool_(False), momentum=None, nesterov=0)),
+        ("newton", dict(damping=0)),
+        ("hessian_free", dict(damping=jnp.zeros(()))),
+    ],
+)
+def test_hyperparameters_that_change_nothing_may_be_given(name, hyper):
+    norm = RULES[name].equilibrium_norm
+    assert norm(0.1, 0.1, 1.0, 9, **hyper) == norm(0.1, 0.1, 1.0, 9)
+    # What is traced may be anything.
+    with pytest.raises(ValueError, match="not known for"):
+        jax.jit(lambda hyper: norm(0.1, 0.1, 1.0, 9, **hyper))(hyper)
+
+
+# Beyond the squares, fourth powers and products that float32 can hold.
+WIDE = [
+    ("sgd", 0.1, 1e-3, 1e25),
+    ("sgd", 0.1, 1e-3, 1e-25),
+    ("momentum", 1e-4, 1e-8, 1e-21),
+    ("nesterov", 1e-4, 1e-8, 1e22),
+    ("rmsprop", 1e-5, 1e-8, 1e4),
+    ("rmsprop", 1e-5, 1e-14, 1e-20),
+    ("adam", 1e-5, 1e-8, 1e4),
+    ("adam", 1e3, 1e-10, 1e20),
+    ("adam", 1e-12, 1e-6, 1e-6),
+    ("adadelta", 1e-2, 1e-8, 1e4),
+    ("adamw", 1e-5, 1e-8, 1.0),
+]
+
+
+@pytest.mark.parametrize("name, eta, lam, gradient_norm", WIDE)
+def test_range_of_float32(name, eta, lam, gradient_norm):
+    rule = RULES[name]
+    arguments = eta, lam, gradient_norm, 64.0
+    precise = rule.equilibrium_norm(*arguments)
+    methods = [rule.equilibrium_norm, rule.equilibrium_rotation]
+    for factor in (1e-15, 0.3, 2.0, 1e5, 1e12, 1e22):
+        start = float(precise * factor)
+        if 1e-30 < start < 1e30:
+            methods.append(
+                functools.partial(rule.equilibrium_time, initial_norm=np.float32(start))
+            )
+
+    def results():
+        return [
+            np.array(
+                [method(*arguments), *jax.grad(method, (0, 1, 2, 3))(*arguments)],
+                np.float64,
+            )
+            for method in methods
+        ]
+
+    expected = results()
+    with jax.enable_x64(False):
+        found = results()
+    for value, known in zip(found, expected, strict=True):
+        assert np.all(np.isfinite(value))
+        # In units of the value: a derivative may be nothing but what cancels.
+        scale = np.abs(known[0]) / np.array([1.0, *arguments])
+        np.testing.assert_allclose(value / scale, known / scale, rtol=1e-4, atol=1e-4)
 
 
 def test_hyperparameters_are_those_of_the_rule():
