@@ -253,6 +253,96 @@ def test_a_layer_at_two_paths_is_folded_at_one():
     np.testing.assert_allclose(folded.model(x), model(x), rtol=1e-4, atol=1e-5)
 
 
+class Block(nnx.Module):
+    """One pair, called through a transformation of Flax."""
+
+    def __init__(self, transform):
+        self.layer, self.norm = nnx.Linear(3, 3, rngs=RNGS), normalization(3)
+        self.transform = transform
+
+    def pair(self, x):
+        return self.norm(self.layer(x))
+
+    def __call__(self, x):
+        return self.transform(Block.pair)(self, x)
+
+
+@pytest.mark.parametrize(
+    "transform",
+    [
+        nnx.remat,
+        nnx.jit,
+        lambda f: nnx.jit(nnx.remat(f)),
+        functools.partial(nnx.vmap, in_axes=(None, 0)),
+        functools.partial(nnx.scan, in_axes=(None, 0), out_axes=0),
+    ],
+    ids=["remat", "jit", "both", "vmap", "scan"],
+)
+def test_pairs_inside_of_transformations_of_flax(transform):
+    model, x = Block(transform), draw((4, 3), 9)
+    before = values(model)
+    for _ in range(2):
+        folded = fold_batch_norms(model, x)
+        assert (folded.pairs, folded.left) == ((("layer", "norm"),), ())
+    for value, kept in zip(values(model), before, strict=True):
+        np.testing.assert_array_equal(value, kept)
+    model.eval()
+    np.testing.assert_allclose(folded.model(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("shared", [(), ("layer",), ("norm",)])
+def test_stacked_layers_are_left(shared):
+    axes = nnx.StateAxes({nnx.PathContains(name): None for name in shared} | {...: 0})
+
+    class Stack(nnx.Module):
+        def __init__(self):
+            self.blocks = Block(lambda f: f)
+            for path, variable in nnx.to_flat_state(nnx.state(self.blocks)):
+                if path[0] not in shared:
+                    variable.set_value(jnp.stack([variable[...], 0.5 * variable[...]]))
+
+        def __call__(self, x):
+            scan = nnx.scan(in_axes=(axes, nnx.Carry), out_axes=nnx.Carry)
+            return scan(lambda block, x: block(x))(self.blocks, x)
+
+    model, x = Stack(), draw((4, 3))
+    folded = fold_batch_norms(model, x)
+    assert (folded.pairs, folded.left) == ((), ("blocks/norm",))
+    model.eval()
+    np.testing.assert_array_equal(folded.model(x), model(x))
+    inside = model.blocks
+    with pytest.raises(ValueError, match=r"stack of several.*shape.*call it where"):
+        fold_batch_norm(inside.layer, inside.norm)
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda model, x: x @ model.layer.kernel.T,
+        lambda model, x: x + jnp.sum(model.layer.kernel[...] ** 2),
+        lambda model, x: x * model.norm.num_features - model.norm.epsilon,
+        nnx.jit(lambda model, x: x @ model.layer.kernel.T),
+        nnx.remat(lambda model, x: x @ model.layer.kernel.T),
+    ],
+)
+def test_pairs_of_which_the_model_reads_more_are_left(read):
+    class Reading(nnx.Module):
+        def __init__(self):
+            self.layer, self.norm = nnx.Linear(3, 3, rngs=RNGS), normalization(3)
+            self.other = Block(lambda f: f)
+
+        def __call__(self, x):
+            return self.other(read(self, self.norm(self.layer(x))))
+
+    model, x = Reading(), draw((4, 3), 9)
+    for _ in range(2):
+        folded = fold_batch_norms(model, x)
+        assert folded.pairs == (("other/layer", "other/norm"),)
+        assert folded.left == ("norm",)
+    model.eval()
+    np.testing.assert_allclose(folded.model(x), model(x), rtol=1e-4, atol=1e-4)
+
+
 def test_batch_statistics_at_inference_are_refused():
     class Training(nnx.Module):
         def __init__(self):

@@ -1,5 +1,6 @@
 """Batch normalization at inference, merged into the layer before it."""
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -31,6 +32,12 @@ def _misfit(layer: Any, batch_norm: Any) -> str | None:
         return (
             f"batch_norm must have the features that the layer puts out, but has "
             f"{batch_norm.num_features} and the layer {layer.out_features}"
+        )
+    spatial = len(getattr(layer, "kernel_size", ()))
+    if layer.kernel.ndim != spatial + 2 or batch_norm.mean.ndim != 1:
+        return (
+            "neither may be a stack of several, but the kernel has shape "
+            f"{layer.kernel.shape} and the mean {batch_norm.mean.shape}"
         )
     if batch_norm.axis not in (-1, layer.kernel.ndim - 1):
         return (
@@ -181,18 +188,36 @@ class _Identity(nnx.Module):
         return x
 
 
+@dataclasses.dataclass(eq=False)
+class _Mark:
+    """The name of a module's calls, and whether anything else was asked of it.
+
+    No two are equal, so that a program that was traced before is traced again.
+    """
+
+    name: str
+    read: bool = False
+
+
 class _Marked(nnx.Module):
     """A module whose calls show in a jaxpr, as those of a jitted function."""
 
-    def __init__(self, module: nnx.Module, mark: str):
+    def __init__(self, module: nnx.Module, mark: _Mark):
         self.module = module
         self.mark = mark
+
+    def __getattr__(self, name: str) -> Any:
+        # An object that Flax has not filled in yet has no module either.
+        if name in ("module", "mark") or name.startswith("_"):
+            raise AttributeError(name)
+        self.mark.read = True
+        return getattr(self.module, name)
 
     def __call__(self, x: Any, *args: Any, **kwargs: Any) -> Any:
         def call(x):
             return self.module(x, *args, **kwargs)  # type: ignore[operator]
 
-        call.__name__ = self.mark
+        call.__name__ = self.mark.name
         return jax.jit(call)(x)
 
 
@@ -253,9 +278,10 @@ def fold_batch_norms(model: nnx.Module, *args: Any, **kwargs: Any) -> FoldedMode
     $$\text{BN}(w * x + b) \to w' * x + b'$$
 
     wherever the input of a `BatchNorm` or `BatchRenorm` is the output of a `Linear`,
-    `Conv` or `ConvTranspose` that goes nowhere else, and both are called once. The
-    pairs are found in the trace of one call of the model, whatever its code, and merged
-    by `fold_batch_norm`.
+    `Conv` or `ConvTranspose` that goes nowhere else, both are called once, and the
+    model reads no attribute of them, such as `layer.kernel`. Layers stacked by
+    `nnx.vmap` are left. The pairs are found in the trace of one call of the model,
+    whatever its code, and merged by `fold_batch_norm`.
 
     Args:
       model: A Flax NNX module; it is not changed.
@@ -292,16 +318,23 @@ def fold_batch_norms(model: nnx.Module, *args: Any, **kwargs: Any) -> FoldedMode
     for path, module in nnx.iter_graph(inference):
         if path and type(module) in _LAYERS + _BATCH_NORMS:
             modules[f"normax_call_{len(modules)}"] = path, module
+    marks = {name: _Mark(name) for name in modules}
     marked = _replaced(
         inference,
-        {path: _Marked(module, mark) for mark, (path, module) in modules.items()},
+        {
+            path: _Marked(module, marks[name])
+            for name, (path, module) in modules.items()
+        },
     )
-    jaxpr = jax.make_jaxpr(lambda: marked(*args, **kwargs))().jaxpr
+    # Cloned inside: transformations of Flax write to the variables that they are
+    # given, which must be of the trace they are used in.
+    jaxpr = jax.make_jaxpr(lambda: nnx.clone(marked)(*args, **kwargs))().jaxpr
     replacements: dict[KeyPath, nnx.Module] = {}
     pairs = []
-    for marks in _calls_in_a_row(jaxpr, set(modules)):
-        (layer_path, layer), (norm_path, norm) = (modules[mark] for mark in marks)
-        if _misfit(layer, norm) is None:
+    for pair in _calls_in_a_row(jaxpr, set(modules)):
+        (layer_path, layer), (norm_path, norm) = (modules[name] for name in pair)
+        read = any(marks[name].read for name in pair)
+        if not read and _misfit(layer, norm) is None:
             replacements[layer_path] = fold_batch_norm(layer, norm)
             replacements[norm_path] = _Identity()
             pairs.append((layer_path, norm_path))
