@@ -193,6 +193,38 @@ def test_runs_that_prove_nothing_fail():
         normax.assert_equivalent_trajectories(run, run, invariant, steps=0)
 
 
+@pytest.mark.parametrize("epsilon", [0.0, 5e-4])
+def test_no_learning_rate_hides_a_wrong_one(epsilon):
+    """Four times the rate suits twice the weights, at any rate; others do not.
+
+    With the epsilon of batch norm, twice the weights are a slightly other function.
+    """
+
+    def fn(w):
+        z = INPUTS @ w
+        return z / jnp.sqrt(z.var(0, keepdims=True) + epsilon)
+
+    def loss_fn(w):
+        return jnp.mean(jnp.sin(fn(w)) ** 3)
+
+    def compare(rate, factor):
+        normax.assert_equivalent_trajectories(
+            (optax.sgd(factor * rate), loss_fn, 2 * w),
+            (optax.sgd(rate), loss_fn, w),
+            fn,
+        )
+
+    w = draw()["in"]
+    for rate in np.geomspace(1e-7, 1e-1, 13):
+        for factor in (2.0, 3.5, 4.4):
+            with pytest.raises(AssertionError, match="assert_equivalent_traj"):
+                compare(rate, factor)
+    for rate in (3e-3, 1e-2, 1e-1):
+        compare(rate, 4.0)
+    with pytest.raises(AssertionError, match="and change them"):
+        compare(1e-7, 4.0)
+
+
 def test_under_jit():
     tx = optax.sgd(0.1)
 
