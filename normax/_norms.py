@@ -45,6 +45,19 @@ def _in_safe_range(square: jax.Array) -> jax.Array:
     return (square > info.tiny / info.eps**2) & (square < info.max)
 
 
+@jax.custom_batching.custom_vmap
+def _everywhere(condition: jax.Array) -> jax.Array:
+    return jnp.all(condition)
+
+
+@_everywhere.def_vmap
+def _everywhere_vmap(axis_size, in_batched, condition):
+    # One branch for a whole batch: of one condition for each, `jax.vmap` would make a
+    # `select` of both branches, which needs them to be sharded alike.
+    del axis_size, in_batched
+    return _everywhere(condition), False
+
+
 def _rescaled_norm(x: jax.Array, *, axes: tuple[int, ...]) -> jax.Array:
     # All three sums in one pass over memory; powers of two round nothing.
     scale = 2.0 ** (jnp.finfo(x.dtype).maxexp // 2)
@@ -64,7 +77,7 @@ def _rescaled_norm(x: jax.Array, *, axes: tuple[int, ...]) -> jax.Array:
 def _direct_norm(x: jax.Array, *, axes: tuple[int, ...]) -> jax.Array:
     square = inner_product(x, x, axes)
     return lax.cond(
-        jnp.all(_in_safe_range(square)),
+        _everywhere(_in_safe_range(square)),
         lambda x, square: jnp.sqrt(square),
         lambda x, square: _rescaled_norm(x, axes=axes),
         x,
@@ -148,13 +161,12 @@ def _direct_polar(w, u, *, axes):
     tangential_square = u_square - radial**2
     safe = _in_safe_range(w_square) & _in_safe_range(u_square)
     return lax.cond(
-        jnp.all(safe & (tangential_square > u_square / 4)),
+        _everywhere(safe & (tangential_square > u_square / 4)),
         lambda w, u, squares: (
             jnp.sqrt(squares[0]),
             jnp.sqrt(squares[1]),
             radial,
-            # The branch not taken is computed too under vmap: it must stay real.
-            jnp.sqrt(jnp.maximum(squares[2], 0)),
+            jnp.sqrt(squares[2]),
         ),
         lambda w, u, squares: _rescaled_polar(w, u, axes=axes),
         w,

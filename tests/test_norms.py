@@ -221,3 +221,42 @@ def test_memory_of_one_array_serves_all(tx):
         return lowered.compile().memory_analysis().temp_size_in_bytes
 
     assert temporary_bytes(16) < temporary_bytes(4) + 4 * 256 * 256
+
+
+@pytest.mark.parametrize("spec", [P(None, "x", "y"), P(None, None, "y"), P("y", "x")])
+def test_batches_on_an_explicit_mesh(spec):
+    # Of a condition for each of a batch JAX makes a `select`, whose cases must be
+    # sharded alike: there must be one condition.
+    mesh = jax.make_mesh(
+        (4, 2), ("x", "y"), (AxisType.Explicit,) * 2, devices=jax.devices()[:8]
+    )
+    w, u = (draw((2, 8, 4), 1.0, seed) for seed in range(2))
+    w = w.at[0].multiply(1e-30)  # repeated with care
+
+    def measures(w, u):
+        norm, gradient = jax.value_and_grad(lambda w: normax.weight_norm(w).sum())(w)
+        parts = polar_decomposition(w, u, (0,))
+        updates, _ = normax.project_unit_norm().update(u, optax.EmptyState(), w)
+        return norm, gradient, parts, normax.angular_update(w, u), updates
+
+    expected = jax.vmap(measures)(w, u)
+    with jax.set_mesh(mesh):
+        batch = jax.device_put((w, u), jax.NamedSharding(mesh, spec))
+        measured = jax.jit(jax.vmap(measures))(*batch)
+    for x, y in zip(*map(jax.tree.leaves, (measured, expected)), strict=True):
+        np.testing.assert_allclose(jax.device_get(x), y, rtol=1e-5, atol=1e-30)
+
+
+def test_newton_of_tangent_steps_on_an_explicit_mesh():
+    mesh = jax.make_mesh((2,), ("x",), (AxisType.Explicit,), devices=jax.devices()[:2])
+    tx, w = normax.newton(axes="unit"), draw((4, 2), 1.0)
+
+    def step(w):
+        loss = lambda w: jnp.sum(jnp.cosh(w))  # noqa: E731
+        return tx.update(jax.grad(loss)(w), tx.init(w), w, value_fn=loss)[0]
+
+    with jax.set_mesh(mesh):
+        measured = jax.jit(step)(
+            jax.device_put(w, jax.NamedSharding(mesh, P(None, "x")))
+        )
+    np.testing.assert_allclose(jax.device_get(measured), step(w), rtol=1e-5)
