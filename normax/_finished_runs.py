@@ -24,8 +24,12 @@ from normax._axes import PyTree
 from normax._programs import called_programs
 
 
+def _is_key(array: Any) -> bool:
+    return jax.dtypes.issubdtype(array.dtype, jax.dtypes.prng_key)
+
+
 def _bytes(array: Any) -> bytes:
-    if jax.dtypes.issubdtype(array.dtype, jax.dtypes.prng_key):
+    if _is_key(array):
         array = jax.random.key_data(array)
     return np.asarray(array).tobytes()
 
@@ -55,6 +59,11 @@ class FinishedRuns:
         traced = run.trace({name: values[0] for name, values in points.items()})
         self._structure = jax.tree.structure(traced.out_info)
         self._leaves = jax.tree.leaves(traced.out_info)
+        if keys := [leaf.dtype for leaf in self._leaves if _is_key(leaf)]:
+            raise ValueError(
+                "runs are stored as numbers, but `train_fn` returns random keys "
+                f"({keys}); leave them out, or return jax.random.key_data of them."
+            )
         # Addresses of functions, printed by some versions of JAX, differ by process.
         program = re.sub(r"0x[0-9a-f]+", "", str(traced.jaxpr))
         digest = hashlib.sha256(program.encode())

@@ -119,10 +119,11 @@ def angular_update(params: PyTree, updates: PyTree, axes: Axes = "unit") -> PyTr
 
     A scale-invariant function depends on the direction of $w$ alone, so this is
     the distance that training really travels. Unlike the arccosine of a cosine
-    near 1, the formula is exact for small angles: its relative error at
-    $10^{-5}$ radians in float32 is below $10^{-6}$. A vector that starts at 0
-    has no direction; its angle is $\pi/2$, or 0 if it stays there. Where $w + u$ is
-    0 but for rounding, so is the meaning of the angle.
+    near 1, the formula is exact for small angles: its relative error is some
+    $\epsilon\,\|u\| / \|u_\perp\|$ with $\epsilon = 10^{-7}$ in float32, so below
+    $10^{-6}$ for tangential updates of any size. A vector that starts at 0 has no
+    direction; its angle is $\pi/2$, or 0 if it stays there. Where $w + u$ is 0 but for
+    rounding, so is the meaning of the angle.
 
     Args:
       params: Pytree of arrays $w$, before the update.

@@ -141,7 +141,14 @@ def _train_all(
                 rows[index] = jax.tree.map(lambda x: x[offset], result)  # noqa: B023
                 if finished is not None:
                     finished.save(index, rows[index])
-    return jax.tree.map(lambda *x: jnp.asarray(np.stack(x)), *rows)
+    return jax.tree.map(_stacked, *rows)
+
+
+def _stacked(*rows: Any) -> jax.Array:
+    # NumPy is faster for many rows, but has no random keys.
+    if jax.dtypes.issubdtype(rows[0].dtype, jax.dtypes.prng_key):
+        return jnp.stack(rows)
+    return jnp.asarray(np.stack(rows))
 
 
 def sweep(
@@ -173,8 +180,8 @@ def sweep(
       What `train_fn` returns, with one axis, the runs, in front of every array.
 
     Raises:
-      ValueError: The arrays are none, not 1-D, empty or of different lengths, or
-        `batch_size` is less than 1.
+      ValueError: The arrays are none, not 1-D, empty or of different lengths,
+        `batch_size` is less than 1, or random keys among the results are to be stored.
       Exception: Whatever `train_fn` raises.
 
     Examples:
@@ -248,8 +255,8 @@ def grid_sweep(
       where runs are batched.
 
     Raises:
-      ValueError: An axis of the grid is no 1-D array with at least one value, or
-        `batch_size` is less than 1.
+      ValueError: An axis of the grid is no 1-D array with at least one value,
+        `batch_size` is less than 1, or random keys among the results are to be stored.
       Exception: Whatever `train_fn` raises.
 
     Examples:

@@ -153,3 +153,8 @@ def test_keys_are_hyperparameters_too(tmp_path):
     assert_same(first, normax.sweep(draw, {"key": one}, checkpoint_dir=tmp_path))
     second = normax.sweep(draw, {"key": other}, checkpoint_dir=tmp_path)
     np.testing.assert_allclose(second, jax.vmap(draw)(other), rtol=1e-6)
+
+
+def test_keys_cannot_be_stored(tmp_path):
+    with pytest.raises(ValueError, match=r"returns random keys.*key_data"):
+        normax.sweep(jax.random.key, {"seed": [1, 2]}, checkpoint_dir=tmp_path)

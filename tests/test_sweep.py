@@ -116,6 +116,16 @@ def test_keys_integers_and_no_axis_at_all():
     np.testing.assert_array_equal(normax.grid_sweep(lambda: TARGET, {}), TARGET)
 
 
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_keys_are_results_too(batch_size):
+    def draw(seed):
+        return {"key": jax.random.key(seed), "seed": seed}
+
+    seeds = jnp.arange(3)
+    found = normax.grid_sweep(draw, {"seed": seeds}, batch_size=batch_size)
+    assert jnp.all(found["key"] == jax.vmap(jax.random.key)(seeds))
+
+
 def test_progress_is_shown(capsys):
     normax.grid_sweep(lambda x: x, {"x": [1.0, 2.0, 3.0]}, progress=True)
     assert "3/3" in capsys.readouterr().err
