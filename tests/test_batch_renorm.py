@@ -16,6 +16,8 @@ from flax import nnx
 
 from normax.nn import BatchNorm, BatchRenorm
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 datasets: Any = importlib.import_module("datasets")
 

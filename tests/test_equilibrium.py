@@ -11,6 +11,8 @@ import pytest
 import normax
 from normax import _equilibrium
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 G, DIMENSION, CHAINS = 2.0, 256, 8
 RULES = normax.UPDATE_RULES
 

@@ -10,6 +10,8 @@ import pytest
 
 import normax
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 RNG = np.random.default_rng(0)
 INPUTS, PROBES = RNG.normal(size=(2, 20, 6))
 LABELS = RNG.normal(size=(20, 2))

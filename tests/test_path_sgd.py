@@ -13,6 +13,8 @@ from flax import nnx
 
 import normax
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 relu = jax.nn.relu
 BATCH = jax.random.normal(jax.random.key(0), (16, 4))
 

@@ -10,6 +10,8 @@ import pytest
 
 import normax
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 WIDTHS = (6, 8, 7, 3)
 
 

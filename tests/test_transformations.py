@@ -21,6 +21,8 @@ from jax.sharding import PartitionSpec as P
 
 import normax
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 @dataclasses.dataclass(frozen=True)
 class Row:
@@ -158,15 +160,6 @@ ALIKE = {"sgd", "momentum", "adagrad", "rmsprop", "adadelta", "adam"}
 every_row = rows(ROWS)
 representative_rows = rows(row for row in ROWS if row.name not in ALIKE)
 DTYPES = [jnp.float16, jnp.bfloat16, jnp.float32, jnp.float64]
-
-
-@pytest.fixture(autouse=True)
-def quick_compilation_of_loops(request):
-    """Where compiling takes longest, and computing no time."""
-    loops = "hessian_free" in request.node.name
-    jax.config.update("jax_disable_most_optimizations", loops)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def draw(seed=0, dtype=jnp.float32, shapes=ARRAYS):
