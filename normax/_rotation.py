@@ -57,8 +57,8 @@ def rotate_by_angle(
     vector by $\arctan(\theta\,\|u_\perp\|/\bar n)$: with $\beta = 0$ by
     $\arctan\theta$ at every step, otherwise by more where the update is longer than
     it used to be. The new weights are rounded, which in float32 turns them by up to
-    $10^{-7}$ radians besides. The size of the updates does not matter, their sign does: they
-    point downhill. Place it last in a chain. Arrays that `axes` leaves alone keep
+    $10^{-7}$ radians besides. The size of the updates does not matter, their sign does:
+    they point downhill. Place it last in a chain. Arrays that `axes` leaves alone keep
     their updates. Zero vectors stay zero, and a vector whose update has no tangential
     part stays where it is.
 

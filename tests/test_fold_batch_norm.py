@@ -316,6 +316,28 @@ def test_stacked_layers_are_left(shared):
 
 
 @pytest.mark.parametrize(
+    "wrap",
+    [
+        WeightNorm,
+        lambda layer: nnx.WeightNorm(layer, rngs=nnx.Rngs(1)),
+        lambda layer: nnx.SpectralNorm(layer, rngs=nnx.Rngs(1)),
+    ],
+)
+def test_layers_whose_weights_are_computed_are_left(wrap):
+    def block(layer):
+        return nnx.Sequential(layer, nnx.BatchNorm(4, rngs=nnx.Rngs(0)), nnx.relu)
+
+    layers = [nnx.Linear(4, 4, rngs=nnx.Rngs(seed)) for seed in range(2)]
+    model, x = nnx.Sequential(block(layers[0]), block(wrap(layers[1]))), draw((4, 4))
+    model(x)
+    folded = fold_batch_norms(model, x)
+    assert folded.pairs == (("layers/0/layers/0", "layers/0/layers/1"),)
+    assert folded.left == ("layers/1/layers/1",)
+    model.eval()
+    np.testing.assert_allclose(folded.model(x), model(x), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
     "read",
     [
         lambda model, x: x @ model.layer.kernel.T,

@@ -13,11 +13,12 @@ from jax.extend.core import Jaxpr, Var
 from normax._norms import at_least_float32
 from normax._programs import called_programs
 from normax.nn._batch_renorm import BatchRenorm
-from normax.nn._weight_norm import KeyPath, output_axes
+from normax.nn._weight_norm import KeyPath, WeightNorm, output_axes
 
 # Not their subclasses, which may compute something else.
 _LAYERS = (nnx.Linear, nnx.Conv, nnx.ConvTranspose)
 _BATCH_NORMS = (nnx.BatchNorm, BatchRenorm)
+_WRAPPERS = (WeightNorm, nnx.WeightNorm, nnx.SpectralNorm)
 
 
 def _misfit(layer: Any, batch_norm: Any) -> str | None:
@@ -280,8 +281,9 @@ def fold_batch_norms(model: nnx.Module, *args: Any, **kwargs: Any) -> FoldedMode
     wherever the input of a `BatchNorm` or `BatchRenorm` is the output of a `Linear`,
     `Conv` or `ConvTranspose` that goes nowhere else, both are called once, and the
     model reads no attribute of them, such as `layer.kernel`. Layers stacked by
-    `nnx.vmap` are left. The pairs are found in the trace of one call of the model,
-    whatever its code, and merged by `fold_batch_norm`.
+    `nnx.vmap` are left, and those in `WeightNorm` or Flax's `SpectralNorm`. The pairs
+    are found in the trace of one call of the model, whatever its code, and merged by
+    `fold_batch_norm`.
 
     Args:
       model: A Flax NNX module; it is not changed.
@@ -315,7 +317,12 @@ def fold_batch_norms(model: nnx.Module, *args: Any, **kwargs: Any) -> FoldedMode
     """
     inference: Any = _inference(model)
     modules: dict[str, tuple[KeyPath, Any]] = {}
-    for path, module in nnx.iter_graph(inference):
+    nodes = list(nnx.iter_graph(inference))
+    # They compute the weights that they look up in their layers.
+    wrappers = [path for path, module in nodes if isinstance(module, _WRAPPERS)]
+    for path, module in nodes:
+        if any(path[: len(wrapper)] == wrapper for wrapper in wrappers):
+            continue
         if path and type(module) in _LAYERS + _BATCH_NORMS:
             modules[f"normax_call_{len(modules)}"] = path, module
     marks = {name: _Mark(name) for name in modules}
