@@ -28,3 +28,12 @@ def quick_compilation():
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def programs_are_freed():
+    """Each takes memory maps, of which a process on Linux may have 65,530."""
+    yield
+    import jax
+
+    jax.clear_caches()
