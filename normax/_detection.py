@@ -187,7 +187,7 @@ def confirm(
             change = abs(float(loss.compiled(rescaling.params)) - float(value))
             measured[rescaling.position].append(change)
         for i, found in trial.items():
-            # A vector divided by 2 or multiplied by 4 has changed by 1.5 sums at most.
+            # A vector divided by 2, or multiplied, has changed by 1.5 sums at most.
             allowed = 4 * max(rtol, found.radial) * found.size + rounding
             changes[i] = max(measured[i]) / found.size
             if all(change <= allowed for change in measured[i]):
