@@ -21,15 +21,11 @@ from jax import stages
 from jax.extend.core import ClosedJaxpr
 
 from normax._axes import PyTree
-from normax._programs import called_programs
-
-
-def _is_key(array: Any) -> bool:
-    return jax.dtypes.issubdtype(array.dtype, jax.dtypes.prng_key)
+from normax._programs import called_programs, is_key
 
 
 def _bytes(array: Any) -> bytes:
-    if _is_key(array):
+    if is_key(array):
         array = jax.random.key_data(array)
     return np.asarray(array).tobytes()
 
@@ -59,7 +55,7 @@ class FinishedRuns:
         traced = run.trace({name: values[0] for name, values in points.items()})
         self._structure = jax.tree.structure(traced.out_info)
         self._leaves = jax.tree.leaves(traced.out_info)
-        if keys := [leaf.dtype for leaf in self._leaves if _is_key(leaf)]:
+        if keys := [leaf.dtype for leaf in self._leaves if is_key(leaf)]:
             raise ValueError(
                 "runs are stored as numbers, but `train_fn` returns random keys "
                 f"({keys}); leave them out, or return jax.random.key_data of them."

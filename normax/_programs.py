@@ -1,6 +1,7 @@
-"""Programs inside of programs, as JAX traces them."""
+"""Programs as JAX traces them, and what they take and return."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
@@ -13,3 +14,8 @@ def called_programs(equation: JaxprEqn) -> Iterator[ClosedJaxpr]:
             part = ClosedJaxpr(part, ())
         if isinstance(part, ClosedJaxpr):
             yield part
+
+
+def is_key(array: Any) -> bool:
+    """Return whether an array holds random keys, which are no numbers."""
+    return jax.dtypes.issubdtype(array.dtype, jax.dtypes.prng_key)

@@ -23,6 +23,7 @@ from jax.sharding import PartitionSpec as P
 
 from normax._axes import PyTree
 from normax._checks import check_range
+from normax._programs import is_key
 
 Points = Mapping[str, jax.Array]
 # Like the programs of `jax.jit`, these live as long as the function they run.
@@ -146,7 +147,7 @@ def _train_all(
 
 def _stacked(*rows: Any) -> jax.Array:
     # NumPy is faster for many rows, but has no random keys.
-    if jax.dtypes.issubdtype(rows[0].dtype, jax.dtypes.prng_key):
+    if is_key(rows[0]):
         return jnp.stack(rows)
     return jnp.asarray(np.stack(rows))
 
