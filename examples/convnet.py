@@ -125,7 +125,11 @@ def first_kernel(params: Any) -> jax.Array:
 
 
 def make_optimizer(
-    rule: str, projected: bool, learning_rate: optax.Schedule, weight_decay: jax.Array
+    rule: str,
+    projected: bool,
+    learning_rate: optax.Schedule,
+    weight_decay: jax.Array,
+    other_rate: optax.Schedule,
 ) -> optax.GradientTransformation:
     """Return the rule, with decay and projection of the kernels alone."""
     make = normax.UPDATE_RULES[rule].make
@@ -134,7 +138,7 @@ def make_optimizer(
         kernels = optax.chain(kernels, normax.project_unit_norm())
     # Decay of head, gains and biases would change the function that is learned; so
     # lambda acts through the effective learning rate alone.
-    return optax.partition({"unit": kernels, "none": make(learning_rate)}, kernel_axes)
+    return optax.partition({"unit": kernels, "none": make(other_rate)}, kernel_axes)
 
 
 def shift_and_flip(key: jax.Array, images: jax.Array) -> jax.Array:
@@ -207,8 +211,13 @@ def make_train(
     *,
     projected: bool = False,
     seed: int = 0,
+    other_rate: float | None = None,
 ) -> Callable[..., dict[str, jax.Array]]:
-    """Return the training run, a function of learning rate and weight decay."""
+    """Return the training run, a function of learning rate and weight decay.
+
+    Head, gains and biases, of which the loss is not scale-invariant, are trained with
+    the learning rate `other_rate`, by default that of the kernels.
+    """
     model, order, keys = make_course(data, setting, seed)
     graph, *variables = nnx.split(model, nnx.Param, ...)
     start, statistics = variables
@@ -225,8 +234,11 @@ def make_train(
         return losses.mean(), nnx.state(model, nnx.BatchStat)
 
     def train(eta: jax.Array, lam: jax.Array) -> dict[str, jax.Array]:
-        schedule = optax.piecewise_constant_schedule(eta, drops)
-        optimizer = make_optimizer(rule, projected, schedule, lam)
+        schedules = [
+            optax.piecewise_constant_schedule(rate, drops)
+            for rate in (eta, eta if other_rate is None else other_rate)
+        ]
+        optimizer = make_optimizer(rule, projected, schedules[0], lam, schedules[1])
 
         def step(carry: Any, batch: Any) -> Any:
             params, statistics, state = carry

@@ -19,6 +19,10 @@ decays for which that $\eta$ is not the first or last of the grid. Where trainin
 short for the norm to settle, the effective rate depends less on decay, and so does
 $\eta^*$.
 
+Head, gains and biases have no effective rate; theirs is $\eta$ itself, which pulls
+$\eta^*$ towards what is best for them. With `--fixed-head` they are trained with the
+rate in the middle of the grid, so that $\eta$ acts through the effective rate alone.
+
 Written to `--out`: a picture (maps of the validation error, the best learning rates and
 the fits) and all numbers as CSV. Printed: the slopes.
 """
@@ -93,6 +97,7 @@ def run(
     setting: Setting,
     shape: tuple[int, int],
     seeds: int,
+    fixed_head: bool = False,
     checkpoint_dir: Path | None = None,
 ) -> Results:
     """Train at every grid point; return one array entry per run."""
@@ -103,8 +108,9 @@ def run(
         axes = {"lam": np.geomspace(least, most, shape[0])}
         axes["eta"] = np.geomspace(low, high, shape[1])
         lam, eta = np.meshgrid(*axes.values(), indexing="ij")
+        other_rate = float(np.sqrt(low * high)) if fixed_head else None
         for seed in range(seeds):
-            train = make_train(rule, data, setting, seed=seed)
+            train = make_train(rule, data, setting, seed=seed, other_rate=other_rate)
             numbers = normax.grid_sweep(
                 train, axes, progress=True, checkpoint_dir=checkpoint_dir
             )
@@ -222,6 +228,8 @@ def main(argv: Sequence[str] | None = None) -> Results:
     add("--rates", type=int, default=7, help="learning rates of the grid")
     add_network_options(parser)
     add("--seeds", type=int, default=1, help="number of repetitions")
+    held = "keep the learning rate of head, gains and biases in the middle of the grid"
+    add("--fixed-head", action="store_true", help=held)
     add("--checkpoints", type=Path, help="folder of finished runs, to continue from")
     options = parser.parse_args(argv)
     setting = make_setting(parser, options, LONG)
@@ -236,10 +244,11 @@ def main(argv: Sequence[str] | None = None) -> Results:
             f"{kept} are less than a batch, {setting.batch_size}."
         )
     shape = options.decays, options.rates
-    arguments = shape, options.seeds, options.checkpoints
+    arguments = shape, options.seeds, options.fixed_head, options.checkpoints
     results = run(options.rule, data, setting, *arguments)
     print(table(results, options.rule))
     name = file_name("optimal_learning_rate", options)
+    name += "_fixed_head" if options.fixed_head else ""
     write_csv(results, options.out / f"{name}.csv")
     figure = picture(results, options.rule)
     figure.savefig(options.out / f"{name}.png", dpi=150)

@@ -138,6 +138,41 @@ def test_best_learning_rates_give_the_slope(rule: str, power: int) -> None:
     assert abs(found.slope + power / 2) < found.halfwidth < 0.05
 
 
+@pytest.mark.parametrize(
+    "rule, power, eta, lam", [("sgd", 2, 0.02, 1.0), ("adam", 1, 0.004, 0.4)]
+)
+def test_scaled_kernels_with_a_scaled_rate_learn_the_same(
+    rule: str, power: int, eta: float, lam: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Runs of one effective rate are one run, if the head's rate is not scaled too."""
+    course = convnet.make_course
+    scale = 4.0
+
+    def scaled(*arguments: Any) -> Any:
+        model, order, keys = course(*arguments)
+        for conv in model.convs:
+            conv.kernel[...] *= scale
+        return convnet.Course(model, order, keys)
+
+    setting = convnet.Setting((4, 4, 4, 4), (2, 1, 2, 1), 32, 2, False)
+    data = datasets.load("digits")
+    scaled_eta, scaled_lam = eta * scale**power, lam / scale**2
+    found = {}
+    for other_rate in (eta, None):
+        train = convnet.make_train(rule, data, setting, other_rate=other_rate)
+        plain = train(eta, lam)
+        with monkeypatch.context() as patch:
+            patch.setattr(convnet, "make_course", scaled)
+            train = convnet.make_train(rule, data, setting, other_rate=other_rate)
+        found[other_rate] = jax.device_get((plain, train(scaled_eta, scaled_lam)))
+    plain, scaled_run = found[eta]
+    assert scaled_run["norm"] == pytest.approx(scale * plain["norm"], rel=2e-3)
+    assert scaled_run["memory"] == pytest.approx(plain["memory"], rel=0.02)
+    assert abs(scaled_run["test_error"] - plain["test_error"]) < 0.01
+    np.testing.assert_array_equal(found[None][0]["test_error"], plain["test_error"])
+    assert abs(found[None][1]["test_error"] - plain["test_error"]) > 0.05
+
+
 def test_best_learning_rates_at_the_edge_do_not_count() -> None:
     lam, eta = np.meshgrid(np.geomspace(0.01, 1, 3), [0.1, 1.0, 10.0], indexing="ij")
     columns = {"lambda": lam, "eta": eta, "test_error": eta / 20}
