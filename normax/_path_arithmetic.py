@@ -354,23 +354,19 @@ class PathArithmetic:
         root = self.pth_root(x)
         return root * root
 
-    def divide_by_path_scale(
-        self, update: jax.Array, factors: tuple[Scaled, ...]
-    ) -> jax.Array:
-        r"""Return $u / \gamma$ with $\gamma = (\prod_k x_k)^{2/p}$; 0 where it is 0.
+    def inverse_roots(self, factors: tuple[Scaled, ...]) -> tuple[jax.Array, jax.Array]:
+        r"""Return $f_1, f_2$ with $\gamma = (\prod_k x_k)^{2/p} = (f_1 f_2)^{-4}$.
 
         Args:
-          update: The $u$.
-          factors: One or two $x_k$; they broadcast against each other to the shape of
-            `update`.
+          factors: One or two $x_k$ that broadcast against each other.
 
         Returns:
-          Array in the dtype of `update`.
+          Two plain arrays of the shapes of the factors, or a factor and a scalar of its
+          rank; their product is 0 where $\gamma$ is 0.
         """
-        one = self.ones((1,) * update.ndim, factors[0].root.dtype)
-        first, second = (*factors, one)[:2]
+        exponent = functools.reduce(jnp.add, (x.exponent for x in factors))
         # Of the sum: each by itself may leave the range of floats.
-        scales = halves(-(first.exponent + second.exponent), one.root.dtype)
+        scales = halves(-exponent, factors[0].root.dtype)
 
         def inverse(root, scale):
             # A quotient last, which XLA computes once for each unit, while it would
@@ -378,10 +374,18 @@ class PathArithmetic:
             live = root != 0
             return jnp.where(live, scale, 0) / jnp.where(live, root, 1)
 
-        factor = inverse(first.root, scales[0]) * inverse(second.root, scales[1])
-        (result,) = at_least_float32(update)
-        # In four steps: a power of the factor can leave the range of floats though the
-        # result does not.
-        for _ in range(4):
-            result = result * factor.astype(result.dtype)
-        return result.astype(update.dtype)
+        first = inverse(factors[0].root, scales[0])
+        return first, inverse(factors[1].root, scales[1]) if factors[1:] else scales[1]
+
+
+def divide_by_path_scale(
+    update: jax.Array, first: jax.Array, second: jax.Array
+) -> jax.Array:
+    r"""Return $u / \gamma = u \, (f_1 f_2)^4$ in the dtype of $u$."""
+    factor = first * second
+    (result,) = at_least_float32(update)
+    # In four steps: a power of the factor can leave the range of floats though the
+    # result does not.
+    for _ in range(4):
+        result = result * factor.astype(result.dtype)
+    return result.astype(update.dtype)

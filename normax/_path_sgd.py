@@ -11,52 +11,46 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from normax._axes import PyTree
 from normax._checks import check_range, require_params
 from normax._feed_forward import dense_stack, require_whole_network
-from normax._path_arithmetic import PathArithmetic, Scaled
+from normax._path_arithmetic import PathArithmetic, divide_by_path_scale
 from normax._path_norm import Forward, scale_factors, with_automatic_sharding
 
 
-def _two_factors(params: PyTree, factors: PyTree) -> tuple[tuple[PyTree, PyTree], ...]:
-    """Return path scales as trees like the parameters, whose leaves are arrays.
+def _inverse_roots(
+    params: PyTree, factors: PyTree, p: jax.typing.ArrayLike
+) -> tuple[PyTree, PyTree]:
+    """Return the two factors of the inverse roots, each a tree like the parameters.
 
     Optimizers' states hold such trees only, if they are to pass through Flax NNX.
-
-    Args:
-      params: The parameters.
-      factors: A tuple of factors for each.
-
-    Returns:
-      Two factors, each the tree of its roots and that of its exponents.
     """
+    arithmetic = PathArithmetic(p)
 
-    def tree(index, part):
-        def pick(leaf, product):
-            if product is None:
-                return None
-            one = PathArithmetic(1).ones((1,) * np.ndim(leaf), product[0][0].dtype)
-            return (*product, one)[index][part]
+    def pick(i):
+        return lambda leaf, pair: pair and pair[i]
 
-        return jax.tree.map(pick, params, factors)
-
-    return tuple((tree(index, 0), tree(index, 1)) for index in range(2))
+    pairs = jax.tree.map(
+        lambda leaf, product: product and arithmetic.inverse_roots(product),
+        params,
+        factors,
+    )
+    return jax.tree.map(pick(0), params, pairs), jax.tree.map(pick(1), params, pairs)
 
 
 class ScaleByPathSGDState(NamedTuple):
-    """State of `scale_by_path_sgd`.
+    r"""State of `scale_by_path_sgd`.
 
     Attributes:
       count: Number of updates so far, an int32 scalar.
-      path_scales: The path scales of the last time they were computed, two factors of
-        roots and exponents; None if they are computed at every step.
+      inverse_roots: Two factors of $\gamma^{-1/4}$, of the last time that path scales
+        were computed; None if they are computed at every step.
     """
 
     count: jax.Array  # type: ignore[assignment]  # hides tuple.count, as in optax
-    path_scales: PyTree
+    inverse_roots: tuple[PyTree, PyTree] | None
 
 
 def scale_by_path_sgd(
@@ -132,11 +126,11 @@ def scale_by_path_sgd(
     def compute(params):
         network = dense_stack(params) if forward is None else (forward, inputs)
         factors = scale_factors(network[0], params, network[1], p)
-        return _two_factors(params, factors)
+        return _inverse_roots(params, factors, p)
 
-    def scales_of(params):
+    def inverse_roots(params):
         # Without parameters, as a placeholder of optax.tree.map_params stands for.
-        return compute(params) if jax.tree.leaves(params) else ((params,) * 2,) * 2
+        return compute(params) if jax.tree.leaves(params) else (params, params)
 
     def init_fn(params):
         require_whole_network("scale_by_path_sgd", params)
@@ -145,34 +139,31 @@ def scale_by_path_sgd(
             if jax.tree.leaves(params):
                 jax.eval_shape(compute, params)  # raises what would be raised later
             return ScaleByPathSGDState(count, None)
-        return ScaleByPathSGDState(count, scales_of(params))
+        return ScaleByPathSGDState(count, inverse_roots(params))
 
     def update_fn(updates, state, params=None, **extra_args):
         del extra_args
         params = require_params("scale_by_path_sgd", params)
         require_whole_network("scale_by_path_sgd", params)
         if every_step:
-            scales = scales_of(params)
+            roots = inverse_roots(params)
         else:
-            scales = jax.lax.cond(
+            roots = jax.lax.cond(
                 state.count % update_every == 0,
-                scales_of,
-                lambda params: state.path_scales,
+                inverse_roots,
+                lambda params: state.inverse_roots,
                 params,
             )
-        arithmetic = PathArithmetic(p)
 
-        def divide(param, update, *arrays):
+        def divide(param, update, first, second):
             del param
-            if update is None or arrays[0] is None:
+            if update is None or first is None:
                 return update
-            factors = (Scaled(*arrays[:2]), Scaled(*arrays[2:]))
-            return arithmetic.divide_by_path_scale(jnp.asarray(update), factors)
+            return divide_by_path_scale(jnp.asarray(update), first, second)
 
-        kept = None if every_step else scales
+        updates = jax.tree.map(divide, params, updates, *roots)
         count = optax.safe_increment(state.count)
-        updates = jax.tree.map(divide, params, updates, *scales[0], *scales[1])
-        return updates, ScaleByPathSGDState(count, kept)
+        return updates, ScaleByPathSGDState(count, None if every_step else roots)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
