@@ -30,6 +30,17 @@ def quick_compilation():
     jax.config.update("jax_disable_most_optimizations", False)
 
 
+@pytest.fixture(autouse=True)
+def numbers_do_not_depend_on_earlier_tests(request):
+    """Which differ from run to run where several workers share the tests."""
+    import numpy as np
+    from flax import nnx
+
+    for name, start in {"RNG": np.random.default_rng, "RNGS": nnx.Rngs}.items():
+        if hasattr(getattr(request, "module", None), name):
+            setattr(request.module, name, start(0))
+
+
 @pytest.fixture(autouse=True, scope="module")
 def programs_are_freed():
     """Each takes memory maps, of which a process on Linux may have 65,530."""

@@ -64,12 +64,12 @@ def assert_scales(got, expected, rtol=3e-6):
     chex.assert_trees_all_close(got, expected, rtol=rtol, atol=0)
 
 
-def check(forward, params, inputs, p=2.0, twin=None):
+def check(forward, params, inputs, p=2.0, twin=None, rtol=3e-6):
     value, gradient = oracle(twin or forward, params, inputs, p)
     expected = jax.tree.map(lambda g: np.float32(g ** (2 / p)), gradient)
-    assert_scales(normax.path_scales(forward, params, inputs, p), expected)
+    assert_scales(normax.path_scales(forward, params, inputs, p), expected, rtol)
     norm = normax.path_norm(forward, params, inputs, p)
-    np.testing.assert_allclose(norm, value ** (1 / p), rtol=3e-6)
+    np.testing.assert_allclose(norm, value ** (1 / p), rtol=rtol)
 
 
 # Every path written out.
@@ -218,7 +218,9 @@ def test_relu_in_every_way():
 
     params = ([draw(3, 3) for _ in RELUS], [draw(1, 3) for _ in RELUS])
     identity = functools.partial(forward, activations=[lambda x: x] * len(RELUS))
-    check(forward, params, shape(1, 3), 2, identity)
+    # Each of the layers may add its rounding, forward and backward.
+    rtol = 4 * len(RELUS) * jnp.finfo(jnp.float32).eps
+    check(forward, params, shape(1, 3), 2, identity, rtol)
 
 
 def test_slopes_beyond_one_count():
