@@ -189,7 +189,13 @@ class PathArithmetic:
 
     def add_weight(self, x: Scaled, weight: jax.typing.ArrayLike) -> Scaled:
         """Return $x + |w|^p$."""
-        return self.add(x, self.normalize(self.of_weight(self.cast(weight, x))))
+        weight = self.cast(weight, x)
+        # The range is that of the weights, whose roots are then taken with the sum.
+        low, high = _range(jnp.abs(weight), tuple(range(weight.ndim)))
+        exponent = lax.shift_right_arithmetic(exponent_of(high), jnp.int32(1))
+        scale = exp2(-exponent, high.dtype) + 0 * (high - low)
+        exponent = of_rank(jnp.where(high == 0, DEAD, exponent), weight.ndim)
+        return self.add(x, Scaled(self.of_weight(weight).root * scale, exponent))
 
     def _hypot(self, a: jax.Array, b: jax.Array) -> jax.Array:
         # The smaller over the larger one: neither need be in the range of powers.
@@ -275,7 +281,8 @@ class PathArithmetic:
         """
         half = jnp.sqrt(jnp.abs(lax.stop_gradient(weight))) * lax.stop_gradient(root)
         scale = reduce(half)
-        # Not with `root` again, whose broadcast XLA would write out for both passes.
+        # Not with `root` again, whose broadcast XLA would write out for both passes;
+        # behind a barrier XLA:CPU takes a number that it broadcasts for an array.
         factor = (2 * root) * spread(0.5 / nonzero(scale))
         return weight * factor * factor, scale
 
@@ -298,16 +305,17 @@ class PathArithmetic:
         # number is none, since it would be traced.
         p = (self.p,) if isinstance(self.p, jax.Array) else ()
 
+        # Vectors, whatever `axes`: XLA compiles the same operation on two shapes twice.
         def total(arithmetic, scaled):
-            return jnp.sum(arithmetic.power(scaled), axis=axes, keepdims=True)
+            return jnp.sum(arithmetic.power(scaled), axis=axes)
 
         def carefully(weight, root, *p):
             arithmetic = PathArithmetic(*p) if p else self
             scaled, scale = arithmetic.weigh(
                 weight,
                 root,
-                lambda half: jnp.max(half, axis=axes, keepdims=True, initial=0),
-                lambda scale: scale,
+                lambda half: jnp.max(half, axis=axes, initial=0),
+                lambda scale: lax.expand_dims(scale, axes),
             )
             # At least 1, up to rounding, unless the scale is 0.
             return scale * arithmetic.root(jnp.maximum(total(arithmetic, scaled), 0.5))
@@ -315,11 +323,8 @@ class PathArithmetic:
         @jax.custom_jvp
         def in_one_pass(weight, root, *p):
             arithmetic = PathArithmetic(*p) if p else self
-            # In a vector of its own: weights are multiplied once. Its smallest numbers
-            # become NaN, which no range holds.
-            size = root * root
-            size = jnp.where((size > 2.0**-80) | (root == 0), size, jnp.nan)
-            sums = total(arithmetic, weight * size)
+            # Not with the squares of the roots, which may leave the range of floats.
+            sums = total(arithmetic, weight * root * root)
             low, high = _range(sums, tuple(range(sums.ndim)))
             return lax.cond(
                 (low > 2.0**-80) & (high < 2.0**80),
@@ -333,7 +338,10 @@ class PathArithmetic:
             return in_one_pass(*primals), jax.jvp(carefully, primals, tangents)[1]
 
         root = (carefully if weight.size < _LARGE else in_one_pass)(weight, x.root, *p)
-        return self.normalize(Scaled(root, x.exponent))
+        sums = self.normalize(Scaled(root, of_rank(x.exponent, root.ndim)))
+        return Scaled(
+            lax.expand_dims(sums.root, axes), of_rank(sums.exponent, weight.ndim)
+        )
 
     def log(self, x: Scaled) -> jax.Array:
         r"""Return $\log x$, $-\infty$ for 0."""

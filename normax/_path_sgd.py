@@ -7,11 +7,14 @@ norm, and is rescaled as the weights are.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax import lax
+from jax.sharding import AxisType
 
 from normax._axes import PyTree
 from normax._checks import check_range, require_params
@@ -38,6 +41,36 @@ def _inverse_roots(
         factors,
     )
     return jax.tree.map(pick(0), params, pairs), jax.tree.map(pick(1), params, pairs)
+
+
+def _event(arrays: Iterable[jax.Array]) -> jax.Array:
+    """Return a number, not negative, that is known when some arrays are."""
+    entries = (
+        lax.slice(x, (0,) * x.ndim, (1,) * x.ndim).reshape(()) for x in arrays if x.size
+    )
+    return sum((jnp.abs(x.astype(jnp.float32)) for x in entries), jnp.float32(0))
+
+
+def _one_after(event: jax.Array, updates: PyTree) -> jax.Array:
+    """Return the number one, on a CPU not before an event and the updates are known.
+
+    XLA:CPU updates a parameter in place if all that reads it is known to come before,
+    and a copy of it otherwise. Copies take as long as the path scales do; when the
+    gradients and scales of all parameters are known, nothing reads them any more.
+    """
+    axis_types = jax.sharding.get_abstract_mesh().axis_types
+    if AxisType.Manual in axis_types or AxisType.Explicit in axis_types:
+        return jnp.float32(1)  # no entry is on all devices
+    arrays = map(jnp.asarray, jax.tree.leaves(updates))
+    event += _event(x for x in arrays if jnp.issubdtype(x.dtype, jnp.inexact))
+    # A root, which XLA holds to be too dear to be computed for each parameter.
+    event = lax.stop_gradient(jnp.sqrt(event))
+    return lax.platform_dependent(
+        event,
+        # Never negative, which XLA does not know; a NaN compares false.
+        cpu=lambda event: jnp.where(event < 0, event, 1),
+        default=jnp.ones_like,
+    )
 
 
 class ScaleByPathSGDState(NamedTuple):
@@ -126,39 +159,43 @@ def scale_by_path_sgd(
     def compute(params):
         network = dense_stack(params) if forward is None else (forward, inputs)
         factors = scale_factors(network[0], params, network[1], p)
-        return _inverse_roots(params, factors, p)
+        exponents = {id(x): x for x in jax.tree.leaves(factors) if x.dtype == jnp.int32}
+        return _inverse_roots(params, factors, p), _event(exponents.values())
 
     def inverse_roots(params):
-        # Without parameters, as a placeholder of optax.tree.map_params stands for.
-        return compute(params) if jax.tree.leaves(params) else (params, params)
+        if jax.tree.leaves(params):
+            return compute(params)
+        # A placeholder of optax.tree.map_params stands for the parameters.
+        return (params, params), jnp.float32(0)
 
     def init_fn(params):
         require_whole_network("scale_by_path_sgd", params)
         count = jnp.zeros((), jnp.int32)
         if every_step:
-            if jax.tree.leaves(params):
-                jax.eval_shape(compute, params)  # raises what would be raised later
+            jax.eval_shape(inverse_roots, params)  # raises what would be raised later
             return ScaleByPathSGDState(count, None)
-        return ScaleByPathSGDState(count, inverse_roots(params))
+        return ScaleByPathSGDState(count, inverse_roots(params)[0])
 
     def update_fn(updates, state, params=None, **extra_args):
         del extra_args
         params = require_params("scale_by_path_sgd", params)
         require_whole_network("scale_by_path_sgd", params)
         if every_step:
-            roots = inverse_roots(params)
+            roots, event = inverse_roots(params)
         else:
-            roots = jax.lax.cond(
+            roots, event = lax.cond(
                 state.count % update_every == 0,
                 inverse_roots,
-                lambda params: state.inverse_roots,
+                lambda params: (state.inverse_roots, jnp.float32(0)),
                 params,
             )
+        one = _one_after(event, updates)
 
         def divide(param, update, first, second):
             del param
             if update is None or first is None:
                 return update
+            second = second * one.astype(second.dtype)
             return divide_by_path_scale(jnp.asarray(update), first, second)
 
         updates = jax.tree.map(divide, params, updates, *roots)

@@ -156,6 +156,19 @@ def test_large_contractions_of_high_powers_lose_no_summands(p):
     assert_log(arithmetic, got, logsum(log_w, 0, True))
 
 
+@P
+def test_large_contractions_with_roots_whose_squares_are_no_floats(p):
+    weights = np.full((600, 500), 1e-4, np.float32)
+    roots = np.ones((600, 1), np.float32)
+    weights[3], roots[3] = 1e38, 1e-20  # most of the sum: 0.01 each
+    weights[5] = 1e-38
+    arithmetic = PathArithmetic(p)
+    x = Scaled(jnp.asarray(roots), jnp.zeros((1, 1), jnp.int32))
+    got = jax.jit(lambda w: arithmetic.contract(w, x, (0,)))(jnp.asarray(weights))
+    log = p * np.log(weights.astype(np.float64) * roots.astype(np.float64) ** 2)
+    assert_log(arithmetic, got, logsum(log, 0, True))
+
+
 @pytest.mark.parametrize("p", [1, 2.0])
 def test_plain_powers_are_products_in_large_contractions(p):
     arithmetic = PathArithmetic(p)

@@ -223,6 +223,20 @@ def test_relu_in_every_way():
     check(forward, params, shape(1, 3), 2, identity, rtol)
 
 
+@pytest.mark.parametrize(
+    "widths", [(4, 4000, 2), (784, 30, 5), (784, 400, 700), (300, 1000, 3)]
+)
+def test_scalars_before_and_after_layers(widths):
+    # Units whose path values are equal, to XLA the broadcast of one number.
+    def forward(params, x):
+        h = relu(params["s"] * x @ params["a"])
+        return params["t"] * relu(h @ params["b"])
+
+    shapes = zip("stab", [(), (), *itertools.pairwise(widths)], strict=True)
+    params = {name: draw(*size) for name, size in shapes}
+    check(forward, params, shape(1, widths[0]), 2, rtol=5e-6)
+
+
 def test_slopes_beyond_one_count():
     # The steepest slope of a leaky ReLU is the factor of its paths.
     forward = lambda w, x: jnp.where(x @ w > 0, x @ w, 0)  # noqa: E731, F841

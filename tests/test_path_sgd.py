@@ -1,6 +1,7 @@
 """Path norms, path scales and Path-SGD: ranges, dead edges, gradients, optimizers."""
 
 import functools
+import re
 
 import chex
 import flax.linen as nn
@@ -113,6 +114,22 @@ def test_path_sgd_is_equation_8(forward, momentum, nesterov, update_every):
         after, jax.tree.map(np.float32, expected), rtol=2e-5, atol=2e-6
     )
     assert optax.tree.get(state, "count") == 6
+
+
+@pytest.mark.parametrize("update_every", [1, 10])
+def test_parameters_are_updated_in_place(update_every):
+    params = stack_params((4, 30, 20, 10))
+    tx = normax.path_sgd(0.01, update_every=update_every)
+
+    def step(params, state):
+        grads = jax.grad(lambda params: jnp.sum(stack(params, BATCH) ** 2))(params)
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    step = jax.jit(step, donate_argnums=(0, 1)).lower(params, tx.init(params))
+    program = step.compile().as_text()
+    assert "f32[4,30]" in program
+    assert not re.findall(r"f32\[\d+,\d+\]\S* copy\(", program)
 
 
 @pytest.mark.parametrize("p", [1, 3.0])
