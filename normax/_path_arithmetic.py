@@ -323,8 +323,11 @@ class PathArithmetic:
         @jax.custom_jvp
         def in_one_pass(weight, root, *p):
             arithmetic = PathArithmetic(*p) if p else self
-            # Not with the squares of the roots, which may leave the range of floats.
-            sums = total(arithmetic, weight * root * root)
+            # In a vector of its own: weights are multiplied once. Its smallest numbers
+            # become NaN, which no range holds.
+            size = root * root
+            size = jnp.where((size > 2.0**-80) | (root == 0), size, jnp.nan)
+            sums = total(arithmetic, weight * size)
             low, high = _range(sums, tuple(range(sums.ndim)))
             return lax.cond(
                 (low > 2.0**-80) & (high < 2.0**80),
