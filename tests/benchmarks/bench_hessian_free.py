@@ -1,6 +1,6 @@
 """Time and memory of a Hessian-free step, in evaluations of the gradient.
 
-    python -m pytest tests/benchmarks/bench_hessian_free.py -s
+    python -m pytest --noconftest tests/benchmarks/bench_hessian_free.py -s
 
 The network is 784-1000-500-10 with batches of 1,000, in float32. The step is a whole
 training step: gradient, k conjugate gradient iterations, loss and model of the step,

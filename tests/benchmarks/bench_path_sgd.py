@@ -1,11 +1,12 @@
 """Time and compilation of a training step of Path-SGD beside SGD's.
 
-    python -m pytest tests/benchmarks/bench_path_sgd.py -s
+    python -m pytest --noconftest tests/benchmarks/bench_path_sgd.py -s
 
 Whole training steps (loss, gradient, update), compiled, with parameters and state
 donated: the Path-SGD paper's network, 784-4000-4000-10 with batches of 100, and a
 ResNet-18 for 32 x 32 images with batches of 128. All steps run in one process, in
-alternation; reported are ratios of medians.
+alternation; reported are ratios of medians. Without the tests' settings, which split
+the CPU into eight devices and store what is compiled.
 """
 
 import statistics

@@ -1,6 +1,6 @@
 """Throughput of a sweep over a loop of compiled runs.
 
-    python -m pytest tests/benchmarks/bench_sweep.py -s
+    python -m pytest --noconftest tests/benchmarks/bench_sweep.py -s
 
 A run trains the batch-norm network of the examples on digits for eight epochs, too
 small a network to fill a device. Thirty runs as one sweep, without and with a progress

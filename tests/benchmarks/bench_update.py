@@ -1,11 +1,11 @@
 """Time and memory of an update step beside plain Adam's.
 
-    python -m pytest tests/benchmarks/bench_update.py
+    python -m pytest --noconftest tests/benchmarks/bench_update.py
 
 33.6 million float32 parameters in eight kernels of 1024 x 4096; the update step
 alone, compiled, with parameters and state donated. Both steps run in one process,
 in alternation; reported is the ratio of the medians, and the temporary memory that
-the compiler plans.
+the compiler plans. Without the tests' settings, which split the CPU into eight devices.
 """
 
 import functools
