@@ -452,6 +452,19 @@ def test_weights_that_are_not_finite_are_not_hidden(bad):
     assert np.all(np.isnan(updates[1][2]))
 
 
+@pytest.mark.parametrize("bad", [jnp.nan, jnp.inf])
+def test_gradients_that_are_not_finite_stay_where_they_are(bad):
+    params = [draw(4, 5), draw(5, 2)]
+    grads = jax.tree.map(jnp.ones_like, params)
+    tx = normax.scale_by_path_sgd()
+    update = jax.jit(tx.update)
+    expected, _ = update(grads, tx.init(params), params)
+    expected[0] = expected[0].at[0, 0].set(bad)
+    grads[0] = grads[0].at[0, 0].set(bad)
+    updates, _ = update(grads, tx.init(params), params)
+    chex.assert_trees_all_equal(updates, expected)
+
+
 # Derivatives.
 
 
