@@ -189,13 +189,7 @@ class PathArithmetic:
 
     def add_weight(self, x: Scaled, weight: jax.typing.ArrayLike) -> Scaled:
         """Return $x + |w|^p$."""
-        weight = self.cast(weight, x)
-        # The range is that of the weights, whose roots are then taken with the sum.
-        low, high = _range(jnp.abs(weight), tuple(range(weight.ndim)))
-        exponent = lax.shift_right_arithmetic(exponent_of(high), jnp.int32(1))
-        scale = exp2(-exponent, high.dtype) + 0 * (high - low)
-        exponent = of_rank(jnp.where(high == 0, DEAD, exponent), weight.ndim)
-        return self.add(x, Scaled(self.of_weight(weight).root * scale, exponent))
+        return self.add(x, self.normalize(self.of_weight(self.cast(weight, x))))
 
     def _hypot(self, a: jax.Array, b: jax.Array) -> jax.Array:
         # The smaller over the larger one: neither need be in the range of powers.

@@ -60,7 +60,7 @@ def _one_after(event: jax.Array, updates: PyTree) -> jax.Array:
     """
     axis_types = jax.sharding.get_abstract_mesh().axis_types
     if AxisType.Manual in axis_types or AxisType.Explicit in axis_types:
-        return jnp.float32(1)  # no entry is on all devices
+        return jnp.float32(1)  # an entry is not on all devices, or differs on them
     arrays = map(jnp.asarray, jax.tree.leaves(updates))
     event += _event(x for x in arrays if jnp.issubdtype(x.dtype, jnp.inexact))
     # A root, which XLA holds to be too dear to be computed for each parameter.
@@ -159,8 +159,9 @@ def scale_by_path_sgd(
     def compute(params):
         network = dense_stack(params) if forward is None else (forward, inputs)
         factors = scale_factors(network[0], params, network[1], p)
-        exponents = {id(x): x for x in jax.tree.leaves(factors) if x.dtype == jnp.int32}
-        return _inverse_roots(params, factors, p), _event(exponents.values())
+        # Of the largest entries of sums, so that these are known when exponents are.
+        exponents = (x for x in jax.tree.leaves(factors) if x.dtype == jnp.int32)
+        return _inverse_roots(params, factors, p), _event(exponents)
 
     def inverse_roots(params):
         if jax.tree.leaves(params):
