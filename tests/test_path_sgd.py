@@ -11,6 +11,8 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 
 import normax
 
@@ -463,6 +465,22 @@ def test_gradients_that_are_not_finite_stay_where_they_are(bad):
     grads[0] = grads[0].at[0, 0].set(bad)
     updates, _ = update(grads, tx.init(params), params)
     chex.assert_trees_all_equal(updates, expected)
+
+
+def test_gradients_on_several_devices_do_not_vary_together():
+    mesh = jax.make_mesh((2,), ("x",), (AxisType.Auto,), devices=jax.devices()[:2])
+    params, tx = [draw(4, 5), draw(5, 2)], normax.scale_by_path_sgd()
+    grads = [draw(8, 5, seed=1), draw(5, 2, seed=1)]  # the first for each device
+
+    def update(*grads):
+        return tx.update(list(grads), tx.init(params), params)[0]
+
+    mapped = jax.shard_map(
+        update, mesh=mesh, in_specs=(P("x"), P()), out_specs=[P("x"), P()]
+    )
+    first, second = (update(part, grads[1]) for part in jnp.split(grads[0], 2))
+    expected = [jnp.concatenate([first[0], second[0]]), first[1]]
+    chex.assert_trees_all_close(jax.jit(mapped)(*grads), expected, rtol=1e-6)
 
 
 # Derivatives.
