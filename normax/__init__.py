@@ -32,9 +32,9 @@ from normax._rescaling import random_rescaling as random_rescaling
 from normax._rescaling import rescale_units as rescale_units
 from normax._rotation import RotateByAngleState as RotateByAngleState
 from normax._rotation import rotate_by_angle as rotate_by_angle
-from normax._rotation import rotational_adamw as rotational_adamw
-from normax._rotation import rotational_lion as rotational_lion
-from normax._rotation import rotational_sgd as rotational_sgd
+from normax._rotational_rules import rotational_adamw as rotational_adamw
+from normax._rotational_rules import rotational_lion as rotational_lion
+from normax._rotational_rules import rotational_sgd as rotational_sgd
 from normax._schedules import (
     exponential_equivalent_schedule as exponential_equivalent_schedule,
 )

@@ -5,9 +5,8 @@ values and the tolerance. They compare values, so inside `jax.jit` they need
 `chex.chexify`, as chex's own value assertions do.
 """
 
-import functools
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -15,35 +14,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from normax._axes import Axes, PyTree, broadcast_radius, map_vectors, resolve_axes
+from normax._comparisons import Comparison, check_all, largest, maximum, named_leaves
 from normax._norms import at_least_float32, inner_product, nonzero, vector_norm
+from normax._programs import compiled
 
 # Below this fraction of the largest of its kind, a gradient in float32 may be the
 # rounding of terms that cancel, and is held to the larger one's tolerance.
 _NOISE = 1e-3
 # Of the factors 1/2, 2, 4 and 8: rescaling by powers of two rounds nothing.
 _EXPONENTS = np.array([-1, 1, 2, 3])
-
-
-class Comparison(NamedTuple):
-    where: str
-    measured: jax.Array
-    expected: jax.Array
-    tolerance: jax.typing.ArrayLike
-
-
-def compiled(fn: Callable[..., Any]) -> Callable[..., Any]:
-    """Return the function compiled anew, unless the user has compiled it."""
-    # Of the same function `jax.jit` would keep what it closed over at its first call.
-    if isinstance(fn, jax.stages.Wrapped):
-        return fn
-    return jax.jit(functools.partial(fn))
-
-
-def named_leaves(name: str, tree: PyTree) -> list[tuple[str, jax.Array]]:
-    return [
-        (f"{name}{jax.tree_util.keystr(path)}", at_least_float32(leaf)[0])
-        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
-    ]
 
 
 def _per_vector(vector_axes: tuple[int, ...], *values: jax.Array) -> Comparison:
@@ -59,66 +38,6 @@ def _named(tree: PyTree) -> list[Comparison]:
         comparison._replace(where=f"params{jax.tree_util.keystr(path)}")
         for path, comparison in found
     ]
-
-
-def largest(x: jax.typing.ArrayLike) -> jax.Array:
-    return jnp.max(jnp.abs(at_least_float32(x)[0]), initial=0.0)
-
-
-def maximum(values: Iterable[jax.Array]) -> jax.Array:
-    return functools.reduce(jnp.maximum, values, jnp.zeros([]))
-
-
-def _difference(where, measured, expected, tolerance) -> str:
-    """Say where two arrays differ; empty if they are close and finite."""
-    far = ~(np.abs(measured - expected) <= tolerance) | ~np.isfinite(measured)
-    if not far.any():
-        return ""
-    first = tuple(int(i) for i in np.argwhere(far)[0])
-    allowed = np.broadcast_to(tolerance, far.shape)[first]
-    return (
-        f"{where}: {far.sum()} of {far.size} values are off, the first, at {first}, is "
-        f"{measured[first]} instead of {expected[first]} +- {allowed:.3g}\n"
-        f"measured: {measured}\nexpected: {expected}"
-    )
-
-
-def check_all(
-    claim: str, comparisons: list[Comparison], custom_message: str | None
-) -> None:
-    """Raise unless every measured array is finite and close to the expected one.
-
-    Args:
-      claim: Name of the assertion, and what it asserts.
-      comparisons: What is compared, in the order of importance.
-      custom_message: The user's addition.
-
-    Raises:
-      AssertionError: Names the first array that differs with its values, and then
-        the others.
-      RuntimeError: The values are traced, and `chex.chexify` is not used.
-    """
-    if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(comparisons)):
-        import chex
-
-        for where, measured, expected, tolerance in comparisons:
-            custom = f"{claim}; {where} {custom_message or ''}"
-            chex.assert_tree_all_finite(measured, custom_message=custom)
-            chex.assert_trees_all_close(
-                measured, expected, rtol=0.0, atol=tolerance, custom_message=custom
-            )
-        return
-    differences = {}
-    for comparison in comparisons:
-        where, *values = comparison
-        difference = _difference(where, *(np.asarray(value) for value in values))
-        if difference:
-            differences[where] = difference
-    if differences:
-        first, *others = differences
-        more = f"\nand {len(others)} more: {', '.join(others[:8])}" if others else ""
-        custom = f" [{custom_message}]" if custom_message else ""
-        raise AssertionError(f"[normax] {claim}; {differences[first]}{more}{custom}")
 
 
 def assert_unit_norm(

@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from normax._assertions import compiled
 from normax._axes import Axes, PyTree, map_vectors
 from normax._checks import check_range
 from normax._detection import (
@@ -20,6 +19,7 @@ from normax._detection import (
     sets_of_axes,
     word,
 )
+from normax._programs import compiled
 
 # What the first evaluation lets pass.
 _NEAR = 0.03

@@ -18,8 +18,9 @@ from normax._axes import PyTree
 from normax._checks import check_range
 from normax._feed_forward import Layer
 from normax._norms import at_least_float32, nonzero, vector_norm
-from normax._path_arithmetic import PathArithmetic, Scaled, exp2, exponent_of, of_rank
+from normax._path_arithmetic import PathArithmetic, Scaled, of_rank
 from normax._path_norm import with_automatic_sharding
+from normax._powers_of_two import exp2, exponent_of
 from normax._rescaled_network import (
     Factors,
     Forward,

@@ -26,6 +26,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from normax._norms import at_least_float32, nonzero
+from normax._powers_of_two import exp2, exponent_of, halves
 
 DEAD = -(2**20)  # the exponent of zeros: never the largest of any sum
 _LARGE = 2**18  # weights for which a second pass takes longer than its compilation
@@ -42,36 +43,6 @@ class Scaled(NamedTuple):
 
     root: jax.Array
     exponent: jax.Array
-
-
-def _layout(dtype) -> tuple[type, int, int]:
-    info = jnp.finfo(dtype)
-    return (jnp.int32 if info.bits == 32 else jnp.int64), info.nmant, info.maxexp - 1
-
-
-def exponent_of(x: jax.Array) -> jax.Array:
-    """Return the exponent of the largest power of two that is at most x > 0."""
-    integer, mantissa_bits, bias = _layout(x.dtype)
-    # Bits instead of `jnp.frexp`, whose many operations cost compile time.
-    field = lax.shift_right_logical(
-        lax.bitcast_convert_type(x, integer), jnp.asarray(mantissa_bits, integer)
-    )
-    return field.astype(jnp.int32) - bias
-
-
-def exp2(n: jax.Array, dtype) -> jax.Array:
-    """Return $2^n$, exact, unlike `jnp.exp2`; the nearest normal power of all."""
-    integer, mantissa_bits, bias = _layout(dtype)
-    field = (lax.clamp(jnp.int32(1 - bias), n, jnp.int32(bias)) + bias).astype(integer)
-    return lax.bitcast_convert_type(
-        lax.shift_left(field, jnp.asarray(mantissa_bits, integer)), dtype
-    )
-
-
-def halves(n: jax.Array, dtype) -> tuple[jax.Array, jax.Array]:
-    """Return two numbers with product $2^n$, of twice the range of floats."""
-    half = lax.shift_right_arithmetic(n, jnp.ones_like(n))
-    return exp2(half, dtype), exp2(n - half, dtype)
 
 
 def _range(x: jax.Array, axes: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
@@ -163,7 +134,7 @@ class PathArithmetic:
         shift, dtype = x.exponent - exponent, x.root.dtype
         # What is below the range of floats, and not its smallest number, which would
         # be large beside zeros.
-        below = shift < 1 - _layout(dtype)[2]
+        below = shift < jnp.finfo(dtype).minexp
         return x.root * jnp.where(below, 0, exp2(shift, dtype))
 
     def common(self, x: Scaled, axes: tuple[int, ...] | None = None) -> Scaled:

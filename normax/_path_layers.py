@@ -19,14 +19,8 @@ import numpy as np
 from jax import lax
 
 from normax._path_arithmetic import Scaled, of_rank, where_live
-from normax._path_lifting import (
-    Activation,
-    NotHomogeneous,
-    Path,
-    PathTransform,
-    Weight,
-    rule,
-)
+from normax._path_lifting import NotHomogeneous, PathTransform, rule
+from normax._path_values import Activation, Path, Weight
 
 
 @dataclasses.dataclass(frozen=True)

@@ -24,15 +24,8 @@ from normax._checks import check_range
 from normax._norms import at_least_float32
 from normax._one_example import Forward, trace_one_example
 from normax._path_arithmetic import PathArithmetic, Scaled
-from normax._path_lifting import (
-    Activation,
-    Factors,
-    Origin,
-    Path,
-    PathTransform,
-    Unsupported,
-    Weight,
-)
+from normax._path_lifting import PathTransform
+from normax._path_values import Activation, Factors, Origin, Path, Unsupported, Weight
 
 
 def _is_float(leaf: Any) -> bool:

@@ -30,20 +30,17 @@ from jax import lax
 
 from normax._norms import at_least_float32
 from normax._path_arithmetic import Scaled
-from normax._path_lifting import (
+from normax._path_lifting import NotHomogeneous, PathTransform, rule, weight_pull
+from normax._path_structure import bind, evaluate_constants, structural
+from normax._path_values import (
     Activation,
     Factors,
-    NotHomogeneous,
     Path,
-    PathTransform,
     Sign,
     Value,
     Weight,
-    rule,
-    weight_pull,
     without_infinities,
 )
-from normax._path_structure import bind, evaluate_constants, structural
 
 # Affine operations. The constant goes through the same equation as the activation.
 

@@ -17,16 +17,15 @@ import jax.numpy as jnp
 from jax import lax
 
 from normax._path_arithmetic import Scaled
-from normax._path_lifting import (
+from normax._path_lifting import PathTransform, rule
+from normax._path_values import (
     Activation,
     Origin,
     Path,
-    PathTransform,
     Sign,
     Unsupported,
     Value,
     Weight,
-    rule,
     without_infinities,
     zeros,
 )

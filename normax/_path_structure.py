@@ -20,17 +20,13 @@ from normax._path_arithmetic import Scaled, of_rank, where_live
 from normax._path_lifting import (
     SLICES,
     UNIFORM,
-    Activation,
     NotHomogeneous,
-    Path,
     PathTransform,
-    Sign,
-    Weight,
     may_collide,
     rule,
     weight_pull,
-    zeros,
 )
+from normax._path_values import Activation, Path, Sign, Weight, zeros
 
 
 def bind(eqn: JaxprEqn, *operands: Any) -> Any:

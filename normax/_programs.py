@@ -1,6 +1,7 @@
 """Programs as JAX traces them, and what they take and return."""
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -19,3 +20,11 @@ def called_programs(equation: JaxprEqn) -> Iterator[ClosedJaxpr]:
 def is_key(array: Any) -> bool:
     """Return whether an array holds random keys, which are no numbers."""
     return jax.dtypes.issubdtype(array.dtype, jax.dtypes.prng_key)
+
+
+def compiled(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the function compiled anew, unless the user has compiled it."""
+    # Of the same function `jax.jit` would keep what it closed over at its first call.
+    if isinstance(fn, jax.stages.Wrapped):
+        return fn
+    return jax.jit(functools.partial(fn))

@@ -20,8 +20,8 @@ import numpy as np
 from normax._axes import PyTree
 from normax._feed_forward import Layer, feed_forward_layers
 from normax._norms import at_least_float32
-from normax._path_arithmetic import halves
 from normax._path_norm import log_path_norm
+from normax._powers_of_two import halves
 
 Forward = Callable[[PyTree, PyTree], PyTree]
 

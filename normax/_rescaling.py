@@ -18,7 +18,7 @@ import numpy as np
 from normax._axes import PyTree
 from normax._checks import check_positive, check_range
 from normax._feed_forward import Layer
-from normax._path_arithmetic import exponent_of, halves
+from normax._powers_of_two import exponent_of, halves
 from normax._rescaled_network import Factors, Forward, chained_layers, rescaled_network
 
 

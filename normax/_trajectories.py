@@ -9,17 +9,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from normax._assertions import (
-    Comparison,
-    check_all,
-    compiled,
-    largest,
-    maximum,
-    named_leaves,
-)
 from normax._axes import PyTree
 from normax._checks import check_range
+from normax._comparisons import Comparison, check_all, largest, maximum, named_leaves
 from normax._norms import nonzero
+from normax._programs import compiled
 
 # What rounding may change in an output, in units of the precision of the largest
 # entry; and how much more runs must change it, lest rounding hides a difference.

@@ -1,33 +1,29 @@
 """Batch normalization at inference, merged into the layer before it."""
 
-import dataclasses
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
-from jax.extend.core import Jaxpr, Var
 
 from normax._norms import at_least_float32
-from normax._programs import called_programs
 from normax.nn._batch_renorm import BatchRenorm
-from normax.nn._weight_norm import KeyPath, WeightNorm, output_axes
+from normax.nn._weight_norm import output_axes
 
 # Not their subclasses, which may compute something else.
-_LAYERS = (nnx.Linear, nnx.Conv, nnx.ConvTranspose)
-_BATCH_NORMS = (nnx.BatchNorm, BatchRenorm)
-_WRAPPERS = (WeightNorm, nnx.WeightNorm, nnx.SpectralNorm)
+LAYERS = (nnx.Linear, nnx.Conv, nnx.ConvTranspose)
+BATCH_NORMS = (nnx.BatchNorm, BatchRenorm)
 
 
-def _misfit(layer: Any, batch_norm: Any) -> str | None:
+def misfit(layer: Any, batch_norm: Any) -> str | None:
     """Say why a pair cannot be one layer; None if it can."""
-    if type(layer) not in _LAYERS:
-        names = ", ".join(kind.__name__ for kind in _LAYERS)
+    if type(layer) not in LAYERS:
+        names = ", ".join(kind.__name__ for kind in LAYERS)
         return f"the layer must be one of {names}, got {type(layer).__name__}"
-    if type(batch_norm) not in _BATCH_NORMS:
-        names = ", ".join(kind.__name__ for kind in _BATCH_NORMS)
+    if type(batch_norm) not in BATCH_NORMS:
+        names = ", ".join(kind.__name__ for kind in BATCH_NORMS)
         return f"batch_norm must be one of {names}, got {type(batch_norm).__name__}"
     if batch_norm.num_features != layer.out_features:
         return (
@@ -87,9 +83,9 @@ def fold_batch_norm(layer: Any, batch_norm: nnx.BatchNorm) -> Any:
       Zaytsev, Burnaev, Deep learning models and how to train them (lecture), "Batch
       normalization layer". Ioffe, Szegedy, Batch Normalization, 2015.
     """
-    misfit = _misfit(layer, batch_norm)
-    if misfit is not None:
-        raise ValueError(f"{misfit}; call it where it stands instead.")
+    reason = misfit(layer, batch_norm)
+    if reason is not None:
+        raise ValueError(f"{reason}; call it where it stands instead.")
     kernel, bias, mean, var, scale, shift = at_least_float32(
         layer.kernel[...],
         0.0 if layer.bias is None else layer.bias[...],
@@ -113,7 +109,7 @@ def fold_batch_norm(layer: Any, batch_norm: nnx.BatchNorm) -> Any:
     return folded
 
 
-def _inference(model: Callable[..., Any]) -> Callable[..., Any]:
+def inference(model: Callable[..., Any]) -> Callable[..., Any]:
     """Return a copy of a module in inference mode; other functions as they are."""
     if isinstance(model, nnx.Module):
         model = nnx.clone(model)
@@ -156,7 +152,7 @@ def folding_error(
       Zaytsev, Burnaev, Deep learning models and how to train them (lecture), "Batch
       normalization layer".
     """
-    expected, found = (_inference(f)(*args, **kwargs) for f in (model, folded))
+    expected, found = (inference(f)(*args, **kwargs) for f in (model, folded))
 
     def largest(x: jax.Array, y: jax.Array) -> jax.Array:
         x, y = at_least_float32(x, y)
@@ -164,200 +160,3 @@ def folding_error(
 
     errors = jax.tree.leaves(jax.tree.map(largest, expected, found))
     return jnp.max(jnp.stack([jnp.zeros([]), *errors]))
-
-
-class FoldedModel(NamedTuple):
-    """What `fold_batch_norms` returns.
-
-    Attributes:
-      model: The folded model, in inference mode.
-      pairs: Names of the layers, and of the batch normalizations folded into them.
-      left: Names of the batch normalizations that remain.
-      max_error: Largest difference between the outputs of the two models on the
-        inputs, as in `folding_error`.
-    """
-
-    model: Any
-    pairs: tuple[tuple[str, str], ...]
-    left: tuple[str, ...]
-    max_error: jax.Array
-
-
-class _Identity(nnx.Module):
-    def __call__(self, x: Any, *args: Any, **kwargs: Any) -> Any:
-        del args, kwargs
-        return x
-
-
-@dataclasses.dataclass(eq=False)
-class _Mark:
-    """The name of a module's calls, and whether anything else was asked of it.
-
-    No two are equal, so that a program that was traced before is traced again.
-    """
-
-    name: str
-    read: bool = False
-
-
-class _Marked(nnx.Module):
-    """A module whose calls show in a jaxpr, as those of a jitted function."""
-
-    def __init__(self, module: nnx.Module, mark: _Mark):
-        self.module = module
-        self.mark = mark
-
-    def __getattr__(self, name: str) -> Any:
-        # An object that Flax has not filled in yet has no module either.
-        if name in ("module", "mark") or name.startswith("_"):
-            raise AttributeError(name)
-        self.mark.read = True
-        return getattr(self.module, name)
-
-    def __call__(self, x: Any, *args: Any, **kwargs: Any) -> Any:
-        def call(x):
-            return self.module(x, *args, **kwargs)  # type: ignore[operator]
-
-        call.__name__ = self.mark.name
-        return jax.jit(call)(x)
-
-
-def _replaced(model: nnx.Module, replacements: dict[KeyPath, nnx.Module]) -> Any:
-    """Return a model that shares the variables, with other modules at some paths."""
-    model = nnx.clone(model, variables=False)
-    nodes = dict(nnx.iter_graph(model))
-    for (*path, key), module in replacements.items():
-        parent = nodes[tuple(path)]
-        if isinstance(parent, nnx.Module) and isinstance(key, str):
-            setattr(parent, key, module)
-        else:
-            parent[key] = module
-    return model
-
-
-def _sub_jaxprs(jaxpr: Jaxpr, marks: set[str]) -> Iterator[Jaxpr]:
-    """Yield a jaxpr and all in its equations but those of marked calls."""
-    yield jaxpr
-    for eqn in jaxpr.eqns:
-        if eqn.params.get("name") in marks:
-            continue
-        for program in called_programs(eqn):
-            yield from _sub_jaxprs(program.jaxpr, marks)
-
-
-def _calls_in_a_row(jaxpr: Jaxpr, marks: set[str]) -> list[tuple[str, str]]:
-    """Find marked calls whose output goes to one other marked call and nowhere else.
-
-    A mark that is called more than once is in none of the pairs.
-    """
-    calls: dict[str, int] = dict.fromkeys(marks, 0)
-    pairs = []
-    for part in _sub_jaxprs(jaxpr, marks):
-        users: dict[Var, list[str | None]] = {}
-        for eqn in part.eqns:
-            mark = eqn.params.get("name")
-            if mark in marks:
-                calls[mark] += 1
-            for atom in eqn.invars:
-                if isinstance(atom, Var):
-                    users.setdefault(atom, []).append(mark)
-        for atom in part.outvars:
-            if isinstance(atom, Var):
-                users.setdefault(atom, []).append(None)
-        for eqn in part.eqns:
-            mark = eqn.params.get("name")
-            if mark in marks and len(eqn.outvars) == 1:
-                match users.get(eqn.outvars[0], []):
-                    case [user] if user in marks:
-                        pairs.append((mark, user))
-    return [pair for pair in pairs if all(calls[mark] == 1 for mark in pair)]
-
-
-def fold_batch_norms(model: nnx.Module, *args: Any, **kwargs: Any) -> FoldedModel:
-    r"""Fold every batch normalization of a model into the layer before it.
-
-    $$\text{BN}(w * x + b) \to w' * x + b'$$
-
-    wherever the input of a `BatchNorm` or `BatchRenorm` is the output of a `Linear`,
-    `Conv` or `ConvTranspose` that goes nowhere else, both are called once, and the
-    model reads no attribute of them, such as `layer.kernel`. Layers stacked by
-    `nnx.vmap` are left, and those in `WeightNorm` or Flax's `SpectralNorm`. The pairs
-    are found in the trace of one call of the model, whatever its code, and merged by
-    `fold_batch_norm`.
-
-    Args:
-      model: A Flax NNX module; it is not changed.
-      *args: Inputs of the model.
-      **kwargs: Further inputs of the model.
-
-    Returns:
-      A `FoldedModel`: the new model in inference mode, the names of what was folded and
-      of what was left, and the largest error on the inputs.
-
-    Raises:
-      TraceContextError: The model normalizes with the statistics of the batch though it
-        is in inference mode.
-
-    Examples:
-      >>> import jax.numpy as jnp
-      >>> import normax
-      >>> from flax import nnx
-      >>> rngs = nnx.Rngs(0)
-      >>> conv, norm = nnx.Conv(3, 8, (3, 3), rngs=rngs), nnx.BatchNorm(8, rngs=rngs)
-      >>> model = nnx.Sequential(conv, norm, nnx.relu)
-      >>> folded = normax.nn.fold_batch_norms(model, jnp.ones((1, 4, 4, 3)))
-      >>> folded.pairs
-      (('layers/0', 'layers/1'),)
-      >>> bool(folded.max_error < 1e-6)
-      True
-
-    References:
-      Zaytsev, Burnaev, Deep learning models and how to train them (lecture), "Batch
-      normalization layer".
-    """
-    inference: Any = _inference(model)
-    modules: dict[str, tuple[KeyPath, Any]] = {}
-    nodes = list(nnx.iter_graph(inference))
-    # They compute the weights that they look up in their layers.
-    wrappers = [path for path, module in nodes if isinstance(module, _WRAPPERS)]
-    for path, module in nodes:
-        if any(path[: len(wrapper)] == wrapper for wrapper in wrappers):
-            continue
-        if path and type(module) in _LAYERS + _BATCH_NORMS:
-            modules[f"normax_call_{len(modules)}"] = path, module
-    marks = {name: _Mark(name) for name in modules}
-    marked = _replaced(
-        inference,
-        {
-            path: _Marked(module, marks[name])
-            for name, (path, module) in modules.items()
-        },
-    )
-    # Cloned inside: transformations of Flax write to the variables that they are
-    # given, which must be of the trace they are used in.
-    jaxpr = jax.make_jaxpr(lambda: nnx.clone(marked)(*args, **kwargs))().jaxpr
-    replacements: dict[KeyPath, nnx.Module] = {}
-    pairs = []
-    for pair in _calls_in_a_row(jaxpr, set(modules)):
-        (layer_path, layer), (norm_path, norm) = (modules[name] for name in pair)
-        read = any(marks[name].read for name in pair)
-        if not read and _misfit(layer, norm) is None:
-            replacements[layer_path] = fold_batch_norm(layer, norm)
-            replacements[norm_path] = _Identity()
-            pairs.append((layer_path, norm_path))
-    folded = nnx.clone(_replaced(inference, replacements))
-    left = (
-        path
-        for path, module in modules.values()
-        if type(module) in _BATCH_NORMS and path not in replacements
-    )
-
-    def name(path: KeyPath) -> str:
-        return "/".join(map(str, path))
-
-    return FoldedModel(
-        folded,
-        tuple((name(layer), name(norm)) for layer, norm in pairs),
-        tuple(map(name, left)),
-        folding_error(inference, folded, *args, **kwargs),
-    )
