@@ -70,23 +70,28 @@ def trace_one_example(
         return inputs, program
     (size,) = sizes
 
-    def first(x):
-        if isinstance(x, jax.ShapeDtypeStruct) and x.shape:
-            return jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype)
-        return x[:1] if np.ndim(x) else x
+    def batch_of(count):
+        def take(x):
+            if isinstance(x, jax.ShapeDtypeStruct) and x.shape:
+                return jax.ShapeDtypeStruct((count, *x.shape[1:]), x.dtype)
+            return x[np.arange(count) % size] if np.ndim(x) else x
 
-    one = jax.tree.map(first, inputs)
+        return jax.tree.map(take, inputs)
+
+    one, more = batch_of(1), batch_of(2 * size)
     try:
-        program_of_one, part = trace(params, one)
+        program_of_one, _ = trace(params, one)
+        # Axes of length one may be dropped, and tell nothing.
+        _, other = trace(params, more)
     except Exception:  # whatever the network raises: the first axis is one of features
         return inputs, program
     has_axis = jax.tree.map(
         lambda a, b: (
             a.shape == ()
-            or (a.shape, b.shape) == ((size, *b.shape[1:]), (1, *a.shape[1:]))
+            or (a.shape, b.shape) == ((size, *b.shape[1:]), (2 * size, *a.shape[1:]))
         ),
         whole,
-        part,
+        other,
     )
     alike = _mixes(program.jaxpr) == _mixes(program_of_one.jaxpr)
     if alike and all(jax.tree.leaves(has_axis)):

@@ -84,7 +84,9 @@ class PathArithmetic:
         if isinstance(self.p, int) and self.p in (1, 2):
             # The sign has the derivative 0 at 0 that the other powers have.
             return x * jnp.sign(x) if self.p == 1 else x * x
-        return jnp.power(jnp.abs(x), jnp.asarray(self.p, x.dtype))
+        return where_live(
+            lambda x: jnp.power(x, jnp.asarray(self.p, x.dtype)), jnp.abs(x)
+        )
 
     def value(self, q: jax.Array) -> jax.Array:
         """Return $q^{2p}$."""
@@ -159,8 +161,18 @@ class PathArithmetic:
         return Scaled(self._hypot(self.align(x, top), self.align(y, top)), top)
 
     def add_weight(self, x: Scaled, weight: jax.typing.ArrayLike) -> Scaled:
-        """Return $x + |w|^p$."""
-        return self.add(x, self.normalize(self.of_weight(self.cast(weight, x))))
+        """Return $x + |w|^p$, with all derivatives by w where x is not 0."""
+        weight = self.cast(weight, x)
+        y = self.normalize(self.of_weight(weight))
+        top, dtype = jnp.maximum(x.exponent, y.exponent), x.root.dtype
+        root = self.align(x, top)
+        scale = self.scale(jnp.maximum(root, self.align(y, top)))
+        # The power of w itself: of its root the second derivative at 0 is lost. The
+        # bound is reached only there, and finite.
+        bound = 2.0 ** (jnp.finfo(dtype).maxexp // 2 - 1)
+        unit = jnp.minimum(exp2(-top, dtype) / scale, bound)
+        total = self.value(root / scale) + self.power(weight * unit * unit)
+        return Scaled(scale * where_live(self.root, total), top)
 
     def _hypot(self, a: jax.Array, b: jax.Array) -> jax.Array:
         # The smaller over the larger one: neither need be in the range of powers.
@@ -341,6 +353,8 @@ class PathArithmetic:
           rank; their product is 0 where $\gamma$ is 0.
         """
         exponent = functools.reduce(jnp.add, (x.exponent for x in factors))
+        # Where one factor is zeros, the other has no scale of its own.
+        exponent = jnp.where(exponent < DEAD // 2, 0, exponent)
         # Of the sum: each by itself may leave the range of floats.
         scales = halves(-exponent, factors[0].root.dtype)
 

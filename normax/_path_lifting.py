@@ -17,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
+import math
 import os
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -53,6 +54,7 @@ RULES: dict[str, Rule] = {}
 WEIGHT_PULLS: dict[str, Callable[..., None]] = {}
 UNIFORM: set[str] = set()  # primitives that keep all entries equal
 SLICES: set[str] = set()  # primitives that take parts of arrays
+JOINING: set[str] = set()  # primitives that put arrays beside others
 
 
 def rule(*names: str) -> Callable[[Rule], Rule]:
@@ -108,6 +110,8 @@ def _users_line(eqn: JaxprEqn) -> str | None:
 def _ranges_of_parts(eqn: JaxprEqn, array: Weight) -> Sequence[Ranges | None]:
     """Return what parts of an array an equation takes, None where that is unknown."""
     shape, params = array.shape, eqn.params
+    if array.repeats:
+        return [None] * len(eqn.outvars)
     if eqn.primitive.name == "slice":
         limits = zip(params["start_indices"], params["limit_indices"], strict=True)
         return [list(limits)]
@@ -120,6 +124,22 @@ def _ranges_of_parts(eqn: JaxprEqn, array: Weight) -> Sequence[Ranges | None]:
         ranges[params["axis"]] = (start, end)
         parts.append(ranges)
     return parts
+
+
+def _repeats(name: str, inputs: Sequence[Weight], size: int) -> bool:
+    """Return whether entries of parameters may be in several entries of a result."""
+    if any(x.repeats for x in inputs) or name in ("gather", "tile"):
+        return True
+    stretched = any(x.params and math.prod(x.shape) < size for x in inputs)
+    return stretched and name not in JOINING
+
+
+def _rounded(number: float, dtype: Any) -> float | None:
+    """Return a number in another dtype, None in one that is not of floats."""
+    if not jnp.issubdtype(dtype, jnp.inexact):
+        return None
+    with np.errstate(over="ignore"):
+        return float(np.asarray(number).astype(dtype))
 
 
 def may_collide(eqn: JaxprEqn) -> bool:
@@ -222,8 +242,10 @@ class PathTransform:
         if not eqn.primitive.multiple_results:
             values = [values]
         depends = frozenset[Origin]().union(*(x.params for x in inputs))
-        results = [Weight(value, depends) for value in values]
         name = eqn.primitive.name
+        overlap = any(a.overlaps(b) for a, b in itertools.combinations(inputs, 2))
+        repeats = overlap or _repeats(name, inputs, np.size(values[0]))
+        results = [Weight(value, depends, repeats=repeats) for value in values]
         if name in SLICES and depends:  # layers of a stack are parameters of their own
             names = frozenset[str]().union(*(origin.names for origin in depends))
             for result, ranges in zip(
@@ -232,7 +254,7 @@ class PathTransform:
                 result.params = frozenset([Origin(names, (inputs[0], ranges))])
         if name in UNIFORM and len(inputs) == 1 and inputs[0].uniform is not None:
             sign = -1 if name == "neg" else 1
-            results[0].uniform = sign * inputs[0].uniform
+            results[0].uniform = _rounded(sign * inputs[0].uniform, values[0].dtype)
         if name in ("mul", "dot_general") and any(x.uniform == 0 for x in inputs):
             results[0].uniform, results[0].params, depends = (
                 0.0,
@@ -242,13 +264,7 @@ class PathTransform:
         if depends:
             pull = WEIGHT_PULLS.get(name)
             joined = name in ("concatenate", "stack")  # not added or multiplied
-            shared = (
-                len(inputs) == 2
-                and not joined
-                and any(
-                    a.overlaps(b) for a in inputs[0].params for b in inputs[1].params
-                )
-            )
+            shared = len(inputs) == 2 and not joined and overlap
             inverse = name == "div" and inputs[1].params
             if pull is None or shared or inverse or may_collide(eqn):
                 self.refuse(results, name)

@@ -39,12 +39,15 @@ class _Kind(NamedTuple):
       constant: Whether the activation has a constant.
       names: The parameters that the weight or the constant depends on.
       uniform: The number that every entry of the weight is known to be, if so.
+      repeats: Whether the weight or the constant may hold an entry of a parameter
+        more than once.
     """
 
     active: bool = False
     constant: bool = False
     names: frozenset[str] = frozenset()
     uniform: float | None = None
+    repeats: bool = False
 
 
 def _join(first: Any, second: Any) -> Any:
@@ -58,7 +61,20 @@ def _join(first: Any, second: Any) -> Any:
         kind.constant or not kind.active for kind in (first, second)
     )
     uniform = first.uniform if first == second else None
-    return _Kind(active, constant, first.names | second.names, uniform)
+    names, repeats = first.names | second.names, first.repeats or second.repeats
+    return _Kind(active, constant, names, uniform, repeats)
+
+
+def _weight(value: Any) -> Weight:
+    """Return the weight, or the constant of an activation, in a value."""
+    weight = value.constant if isinstance(value, Activation) else value
+    return weight if isinstance(weight, Weight) else Weight(None)
+
+
+def _names(*params: frozenset[Origin]) -> frozenset[str]:
+    """Return the names of parameters."""
+    every = itertools.chain.from_iterable(params)
+    return frozenset[str]().union(*(origin.names for origin in every))
 
 
 class _Body:
@@ -69,7 +85,8 @@ class _Body:
       closed: The jaxpr.
       dtype: Dtype of path values.
       kinds: The kinds of its arguments; an `Unsupported` stands for itself.
-      shared: How many of the arguments may hold the same parameter.
+      params: The parameters that they depend on; of carries, only names are kept.
+      stacked: Names of parameters that are sliced, so that no two steps share any.
     """
 
     def __init__(self, transform: PathTransform, eqn, inputs: Sequence[Any]):
@@ -78,7 +95,11 @@ class _Body:
             x.path.value.root.dtype for x in inputs if isinstance(x, Activation)
         )
         self.kinds = [self.kind(transform, x) for x in inputs]
-        self.shared = eqn.params["num_consts"] + eqn.params["num_carry"]
+        first, count = eqn.params["num_consts"], eqn.params["num_carry"]
+        params = [_weight(x).params for x in inputs]
+        consts, xs = params[:first], params[first + count :]
+        self.params = [*consts, *[None] * count, *xs]
+        self.stacked = _names(*xs) - _names(*consts)
 
     def kind(self, transform: PathTransform, value: Any) -> Any:
         """Return the kind of a value."""
@@ -86,12 +107,11 @@ class _Body:
             return transform.unsupported("scan", "it returns the sign of an activation")
         if isinstance(value, Unsupported):
             return value
-        weight = value.constant if isinstance(value, Activation) else value
-        origins = weight.params if weight is not None else ()
-        names = frozenset[str]().union(*(origin.names for origin in origins))
+        weight = _weight(value)
+        names = _names(weight.params)
         if isinstance(value, Weight):
-            return _Kind(names=names, uniform=value.uniform)
-        return _Kind(True, weight is not None, names)
+            return _Kind(False, False, names, value.uniform, value.repeats)
+        return _Kind(True, value.constant is not None, names, None, weight.repeats)
 
     def fit(self, value: Any, kind: Any, variable: Any) -> Any:
         """Return a value as one of that kind, for a variable of the jaxpr."""
@@ -127,22 +147,37 @@ class _Body:
         if isinstance(kind, Unsupported):
             return kind
         if not kind.active:
-            return Weight(arrays, params, kind.uniform)
+            return Weight(arrays, params, kind.uniform, kind.repeats)
         value, constant = arrays
-        return Activation(
-            Path(value), Weight(constant, params) if kind.constant else None
-        )
+        whole = Weight(constant, params, repeats=kind.repeats)
+        return Activation(Path(value), whole if kind.constant else None)
 
-    def unpack_all(self, arrays: Sequence[Any], kinds: Sequence[Any]) -> list[Value]:
-        """Return the values that have these arrays, parameters told by their names."""
+    def unpack_all(
+        self,
+        arrays: Sequence[Any],
+        kinds: Sequence[Any],
+        params: Sequence[Any],
+        others: frozenset[str] = frozenset(),
+    ) -> list[Value]:
+        """Return the values that have these arrays.
+
+        Args:
+          arrays: What `pack` has returned.
+          kinds: Their kinds.
+          params: The parameters that they depend on, None where only names are known.
+          others: Names under which they hold other entries than all else.
+        """
         origins: dict[str, Origin] = {}
+
+        def named(name):
+            part = (Weight(None), None) if name in others else None
+            return origins.setdefault(name, Origin(frozenset([name]), part))
+
         values = []
-        for array, kind in zip(arrays, kinds, strict=True):
-            names: frozenset[str] = getattr(kind, "names", frozenset())
-            params = frozenset(
-                origins.setdefault(name, Origin(frozenset([name]))) for name in names
-            )
-            values.append(self.unpack(array, kind, params))
+        for array, kind, known in zip(arrays, kinds, params, strict=True):
+            if known is None:
+                known = frozenset(map(named, getattr(kind, "names", ())))
+            values.append(self.unpack(array, kind, known))
         return values
 
     def interpret(
@@ -150,10 +185,8 @@ class _Body:
     ) -> tuple[PathTransform, list[Value], list[Value]]:
         """Return the interpreter of one step, its arguments and its results."""
         inner, jaxpr = PathTransform(self.arithmetic), self.closed.jaxpr
-        values = self.unpack_all(arrays[: self.shared], self.kinds[: self.shared])
-        for pair in zip(arrays[self.shared :], self.kinds[self.shared :], strict=True):
-            # Each step has a part of its own of what is stacked.
-            values += self.unpack_all([pair[0]], [pair[1]])
+        # Carries hold what earlier steps have been given.
+        values = self.unpack_all(arrays, self.kinds, self.params, self.stacked)
         return inner, values, inner.interpret(jaxpr, self.closed.consts, values)
 
     def probe(self, consts: Any, carry: Any, xs: Any) -> list[Any]:
@@ -232,7 +265,7 @@ def _scan(transform: PathTransform, eqn, inputs: Sequence[Any]) -> Sequence[Valu
         return packed[:count], (carry, packed[count:])
 
     final, (saved, stacked) = loop(step, carry, xs, reverse=params["reverse"])
-    outputs = body.unpack_all([*final, *stacked], out_kinds)
+    outputs = body.unpack_all([*final, *stacked], out_kinds, [None] * len(out_kinds))
     nodes, out_nodes = _nodes(values, body.kinds), _nodes(outputs, out_kinds)
 
     def back(state, slices):

@@ -18,6 +18,7 @@ from jax.extend.core import JaxprEqn
 
 from normax._path_arithmetic import Scaled, of_rank, where_live
 from normax._path_lifting import (
+    JOINING,
     SLICES,
     UNIFORM,
     NotHomogeneous,
@@ -65,8 +66,9 @@ _MOVING = {
 _WRITING = {"dynamic_update_slice": [0, 1], "scatter": [0, 2]}
 _MOVING |= set(_WRITING)
 UNIFORM.update({"neg", "reshape", "squeeze", "expand_dims", "broadcast_in_dim"})
-UNIFORM.update(_RENAMING)
+UNIFORM.update(_RENAMING - {"reduce_precision"})
 SLICES.update({"slice", "dynamic_slice", "gather", "split", "unstack"})
+JOINING.update({"concatenate", "stack", "pad", *_WRITING})
 
 
 def _data(name: str, count: int) -> list[int]:
@@ -93,7 +95,9 @@ def structural(transform, eqn, inputs):
         raise NotHomogeneous("the activations are indices or padding")
     if eqn.primitive.name == "pad" and inputs[1].uniform != 0:
         raise NotHomogeneous("it pads an activation with something else than 0")
-    if eqn.params.get("fill_value"):
+    # By default NaN, which paths from outside of the array then have as well.
+    fill = eqn.params.get("fill_value")
+    if fill and not np.isnan(fill):
         raise NotHomogeneous("it fills an activation with something else than 0")
     if any(isinstance(x, Sign) for x in inputs):
         raise NotHomogeneous("signs of activations are rearranged")
@@ -143,6 +147,8 @@ def _pull_moved(transform, eqn, operands, data, nodes, cotangents) -> None:
         inverse = np.argsort(eqn.params["permutation"])
         factors = tuple(
             Scaled(*(jnp.transpose(array, tuple(inverse)) for array in factor))
+            if factor.root.ndim
+            else factor
             for factor in cotangents[0]
         )
         return transform.accumulate(nodes[0], factors)

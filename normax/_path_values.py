@@ -26,18 +26,20 @@ import numpy as np
 
 from normax._path_arithmetic import Scaled
 
+_SMALL = 2**14  # entries of a constant that may be looked at
+
 Ranges = Sequence[tuple[int, int]]
 Factors = tuple[Scaled, ...]  # a product, whose factors broadcast to one shape
 
 
 @dataclasses.dataclass(eq=False)
 class Origin:
-    """A parameter, a part of one, or an input of a scan's body that depends on some.
+    """A parameter, or a part of an array that depends on some.
 
     Attributes:
-      names: What to call the parameters in errors.
+      names: The parameters.
       part: The array that this is a part of, and its range along every axis, None
-        where that is unknown.
+        where that is unknown or says nothing, since the array repeats entries.
     """
 
     names: frozenset[str]
@@ -45,10 +47,10 @@ class Origin:
 
     def overlaps(self, other: Origin) -> bool:
         """Return whether both may hold the same entries."""
-        if self is other:
-            return True
+        if self is other or not self.names & other.names:
+            return self is other
         if self.part is None:
-            return other.part is not None and other.overlaps(self)
+            return other.part is None or other.overlaps(self)
         array, ranges = self.part
         if other.part and other.part[0] is array and ranges and other.part[1]:
             pairs = zip(ranges, other.part[1], strict=True)
@@ -64,18 +66,24 @@ class Weight:
       value: The array.
       params: The parameters that it depends on.
       uniform: The number that every entry is known to be, if so.
+      repeats: Whether an entry of a parameter may be in several entries.
       cotangent: Derivative of $F$ with respect to $|w|^p$.
     """
 
     value: Any
     params: frozenset[Origin] = frozenset()
     uniform: float | None = None
+    repeats: bool = False
     cotangent: Factors | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
         """Shape of the array."""
         return np.shape(self.value)
+
+    def overlaps(self, other: Weight) -> bool:
+        """Return whether both may hold the same entries of parameters."""
+        return any(a.overlaps(b) for a in self.params for b in other.params)
 
 
 @dataclasses.dataclass(eq=False)
@@ -143,7 +151,13 @@ def without_infinities(w: Weight) -> Weight:
 
 def weight(value: Any) -> Weight:
     """Return a constant as a weight."""
-    known = np.ndim(value) == 0 and not isinstance(value, jax.core.Tracer)
     dtype = jnp.result_type(value)
-    real = known and jnp.issubdtype(dtype, jnp.number) and not jnp.iscomplexobj(value)
-    return Weight(value, uniform=float(value) if real else None)
+    real = jnp.issubdtype(dtype, jnp.number) and not jnp.iscomplexobj(value)
+    here = not isinstance(value, jax.core.Tracer) and (
+        not isinstance(value, jax.Array) or value.is_fully_addressable
+    )
+    if not (real and here and 0 < np.size(value) <= _SMALL):
+        return Weight(value)
+    entries = np.ravel(value)
+    same = np.all(entries == entries[0])
+    return Weight(value, uniform=float(entries[0]) if same else None)

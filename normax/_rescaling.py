@@ -57,9 +57,11 @@ def _split(factors: Sequence[jax.Array]) -> list[Factors]:
 
 
 def _dtype(leaves: Sequence[Any], layers: tuple[Layer, ...]) -> Any:
-    return jnp.result_type(
-        jnp.float32, *(leaves[layer.kernel].dtype for layer in layers)
-    )
+    # Asked for here, also by users who forbid to imply a common dtype.
+    with jax.numpy_dtype_promotion("standard"):
+        return jnp.result_type(
+            jnp.float32, *(leaves[layer.kernel].dtype for layer in layers)
+        )
 
 
 def rescale_units(

@@ -1,6 +1,7 @@
 """What has no paths raises, and the message leads to the line that is to blame."""
 
 import inspect
+import math
 
 import flax.linen as nn
 import jax
@@ -199,6 +200,21 @@ def weight_norm(params, x):
     return x @ (direction * params["g"])
 
 
+def halves(x, kernel, axis):
+    """A layer with the sum of two halves of an array."""
+    first, second = jnp.split(kernel, 2, axis)
+    return x @ (first + second).reshape(4, 4)
+
+
+def stacked(x, kernels, *more):
+    """Layers with the products of several arrays."""
+
+    def layer(h, kernels):
+        return jax.nn.relu(h @ math.prod([*kernels, *more])), None
+
+    return jax.lax.scan(layer, x, kernels)[0]
+
+
 @pytest.mark.parametrize(
     ("forward", "blamed", "primitive"),
     [
@@ -220,6 +236,28 @@ def weight_norm(params, x):
             lambda params, x: x @ jnp.ones((4, 1)).at[COLLIDING].set(params["v"]),
             "v",
             "scatter",
+        ),
+        (lambda params, x: halves(x, jnp.tile(params["w"], (1, 2)), 1), "w", "add"),
+        (
+            lambda params, x: halves(x, jnp.concatenate([params["w"]] * 2, 1), 1),
+            "w",
+            "add",
+        ),
+        (
+            lambda params, x: halves(x, jnp.stack([params["w"], params["w"]]), 0),
+            "w",
+            "add",
+        ),
+        (
+            lambda params, x: halves(x, jnp.broadcast_to(params["w"], (2, 4, 4)), 0),
+            "w",
+            "add",
+        ),
+        (lambda params, x: stacked(x, (params["w"][None],) * 2), "w", "mul"),
+        (
+            lambda params, x: stacked(x, (params["w"][None],), params["w"]),
+            "w",
+            "mul",
         ),
     ],
 )

@@ -379,11 +379,13 @@ def test_writing_into_arrays_and_cumulative_sums():
     check(forward, params, shape(1, 2), 1.5)
 
 
+ZEROS = jnp.zeros((1, 5, 1))
 BROADCAST = {
     "ones": lambda h: h * jnp.ones((1, 5, 1)),
     "minus ones": lambda h: h * -jnp.ones((1, 5, 1)),
     "divided": lambda h: h / jnp.ones((1, 5, 1)),
     "maximum": lambda h: jnp.maximum(h, jnp.zeros((1, 5, 1))),
+    "closed-over zeros": lambda h: jnp.maximum(h, ZEROS),
     "no bound": lambda h: jnp.maximum(h, jnp.full((1, 5, 1), -jnp.inf)),
     "leaky": lambda h: jnp.maximum(h, 0.5 * h * jnp.ones((1, 5, 1))),
 }
@@ -412,6 +414,20 @@ def test_constants_made_inside_of_a_network_that_takes_a_batch():
     assert_scales(found, expected)
 
 
+def test_numbers_before_and_after_transposition():
+    def forward(params, x):
+        h = x @ (params["w"].T * 0.5).T
+        h = relu((params["w"].T @ h.T).T * 0.5) * params["t"]
+        return jnp.transpose(h[:, None] * params["v"][None], (0, 2, 1)) / 8
+
+    def twin(v, x):
+        h = x @ v["w"] @ v["w"] * v["t"] / 16
+        return h[:, None] * v["v"][None] / 64
+
+    params = {"w": draw(2, 2), "t": draw(1)[0], "v": draw(3, 2)}
+    check(forward, params, shape(1, 2), twin=twin)
+
+
 def test_entries_that_nothing_fills():
     index = jnp.array([2, 7, 0, -9])
 
@@ -422,6 +438,31 @@ def test_entries_that_nothing_fills():
 
     params = {"w": draw(2, 4), "table": draw(4, 3), "v": draw(4, 3)}
     check(forward, params, shape(1, 2))
+
+
+def test_entries_taken_as_numpy_takes_them():
+    index = jnp.array([2, 0, 0])
+
+    def forward(params, x):
+        h = relu(jnp.take(x @ params["w"], index, axis=1))
+        return jnp.take_along_axis(h, index[None], axis=1) @ params["v"]
+
+    params = {"w": draw(2, 4), "v": draw(3, 2)}
+    check(forward, params, shape(1, 2))
+    outside = lambda w, x: jnp.take(x @ w, jnp.array([0, 7]), axis=1)  # noqa: E731
+    assert np.isnan(normax.path_norm(outside, params["w"], shape(1, 2)))
+
+
+@pytest.mark.parametrize(
+    ("number", "dtype", "expected"),
+    [(2.7, jnp.int32, 2), (0.5, bool, 1), (0.1, jnp.bfloat16, 0.10009765625)],
+)
+def test_numbers_are_those_of_their_dtype(number, dtype, expected):
+    def forward(w, x):
+        return (x @ w) * jnp.full((1, 1), number).astype(dtype)
+
+    norm = normax.path_norm(forward, jnp.array([[3.0], [4.0]]), shape(1, 2))
+    np.testing.assert_allclose(norm, 5 * expected, rtol=1e-6)
 
 
 def test_what_a_maximum_leaves_out_has_no_paths():
@@ -532,6 +573,12 @@ def test_parts_of_a_parameter_are_combined():
     params = {"stack": draw(2, 2, 2), "b": draw(2, 2), "split": draw(2, 4)}
     params = jax.tree.map(jnp.abs, params)
     check(forward, params, shape(1, 2), 1.0, twin)
+
+    def scanned(w, x):
+        layer = lambda h, pair: (relu(h @ (pair[0] * pair[1])), None)  # noqa: E731
+        return jax.lax.scan(layer, x, (w[:, 0], w[:, 1]))[0]
+
+    check(scanned, draw(3, 2, 2, 2), shape(1, 2), 1.5)
 
 
 def test_scans_of_no_step():
@@ -935,6 +982,12 @@ def test_examples_in_a_batch_are_told_from_steps_and_rows():
         return relu(x @ w + w[:1]) @ w
 
     whole, one = (normax.path_norm(with_bias, w, jnp.ones((n, 4))) for n in (32, 1))
+    np.testing.assert_allclose(whole, one, 1e-6)
+
+    def squeezed(w, x):
+        return relu(x @ w[:, :1]).squeeze()
+
+    whole, one = (normax.path_norm(squeezed, w, jnp.ones((n, 4))) for n in (32, 1))
     np.testing.assert_allclose(whole, one, 1e-6)
 
     def with_step(w, inputs):

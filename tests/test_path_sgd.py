@@ -443,6 +443,27 @@ def test_edges_that_no_path_uses():
     assert np.isneginf(normax.log_path_norm(chain, nothing, ONE))
 
 
+@pytest.mark.parametrize("update_every", [1, 2])
+@pytest.mark.parametrize("walk", [True, False])
+@pytest.mark.parametrize("dead", [0, 1, 2])
+def test_where_a_layer_is_dead_there_is_no_step(dead, walk, update_every):
+    def deep(params, x):
+        return chain(params[1:], relu(x @ params[0]))
+
+    # Path values of one layer, 1e-2 to 1e2, beside those that are all 0.
+    unequal = jnp.logspace(-2, 2, 5)
+    params = [unequal[None], jnp.ones((5, 5)), unequal[:, None]]
+    params[dead] = jnp.zeros_like(params[dead])
+    forward, inputs = (None, None) if walk else (deep, jnp.ones((1, 1)))
+    tx = normax.scale_by_path_sgd(forward, inputs, update_every=update_every)
+    grads = jax.tree.map(jnp.ones_like, params)
+    updates, _ = tx.update(grads, tx.init(params), params)
+    scales = normax.path_scales(deep, params, jnp.ones((1, 1)))
+    for layer, (update, scale) in enumerate(zip(updates, scales, strict=True)):
+        assert np.all(np.isfinite(update)) and np.all((update == 0) == (scale == 0))
+        assert np.any(update) == (layer == dead)
+
+
 @pytest.mark.parametrize("bad", [jnp.nan, jnp.inf])
 def test_weights_that_are_not_finite_are_not_hidden(bad):
     params = [draw(4, 5).at[1, 2].set(bad), draw(5, 2)]
@@ -516,6 +537,38 @@ def test_gradient_of_the_path_norm_by_finite_differences():
             jax.vmap(norm)(flat[None] + steps) - jax.vmap(norm)(flat[None] - steps)
         ) / 2e-6
         np.testing.assert_allclose(gradient, differences, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("size", [1.0, 1e-15, 1e15])
+def test_second_derivatives_at_biases_of_zero(size):
+    def forward(b, x):
+        h = relu(x @ jnp.array([[3.0], [4.0]]) * size + size * b[:1][None])
+        return h * jnp.array([[2.0]]) + size * b[1:][None]
+
+    def norm(b):  # of 2 * (5, b_0) and b_1, in units of `size`
+        return normax.path_norm(forward, b, jnp.ones((1, 2))) / size
+
+    b = jnp.zeros(2)
+    np.testing.assert_allclose(jax.grad(norm)(b), 0, atol=1e-6)
+    hessian = jax.jit(jax.hessian(norm))(b)
+    np.testing.assert_allclose(hessian, [[0.4, 0], [0, 0.1]], rtol=1e-5, atol=1e-7)
+    np.testing.assert_allclose(norm(b), 10, rtol=1e-6)
+
+
+@pytest.mark.parametrize("traced", [False, True])
+@pytest.mark.parametrize("p", [1.0, 1.5, 2.0, 3.0])
+def test_second_derivatives_where_nothing_arrives(p, traced):
+    def forward(w, x):
+        return jnp.pad(x, ((0, 0), (0, 1))) @ w
+
+    w, p = jnp.array([[3.0], [4.0], [1.0]]), jnp.float32(p) if traced else p
+    norm = lambda w: normax.path_norm(forward, w, jnp.ones((1, 2)), p)  # noqa: E731
+    hessian = jax.jit(jax.hessian(norm))(w)[:, 0, :, 0]
+    with jax.enable_x64(True):
+        live = jnp.array([3.0, 4.0])
+        power = lambda v: jnp.sum(v ** float(p)) ** (1 / float(p))  # noqa: E731
+        expected = jnp.zeros((3, 3)).at[:2, :2].set(jax.hessian(power)(live))
+    np.testing.assert_allclose(hessian, expected, rtol=1e-4, atol=1e-6)
 
 
 def test_ensembles_and_traced_powers():

@@ -1,5 +1,6 @@
 """Rescalings keep the function of a network; what they are, and what they refuse."""
 
+import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -186,6 +187,15 @@ def test_numbers_jit_vmap_and_bfloat16():
                 jax.tree.map(lambda w: w.astype("float32"), t) for t in (rescaled, low)
             )
             assert_close(mlp(next(wide), X), mlp(next(wide), X), tolerance)
+
+
+def test_users_who_forbid_to_imply_dtypes():
+    params = [jnp.ones((1, 4), jnp.bfloat16), jnp.ones((4, 1), jnp.bfloat16)]
+    with jax.numpy_dtype_promotion("strict"):
+        rescaled = normax.rescale_units(params, [jnp.full(4, 2.0)])
+        drawn = normax.random_rescaling(jax.random.key(0), params)
+    chex.assert_trees_all_equal(rescaled, [2 * params[0], params[1] / 2])
+    chex.assert_trees_all_equal_dtypes(params, drawn)
 
 
 def test_factors_far_out_of_the_range_of_products():
