@@ -179,7 +179,9 @@ def path_norm(
     `nnx.merge` included: dense layers and convolutions of any kind, ReLU, leaky ReLU
     (as its steepest slope), max- and average-pooling, residual connections, batch
     norm with running statistics, `jit`, `checkpoint` and `scan`. The network is
-    traced at every call; under `jax.jit` that costs nothing.
+    traced at every call; under `jax.jit` that costs nothing. First derivatives are
+    exact; second ones are 0 along weights that are 0, if they alone make a path value
+    0, as all incoming weights of a dead unit do.
 
     Args:
       forward: The network, `forward(params, inputs) -> outputs`. All floats that it
@@ -229,7 +231,9 @@ def log_path_norm(
       \sum_{\text{paths}} \prod_{e \in \text{path}} |w_e|^p$$
 
     Finite at any depth, width and scale of the weights. In float32 the units of one
-    layer may differ in scale by a factor of $10^{75}$; smaller ones count as 0.
+    layer may differ in scale by a factor of $10^{75}$, and positions of one unit, or
+    what a window or a cumulative sum goes over, by $10^{38/p}$; what is smaller counts
+    as 0.
 
     Args:
       forward: The network, as in `path_norm`.
@@ -280,8 +284,7 @@ def path_scales(
 
     A weight that many edges share, such as an entry of a convolution's kernel, counts
     every edge: the sum is over the edges and the paths through them. Path-SGD
-    divides the gradient by it. The range is that of `log_path_norm`; positions of one
-    unit of a convolution may differ by a factor of $10^{38/p}$.
+    divides the gradient by it. The range is that of `log_path_norm`.
 
     Args:
       forward: The network, as in `path_norm`.
