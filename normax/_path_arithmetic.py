@@ -126,7 +126,7 @@ class PathArithmetic:
         )
         # No quotient: XLA would turn several factors, or quotients of quotients, into
         # one that is infinite.
-        shift = exponent_of(high)
+        shift = jnp.where(high == 0, 0, exponent_of(high))
         # The last term is 0, or NaN where roots are not finite.
         root = x.root * (exp2(-shift, high.dtype) + 0 * (high - low))
         return Scaled(root, jnp.where(high == 0, DEAD, x.exponent + shift))

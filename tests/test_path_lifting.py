@@ -581,6 +581,26 @@ def test_parts_of_a_parameter_are_combined():
     check(scanned, draw(3, 2, 2, 2), shape(1, 2), 1.5)
 
 
+def test_what_a_scan_returns_and_nothing_uses():
+    def forward(params, x):
+        h = x @ params["w"]
+
+        def step(carry, slices):
+            (a, b), (s, h) = carry, slices
+            return (relu(h * s * s), b * s), jnp.flip(0.5 * a, 1)
+
+        stacked = params["s"], jnp.stack([h, h])
+        (a, b), _ = jax.lax.scan(step, (h, h), stacked)
+        return a @ params["v"], b
+
+    def twin(v, x):
+        h = x @ v["w"]
+        return h * v["s"][1] * v["s"][1] @ v["v"], h * v["s"][0] * v["s"][1]
+
+    params = {"w": draw(2, 3), "s": draw(2, 1, 1), "v": draw(3, 2)}
+    check(forward, params, shape(1, 2), 1.0, twin)
+
+
 def test_scans_of_no_step():
     def forward(params, x):
         step = lambda h, w: (relu(h @ w), None)  # noqa: E731
