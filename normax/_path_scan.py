@@ -3,6 +3,10 @@ r"""Scans in the path transform: layers stacked by `lax.scan`, and recurrence.
 The body of the scan is interpreted once, inside a scan over path values. The
 backward pass is a scan in the other direction, which interprets the body again at
 the saved carries, as `jax.checkpoint` would.
+
+A carry is of one kind at all steps: if steps turn a weight into an activation, or add
+a constant to it, it is an activation from the start, with the constant that it starts
+with or 0.
 """
 
 from __future__ import annotations
@@ -231,7 +235,8 @@ def _accumulate(transform: PathTransform, nodes: Any, cotangents: Any) -> None:
     """Add cotangents, as `_Body.cotangents` returns them, to those of nodes."""
     for group, given in zip(nodes, cotangents, strict=True):
         for node, cotangent in zip(group, given, strict=True):
-            transform.accumulate(node, (cotangent,))
+            if cotangent is not None:
+                transform.accumulate(node, (cotangent,))
 
 
 @rule("scan")
@@ -282,8 +287,16 @@ def _scan(transform: PathTransform, eqn, inputs: Sequence[Any]) -> Sequence[Valu
 
     def pull(*cotangents):
         flat = iter(cotangents)
+
+        def seed(node, stacked):
+            cotangent = next(flat)
+            # What is stacked may be anything where nothing uses it.
+            if cotangent is None and stacked:
+                return None
+            return body.dense(node, cotangent, stacked)
+
         seeds = [
-            [body.dense(node, next(flat), i >= count) for node in group]
+            [seed(node, i >= count) for node in group]
             for i, group in enumerate(out_nodes)
         ]
         none = [[body.dense(node, None) for node in group] for group in nodes[:first]]

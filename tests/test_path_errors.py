@@ -302,6 +302,18 @@ def test_complex_parameters_and_integer_inputs_raise():
         normax.path_norm(forward, PARAMS, jax.ShapeDtypeStruct((1, 4), jnp.int32))
 
 
+def test_what_a_scan_returns_and_nothing_uses_may_be_anything():
+    def forward(params, x):
+        def step(h, w):
+            return jax.nn.relu(h @ w), h @ (w * w)
+
+        return jax.lax.scan(step, x, params["w"][None])[0]
+
+    scales = normax.path_scales(forward, PARAMS, X)
+    plain = normax.path_scales(lambda params, x: x @ params["w"], PARAMS, X)
+    np.testing.assert_array_equal(scales["w"], plain["w"])
+
+
 def test_scans_that_add_one_parameter_twice_raise():
     def forward(params, x):
         body = lambda h, _: (h + params["b"], None)  # noqa: E731
