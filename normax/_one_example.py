@@ -78,22 +78,21 @@ def trace_one_example(
 
         return jax.tree.map(take, inputs)
 
-    one, more = batch_of(1), batch_of(2 * size)
+    def have_axis(outputs, count):
+        def has_axis(a, b):
+            shapes = (size, *b.shape[1:]), (count, *a.shape[1:])
+            return a.shape == () or (a.shape, b.shape) == shapes
+
+        return all(jax.tree.leaves(jax.tree.map(has_axis, whole, outputs)))
+
+    one = batch_of(1)
     try:
-        program_of_one, _ = trace(params, one)
-        # Axes of length one may be dropped, and tell nothing.
-        _, other = trace(params, more)
+        program_of_one, part = trace(params, one)
+        is_batch = have_axis(part, 1)
+        if not is_batch:  # outputs may have dropped an axis of length one
+            is_batch = have_axis(trace(params, batch_of(2 * size))[1], 2 * size)
     except Exception:  # whatever the network raises: the first axis is one of features
         return inputs, program
-    has_axis = jax.tree.map(
-        lambda a, b: (
-            a.shape == ()
-            or (a.shape, b.shape) == ((size, *b.shape[1:]), (2 * size, *a.shape[1:]))
-        ),
-        whole,
-        other,
-    )
-    alike = _mixes(program.jaxpr) == _mixes(program_of_one.jaxpr)
-    if alike and all(jax.tree.leaves(has_axis)):
+    if is_batch and _mixes(program.jaxpr) == _mixes(program_of_one.jaxpr):
         return one, program_of_one
     return inputs, program

@@ -1010,6 +1010,13 @@ def test_examples_in_a_batch_are_told_from_steps_and_rows():
     whole, one = (normax.path_norm(squeezed, w, jnp.ones((n, 4))) for n in (32, 1))
     np.testing.assert_allclose(whole, one, 1e-6)
 
+    def bounded(w, x):
+        assert x.shape[0] <= 32
+        return relu(x @ w) @ w
+
+    whole, one = (normax.path_norm(bounded, w, jnp.ones((n, 4))) for n in (32, 1))
+    np.testing.assert_allclose(whole, one, 1e-6)
+
     def with_step(w, inputs):
         return relu(inputs["x"] @ w) @ w, jnp.zeros(())
 
