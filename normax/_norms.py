@@ -20,12 +20,16 @@ from jax import lax
 from jax.sharding import AxisType
 
 
+def common_dtype(*arrays: Any) -> Any:
+    """Return the common dtype, also to users who forbid to imply one."""
+    with jax.numpy_dtype_promotion("standard"):
+        return jnp.result_type(*arrays)
+
+
 def at_least_float32(*arrays: jax.typing.ArrayLike) -> tuple[jax.Array, ...]:
     """Return the arrays in their common dtype, float32 at least."""
     cast = [jnp.asarray(array) for array in arrays]
-    # The common dtype is asked for here, also by users who forbid to imply one.
-    with jax.numpy_dtype_promotion("standard"):
-        dtype = jnp.result_type(jnp.float32, *(array.dtype for array in cast))
+    dtype = common_dtype(jnp.float32, *(array.dtype for array in cast))
     return tuple(array.astype(dtype) for array in cast)
 
 

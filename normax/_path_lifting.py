@@ -131,7 +131,7 @@ def _repeats(name: str, inputs: Sequence[Weight], size: int) -> bool:
     if any(x.repeats for x in inputs) or name in ("gather", "tile"):
         return True
     stretched = any(x.params and math.prod(x.shape) < size for x in inputs)
-    return stretched and name not in JOINING
+    return stretched and name != "pad" and name not in JOINING
 
 
 def _rounded(number: float, dtype: Any) -> float | None:
@@ -263,8 +263,7 @@ class PathTransform:
             )
         if depends:
             pull = WEIGHT_PULLS.get(name)
-            joined = name in ("concatenate", "stack")  # not added or multiplied
-            shared = len(inputs) == 2 and not joined and overlap
+            shared = len(inputs) == 2 and name not in JOINING and overlap
             inverse = name == "div" and inputs[1].params
             if pull is None or shared or inverse or may_collide(eqn):
                 self.refuse(results, name)

@@ -68,7 +68,7 @@ _MOVING |= set(_WRITING)
 UNIFORM.update({"neg", "reshape", "squeeze", "expand_dims", "broadcast_in_dim"})
 UNIFORM.update(_RENAMING - {"reduce_precision"})
 SLICES.update({"slice", "dynamic_slice", "gather", "split", "unstack"})
-JOINING.update({"concatenate", "stack", "pad", *_WRITING})
+JOINING.update({"concatenate", "stack", *_WRITING})
 
 
 def _data(name: str, count: int) -> list[int]:

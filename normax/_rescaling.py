@@ -18,6 +18,7 @@ import numpy as np
 from normax._axes import PyTree
 from normax._checks import check_positive, check_range
 from normax._feed_forward import Layer
+from normax._norms import common_dtype
 from normax._powers_of_two import exponent_of, halves
 from normax._rescaled_network import Factors, Forward, chained_layers, rescaled_network
 
@@ -57,11 +58,7 @@ def _split(factors: Sequence[jax.Array]) -> list[Factors]:
 
 
 def _dtype(leaves: Sequence[Any], layers: tuple[Layer, ...]) -> Any:
-    # Asked for here, also by users who forbid to imply a common dtype.
-    with jax.numpy_dtype_promotion("standard"):
-        return jnp.result_type(
-            jnp.float32, *(leaves[layer.kernel].dtype for layer in layers)
-        )
+    return common_dtype(jnp.float32, *(leaves[layer.kernel].dtype for layer in layers))
 
 
 def rescale_units(

@@ -16,7 +16,12 @@ import optax
 from normax._axes import Axes, PyTree, check_axes, map_vectors
 from normax._checks import check_range, requiring_params
 from normax._measures import weight_norm
-from normax._norms import at_least_float32, nonzero, polar_decomposition
+from normax._norms import (
+    at_least_float32,
+    common_dtype,
+    nonzero,
+    polar_decomposition,
+)
 from normax._unit_norm import project_unit_norm
 
 
@@ -113,8 +118,7 @@ def rotate_by_angle(
             tangential = y - radial * (x / nonzero(w_norm))
             length = jnp.asarray(theta, x.dtype) * w_norm
             step = length * (tangential / nonzero(norm))
-            with jax.numpy_dtype_promotion("standard"):
-                return _Turn(step.astype(jnp.result_type(w, u)), mean)
+            return _Turn(step.astype(common_dtype(w, u)), mean)
 
         turned = map_vectors(
             turn,

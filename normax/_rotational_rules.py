@@ -243,7 +243,7 @@ def rotational_lion(
 
     def angle(eta):
         variance = (1 - b1) ** 2 + b1**2 * (1 - b2) / (1 + b2)
-        return jnp.sqrt(math.pi / 2 * 2 * eta * weight_decay * variance)
+        return jnp.sqrt(math.pi * eta * weight_decay * variance)
 
     return _rotational(
         "rotational_lion",

@@ -18,6 +18,7 @@ from normax._checks import check_range, require_params, requiring_params
 from normax._measures import weight_norm
 from normax._norms import (
     at_least_float32,
+    common_dtype,
     in_turn,
     nonzero,
     polar_decomposition,
@@ -156,8 +157,7 @@ def project_unit_norm(
         unit, inverse = unit_vector(x + step, vector_axes)
         change = unit * radius.astype(x.dtype) - x
         # Not in a dtype coarser than the weights', in which the norm is promised.
-        with jax.numpy_dtype_promotion("standard"):
-            return change.astype(jnp.result_type(w, u)), inverse
+        return change.astype(common_dtype(w, u)), inverse
 
     def init_fn(params):
         if initial:

@@ -203,7 +203,22 @@ def weight_norm(params, x):
 def halves(x, kernel, axis):
     """A layer with the sum of two halves of an array."""
     first, second = jnp.split(kernel, 2, axis)
-    return x @ (first + second).reshape(4, 4)
+    return x @ (first + second).reshape(4, -1)
+
+
+TWICE = jnp.array([0, 1, 1, 0])
+
+
+def scanned_halves(x, kernel):
+    """The same layer in a scan over arrays that hold every weight twice."""
+    layer = lambda h, kernel: (halves(h, kernel, 1), None)  # noqa: E731
+    return jax.lax.scan(layer, x, jnp.tile(kernel, (1, 2))[None])[0]
+
+
+def carried(x, rows):
+    """A scan over rows that adds one of them at all steps."""
+    step = lambda h, row: (h + rows[:1], row)  # noqa: E731
+    return jax.lax.scan(step, x, rows[:, None])[0]
 
 
 def stacked(x, kernels, *more):
@@ -253,6 +268,9 @@ def stacked(x, kernels, *more):
             "w",
             "add",
         ),
+        (lambda params, x: halves(x, params["w"][:, TWICE], 1), "w", "add"),
+        (lambda params, x: scanned_halves(x, params["w"]), "w", "add"),
+        (lambda params, x: carried(x, params["w"]), "w", "add"),
         (lambda params, x: stacked(x, (params["w"][None],) * 2), "w", "mul"),
         (
             lambda params, x: stacked(x, (params["w"][None],), params["w"]),

@@ -580,6 +580,12 @@ def test_parts_of_a_parameter_are_combined():
 
     check(scanned, draw(3, 2, 2, 2), shape(1, 2), 1.5)
 
+    def joined(w, x):
+        first, second = jnp.split(jnp.concatenate([w[0], w[1]]), 2)
+        return x @ (first * second)
+
+    check(joined, draw(2, 2, 2), shape(1, 2), 1.5)
+
 
 def test_what_a_scan_returns_and_nothing_uses():
     def forward(params, x):

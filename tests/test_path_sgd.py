@@ -339,6 +339,22 @@ def test_depth_of_100(p, size):
     np.testing.assert_allclose(got, 2 / p * np.stack(scales), rtol=2e-6, atol=1e-4)
 
 
+def test_tiny_weights_with_biases_of_zero():
+    def forward(params, x):
+        for kernel, bias in params:
+            x = relu(x @ kernel + bias)
+        return x
+
+    sizes = jnp.array([1e-20, 1e-22])
+    params = [(jnp.diag(sizes), jnp.zeros((1, 2)))] * 6
+    norm = lambda w: normax.log_path_norm(forward, w, jnp.ones((1, 2)))  # noqa: E731
+    value, gradient = jax.jit(jax.value_and_grad(norm))(params)
+    np.testing.assert_allclose(value, 6 * np.log(1e-20), rtol=1e-6)
+    np.testing.assert_array_equal([bias for _, bias in gradient], 0)
+    for kernel, _ in gradient:  # of 6 log w, for the path of the larger unit
+        np.testing.assert_allclose(kernel[0, 0] * sizes[0], 1, rtol=1e-5)
+
+
 def test_width_of_4000():
     params = [draw(4, 4000), draw(4000, 2)]
     total, scales = log_scales_of_stack(params, 2)
