@@ -1,16 +1,18 @@
 """Finished training runs on disk, found again by what they compute.
 
-A run is stored under a digest of its program (the jaxpr and the arrays that it closes
-over) and of its hyperparameters. So a sweep that was killed continues, a finer grid
-takes over the runs of a coarser one, any number of sweeps can share a folder, and a run
-whose code, data or settings have changed is not mistaken for the old one.
+A run is stored under a digest of its program and of its hyperparameters. So a sweep
+that was killed continues, a finer grid takes over the runs of a coarser one, any number
+of sweeps can share a folder, and a run whose code, data or settings have changed is not
+mistaken for the old one.
 """
 
-import hashlib
+import os
+import platform
 import re
 import shutil
+import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,28 +20,38 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from jax import stages
-from jax.extend.core import ClosedJaxpr
 
 from normax._axes import PyTree
-from normax._programs import called_programs, is_key
+from normax._fingerprint import array_bytes, fingerprint
+from normax._programs import is_key
+
+_HOST = re.sub(r"\W", "-", platform.node())
+_A_DAY = 24 * 60 * 60  # seconds
 
 
-def _bytes(array: Any) -> bytes:
-    if is_key(array):
-        array = jax.random.key_data(array)
-    return np.asarray(array).tobytes()
-
-
-def _constants(closed: ClosedJaxpr) -> Iterator[Any]:
-    """Return the arrays that a program and the functions in it close over."""
-    yield from closed.consts
-    for equation in closed.jaxpr.eqns:
-        for program in called_programs(equation):
-            yield from _constants(program)
+def _is_left_over(path: Path) -> bool:
+    """Return whether a killed process was writing this folder."""
+    run, *rest = path.name.split(".")
+    if not rest or not re.fullmatch("[0-9a-f]{32}", run):
+        return False
+    process, host = [*rest, "", ""][:2]
+    if host != _HOST:  # no signal goes to other machines, but a day is long enough
+        return time.time() - path.stat().st_mtime > _A_DAY
+    try:
+        os.kill(int(process), 0)
+    except ProcessLookupError:
+        return True
+    except OSError:  # it lives, and belongs to someone else
+        return False
+    return False
 
 
 class FinishedRuns:
-    """The runs of a jitted function `run(point)` in a folder."""
+    """The runs of a jitted function `run(point)` in a folder.
+
+    Attributes:
+      program: The digest of the function.
+    """
 
     def __init__(
         self,
@@ -51,6 +63,9 @@ class FinishedRuns:
         # Orbax takes absolute paths only.
         self._folder = folder.absolute()
         self._folder.mkdir(parents=True, exist_ok=True)
+        for path in self._folder.iterdir():
+            if _is_left_over(path):
+                shutil.rmtree(path, ignore_errors=True)
         self._checkpointer = ocp.PyTreeCheckpointer()
         traced = run.trace({name: values[0] for name, values in points.items()})
         self._structure = jax.tree.structure(traced.out_info)
@@ -60,16 +75,13 @@ class FinishedRuns:
                 "runs are stored as numbers, but `train_fn` returns random keys "
                 f"({keys}); leave them out, or return jax.random.key_data of them."
             )
-        # Addresses of functions, printed by some versions of JAX, differ by process.
-        program = re.sub(r"0x[0-9a-f]+", "", str(traced.jaxpr))
-        digest = hashlib.sha256(program.encode())
-        for constant in _constants(traced.jaxpr):
-            digest.update(_bytes(constant))
+        digest = fingerprint(traced)
+        self.program = digest.digest()
         self._names = []
         for index in range(count):
             one = digest.copy()
             for name, values in sorted(points.items()):
-                one.update(name.encode() + _bytes(values[index]))
+                one.update(name.encode() + array_bytes(values[index]))
             self._names.append(one.hexdigest()[:32])
 
     def load(self, index: int) -> PyTree | None:
@@ -78,12 +90,30 @@ class FinishedRuns:
         # What is being written has another name until it is whole.
         if not path.exists():
             return None
-        found = self._checkpointer.restore(path)
-        leaves = [
-            found[str(i)] if leaf.size else np.zeros(leaf.shape, leaf.dtype)
-            for i, leaf in enumerate(self._leaves)
-        ]
+        try:
+            found = self._checkpointer.restore(path)
+            leaves = [
+                self._leaf(leaf, found[str(i)])
+                if leaf.size
+                else np.zeros(leaf.shape, leaf.dtype)
+                for i, leaf in enumerate(self._leaves)
+            ]
+        except Exception as error:  # whatever Orbax raises where files are damaged
+            raise ValueError(
+                f"a finished run is stored in {path}, but it cannot be read "
+                f"({type(error).__name__}: {error}); delete this folder, and the run "
+                "is done again."
+            ) from error
         return jax.tree.unflatten(self._structure, leaves)
+
+    def _leaf(self, expected: jax.ShapeDtypeStruct, found: Any) -> np.ndarray:
+        array = np.asarray(found)
+        if (array.shape, array.dtype) != (expected.shape, expected.dtype):
+            raise ValueError(
+                f"it holds {array.dtype}{list(array.shape)} where the run returns "
+                f"{expected.dtype}{list(expected.shape)}"
+            )
+        return array
 
     def save(self, index: int, result: PyTree) -> None:
         """Store the result of a run."""
@@ -92,9 +122,12 @@ class FinishedRuns:
         found = {str(i): leaf for i, leaf in leaves if leaf.size}
         found |= {"finished": np.ones(1)}
         path = self._folder / self._names[index]
-        own = path.with_suffix(f".{uuid.uuid4().hex}")
-        self._checkpointer.save(own, found)
+        writer = f"{os.getpid()}.{_HOST}.{uuid.uuid4().hex}"
+        own = path.with_name(f"{path.name}.{writer}")
         try:
+            self._checkpointer.save(own, found)
             own.rename(path)
-        except OSError:  # Another process has finished the same run.
-            shutil.rmtree(own)
+        except OSError:
+            shutil.rmtree(own, ignore_errors=True)
+            if not path.exists():  # else another process has finished the same run
+                raise

@@ -12,42 +12,22 @@ from collections.abc import Callable
 
 import jax
 import numpy as np
-from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
+from jax.extend.core import ClosedJaxpr, Jaxpr
 
 from normax._axes import PyTree
-from normax._programs import called_programs
+from normax._programs import called_programs, mixed_lengths
 
 Forward = Callable[[PyTree, PyTree], PyTree]
-
-
-def _mixed_axes(eqn: JaxprEqn) -> tuple[int, ...]:
-    """Return the lengths of the axes along which an equation mixes entries."""
-    if not eqn.invars:
-        return ()
-    shape, params = getattr(eqn.invars[0].aval, "shape", ()), eqn.params
-    match eqn.primitive.name:
-        case "dot_general":
-            return tuple(shape[i] for i in params["dimension_numbers"][0][0])
-        case "conv_general_dilated":
-            batch = params["dimension_numbers"].lhs_spec[0]
-            return tuple(n for i, n in enumerate(shape) if i != batch)
-        case "scan":
-            return (params["length"],)
-    if windows := params.get("window_dimensions"):
-        return tuple(n for n, k in zip(shape, windows, strict=True) if k > 1)
-    axes = params.get("axes", (params["axis"],) if "axis" in params else ())
-    reduces = eqn.primitive.name.startswith(("reduce", "arg", "cum"))
-    return tuple(shape[i] for i in axes) if reduces else ()
 
 
 def _mixes(jaxpr: Jaxpr) -> list[tuple[str, tuple[int, ...]]]:
     """Return the primitives of a program that mix entries, and along what lengths."""
     mixes = []
     for eqn in jaxpr.eqns:
-        if axes := _mixed_axes(eqn):
+        if axes := mixed_lengths(eqn):
             mixes.append((eqn.primitive.name, axes))
         for inner in called_programs(eqn):
-            mixes += _mixes(inner.jaxpr)
+            mixes += _mixes(inner)
     return mixes
 
 

@@ -27,7 +27,7 @@ import jax
 import jax.numpy as jnp
 import jaxlib
 import numpy as np
-from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
+from jax.extend.core import Jaxpr, JaxprEqn, Literal
 
 from normax._path_arithmetic import PathArithmetic, Scaled
 from normax._path_values import (
@@ -42,6 +42,7 @@ from normax._path_values import (
     Weight,
     weight,
 )
+from normax._programs import program_in_place
 
 Rule = Callable[["PathTransform", JaxprEqn, Sequence[Any]], Sequence[Value]]
 
@@ -77,10 +78,6 @@ def weight_pull(*names: str) -> Callable[[Callable[..., None]], Callable[..., No
     return register
 
 
-_CALLS = {
-    "pjit", "jit", "closed_call", "core_call", "checkpoint", "remat", "remat2",
-    "custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr",
-}  # fmt: skip
 _SIGNS = {"mul", "select_n", "convert_element_type", "copy", "copy_p"}
 
 
@@ -147,16 +144,6 @@ def may_collide(eqn: JaxprEqn) -> bool:
     return eqn.primitive.name == "scatter" and not eqn.params["unique_indices"]
 
 
-def _called(eqn: JaxprEqn) -> tuple[Jaxpr, Sequence[Any]] | None:
-    if eqn.primitive.name not in _CALLS:
-        return None
-    names = ("jaxpr", "call_jaxpr", "fun_jaxpr")
-    inner = next(eqn.params[name] for name in names if name in eqn.params)
-    if isinstance(inner, ClosedJaxpr):
-        return inner.jaxpr, inner.consts
-    return inner, ()
-
-
 class PathTransform:
     """One forward and, if asked for, one backward pass over the paths.
 
@@ -204,7 +191,7 @@ class PathTransform:
     def _evaluate(
         self, eqn: JaxprEqn, inputs: Sequence[Any], line: str | None
     ) -> Sequence[Value]:
-        if (called := _called(eqn)) is not None:
+        if (called := program_in_place(eqn)) is not None:
             jaxpr, consts = called
             # The traceback of a library's cached function is that of another call.
             library = jaxpr.debug_info.func_filename or ""

@@ -26,10 +26,8 @@ from normax._checks import check_range
 from normax._programs import is_key
 
 Points = Mapping[str, jax.Array]
-# Like the programs of `jax.jit`, these live as long as the function they run.
-_PROGRAMS: weakref.WeakKeyDictionary[Callable[..., PyTree], dict[Any, Any]] = (
-    weakref.WeakKeyDictionary()
-)
+# By identity: functions that are equal may close over different data.
+_PROGRAMS: dict[int, dict[Any, Any]] = {}
 
 
 def _arrays(values: Mapping[str, jax.typing.ArrayLike]) -> dict[str, jax.Array]:
@@ -56,23 +54,29 @@ def _runs_at_once(
     return max(1, min(batch_size, count) // devices) * devices, 1
 
 
-def _programs(
-    train_fn: Callable[..., PyTree], mesh: Mesh | None, cpu: bool
-) -> tuple[stages.Wrapped, stages.Wrapped]:
-    """Return the jitted functions of one point, and of the points of one call."""
+def _run(
+    train_fn: Callable[..., PyTree],
+) -> tuple[stages.Wrapped, dict[Any, stages.Wrapped]]:
+    """Return the jitted function of one point, and the programs made of it so far."""
     function: Any
     try:
-        programs = _PROGRAMS.setdefault(train_fn, {})
         # A strong reference would keep the function, and so its programs, alive.
         function = weakref.ref(train_fn)
-    except TypeError:  # It has no hash, or no weak references: programs are not kept.
+        if id(train_fn) not in _PROGRAMS:
+            # Like the programs of `jax.jit`, these live as long as their function.
+            weakref.finalize(train_fn, _PROGRAMS.pop, id(train_fn)).atexit = False
+        programs = _PROGRAMS.setdefault(id(train_fn), {})
+    except TypeError:  # It has no weak references: programs are not kept.
         programs, function = {}, lambda: train_fn
-    if (mesh, cpu) in programs:
-        return programs[mesh, cpu]
-    run = programs.setdefault(
-        "run",
-        jax.jit(lambda point: jax.tree.map(jnp.asarray, function()(**point))),
-    )
+    if None not in programs:
+        programs[None] = jax.jit(
+            lambda point: jax.tree.map(jnp.asarray, function()(**point))
+        )
+    return programs[None], programs
+
+
+def _program(run: stages.Wrapped, mesh: Mesh | None, cpu: bool) -> stages.Wrapped:
+    """Return the jitted function of the points of one call."""
 
     def run_all(points: Points) -> PyTree:
         if all(len(values) == 1 for values in points.values()):
@@ -81,14 +85,13 @@ def _programs(
         return lax.map(run, points) if cpu else jax.vmap(run)(points)
 
     if mesh is None:
-        program = jax.jit(run_all)
-    else:
-        spec = P(mesh.axis_names)
-        shards = jax.shard_map(
+        return jax.jit(run_all)
+    spec = P(mesh.axis_names)
+    return jax.jit(
+        jax.shard_map(
             run_all, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False
         )
-        program = jax.jit(shards)
-    return programs.setdefault((mesh, cpu), (run, program))
+    )
 
 
 def _train_all(
@@ -104,14 +107,17 @@ def _train_all(
     check_range("batch_size", batch_size, low=1)
     devices = list(mesh.devices.flat) if mesh else list(jnp.zeros(()).devices())
     cpu = devices[0].platform == "cpu"
-    run, program = _programs(train_fn, mesh, cpu)
-    finished, rows = None, [None] * count
+    run, programs = _run(train_fn)
+    finished, rows, digest = None, [None] * count, b""
     if checkpoint_dir is not None:
         # Orbax takes a second to import, which no other part of normax needs.
         from normax._finished_runs import FinishedRuns
 
         finished = FinishedRuns(Path(checkpoint_dir), run, points, count)
         rows = [finished.load(index) for index in range(count)]
+        # NumPy arrays may have changed since a program was compiled with them.
+        digest = finished.program
+    program = programs.setdefault((mesh, cpu, digest), _program(run, mesh, cpu))
     left = [index for index, row in enumerate(rows) if row is None]
     size, workers = _runs_at_once(batch_size, max(1, len(left)), len(devices), cpu)
 
@@ -181,8 +187,8 @@ def sweep(
       What `train_fn` returns, with one axis, the runs, in front of every array.
 
     Raises:
-      ValueError: The arrays are none, not 1-D, empty or of different lengths,
-        `batch_size` is less than 1, or random keys among the results are to be stored.
+      ValueError: The arrays are none, not 1-D, empty or of different lengths, or as
+        in `grid_sweep`.
       Exception: Whatever `train_fn` raises.
 
     Examples:
@@ -245,10 +251,10 @@ def grid_sweep(
         grid.
       checkpoint_dir: Folder in which finished runs are stored, with Orbax, after every
         call of the program, and from which they are taken instead of being run again:
-        a sweep that was killed continues. Runs are known by their computation (but
-        not what host callbacks do), its data and hyperparameters, so that one folder
-        serves any number of sweeps, and code that was changed in the meantime runs
-        anew. It takes some 50 ms a run.
+        a sweep that was killed continues. Runs are known by their computation, data,
+        hyperparameters and the versions of normax and JAX. So one folder serves any
+        number of sweeps, and what has changed in the meantime runs anew. It takes
+        some 50 ms a run.
 
     Returns:
       What `train_fn` returns, with the axes of the grid in front of every array, in
@@ -257,7 +263,9 @@ def grid_sweep(
 
     Raises:
       ValueError: An axis of the grid is no 1-D array with at least one value,
-        `batch_size` is less than 1, or random keys among the results are to be stored.
+        `batch_size` is less than 1, results that are random keys are to be stored, or
+        those of a `train_fn` with callbacks or other effects, or a stored run is
+        damaged.
       Exception: Whatever `train_fn` raises.
 
     Examples:

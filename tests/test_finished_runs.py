@@ -1,5 +1,9 @@
 """Sweeps that were interrupted, against sweeps that were not."""
 
+import hashlib
+import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -8,23 +12,19 @@ import time
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
 import normax
+from normax import _finished_runs as finished_runs
 from normax._finished_runs import FinishedRuns
 
 GRID = {"rate": np.geomspace(0.01, 1, 3), "decay": np.array([0.0, 0.1])}
 
 
-def make_train(target=(1.0, 2.0, 3.0), delay=0.0):
-    """Return gradient descent on a quadratic, and the list of the runs that it did."""
-    done = []
+def make_train(target=(1.0, 2.0, 3.0), rounds=0):
+    """Return gradient descent on a quadratic, some seconds long for many rounds."""
     target = jnp.array(target)
-
-    def note(rate):
-        time.sleep(delay)
-        done.append(float(rate))
-        return np.float32(0)
 
     @jax.jit
     def difference(w):
@@ -35,12 +35,26 @@ def make_train(target=(1.0, 2.0, 3.0), delay=0.0):
             gradient = difference(w) + decay * w
             return w - rate * gradient, jnp.sum(gradient**2)
 
-        start = jax.pure_callback(note, jax.ShapeDtypeStruct((), jnp.float32), rate)
-        w, losses = jax.lax.scan(step, jnp.zeros(3) + start, None, length=5)
+        idle = jax.lax.fori_loop(0, rounds, lambda _, x: jnp.tanh(x @ x), jnp.eye(200))
+        start = jnp.zeros(3) + 0 * idle[0, 1]
+        w, losses = jax.lax.scan(step, start, None, length=5)
         other = jnp.zeros((0, 2)), w.astype(jnp.bfloat16), jnp.int32(5)
         return {"w": w, "losses": losses, "other": other}
 
-    return train, done
+    return train
+
+
+@pytest.fixture
+def done(monkeypatch):
+    """List the runs that are done, and not found on disk."""
+    save, found = FinishedRuns.save, []
+
+    def save_and_note(self, index, result):
+        found.append(index)
+        save(self, index, result)
+
+    monkeypatch.setattr(FinishedRuns, "save", save_and_note)
+    return found
 
 
 def assert_same(one, other):
@@ -50,12 +64,12 @@ def assert_same(one, other):
         np.testing.assert_array_equal(a, b)
 
 
-def test_a_killed_sweep_continues_and_gives_the_same(tmp_path):
+def test_a_killed_sweep_continues_and_gives_the_same(tmp_path, done):
     program = f"""
 import sys
 sys.path.insert(0, {str(__file__.rpartition("/")[0])!r})
 import normax, test_finished_runs
-train, _ = test_finished_runs.make_train(delay=0.3)
+train = test_finished_runs.make_train(rounds=1000)
 normax.grid_sweep(
     train, test_finished_runs.GRID, batch_size=1, checkpoint_dir={str(tmp_path)!r}
 )
@@ -73,29 +87,32 @@ normax.grid_sweep(
     process.wait()
     before = len(finished())
     assert 2 <= before < 6
-    train, done = make_train()
+    train = make_train(rounds=1000)
     results = normax.grid_sweep(train, GRID, checkpoint_dir=tmp_path)
     assert len(done) == 6 - before
-    assert_same(results, normax.grid_sweep(make_train()[0], GRID))
+    assert_same(results, normax.grid_sweep(make_train(), GRID))
+    # What the killed process had begun to write is gone.
+    assert sorted(tmp_path.iterdir()) == sorted(finished())
 
 
-def test_a_finer_grid_takes_over_the_runs_of_a_coarser_one(tmp_path):
-    train, done = make_train()
+def test_a_finer_grid_takes_over_the_runs_of_a_coarser_one(tmp_path, done):
+    train = make_train()
     normax.grid_sweep(train, GRID, batch_size=1, checkpoint_dir=tmp_path)
     done.clear()
     finer = GRID | {"decay": np.array([0.0, 0.05, 0.1])}
     results = normax.grid_sweep(train, finer, checkpoint_dir=tmp_path)
-    assert sorted(done) == pytest.approx(GRID["rate"])
+    assert sorted(done) == [1, 4, 7]
     assert_same(results, normax.grid_sweep(train, finer))
     done.clear()
     points = {"rate": [0.01, 0.5], "decay": [0.1, 0.0]}
     normax.sweep(train, points, checkpoint_dir=tmp_path)
-    assert done == [0.5]
+    assert done == [1]
 
 
-def test_what_has_changed_runs_anew(tmp_path):
-    first = normax.grid_sweep(make_train()[0], GRID, checkpoint_dir=tmp_path)
-    train, done = make_train(target=(1.0, 2.0, 4.0))
+def test_what_has_changed_runs_anew(tmp_path, done):
+    first = normax.grid_sweep(make_train(), GRID, checkpoint_dir=tmp_path)
+    done.clear()
+    train = make_train(target=(1.0, 2.0, 4.0))
     results = normax.grid_sweep(train, GRID, checkpoint_dir=tmp_path)
     assert len(done) == 6
     assert not np.array_equal(results["w"], first["w"])
@@ -119,6 +136,19 @@ def test_what_is_stored_is_what_ran(tmp_path):
     assert anew.tolist() == [10, 20]
 
 
+@pytest.mark.parametrize("stored_first", [True, False])
+@pytest.mark.parametrize("inside", [lambda f: f, jax.jit], ids=["plain", "jit"])
+def test_arrays_that_change_in_place(inside, stored_first, tmp_path):
+    data, points = np.ones(3, np.float32), {"x": [1.0, 2.0]}
+    run = lambda x: x * inside(lambda: jnp.sum(data))()  # noqa: E731
+    first = normax.sweep(run, points, checkpoint_dir=tmp_path if stored_first else None)
+    assert first.tolist() == [3, 6]
+    data += 1
+    for again in (run, lambda x: run(x)):
+        found = normax.sweep(again, points, checkpoint_dir=tmp_path)
+        assert found.tolist() == [6, 12]
+
+
 def test_two_processes_may_finish_the_same_run(tmp_path):
     points = {"x": jnp.arange(2.0)}
     run = jax.jit(lambda point: (point["x"], jnp.zeros((0, 3))))
@@ -133,15 +163,88 @@ def test_two_processes_may_finish_the_same_run(tmp_path):
 
 
 def test_an_error_while_storing_ends_the_sweep(tmp_path, monkeypatch):
+    begun = []
+
+    def note(x):
+        time.sleep(0.1)
+        begun.append(float(x))
+        return x
+
     def refuse(*_):
         raise OSError("the disk is full")
 
     monkeypatch.setattr(FinishedRuns, "save", refuse)
-    train, done = make_train(delay=0.1)
-    points = {"rate": np.linspace(0.1, 1, 20), "decay": np.zeros(20)}
+    # A callback counts the runs that begin, which has no digest.
+    monkeypatch.setattr(finished_runs, "fingerprint", lambda _: hashlib.sha256())
+    shape = jax.ShapeDtypeStruct((), jnp.float32)
+    points = {"x": jnp.arange(20.0)}
     with pytest.raises(OSError, match="the disk is full"):
-        normax.sweep(train, points, batch_size=1, checkpoint_dir=tmp_path)
-    assert len(done) < 10
+        normax.sweep(
+            lambda x: jax.pure_callback(note, shape, x),
+            points,
+            batch_size=1,
+            checkpoint_dir=tmp_path,
+        )
+    assert 1 <= len(begun) < 10
+
+
+def damage(run, how):
+    files = [path for path in run.rglob("*") if path.is_file()]
+    if how == "emptied":
+        shutil.rmtree(run)
+        run.mkdir()
+    elif how == "cut":
+        for path in files:
+            path.write_bytes(path.read_bytes()[:-20])
+    elif how == "overwritten":
+        for path in files:
+            path.write_text("[]")
+    elif how == "without its data":
+        shutil.rmtree(run / "d")
+        shutil.rmtree(run / "ocdbt.process_0")
+    else:
+        shutil.rmtree(run)
+        found = {how: np.ones(3 if how == "0" else 1)}
+        ocp.PyTreeCheckpointer().save(run, found | {"finished": np.ones(1)})
+
+
+# Leaf "0" of another shape, and no leaf "0" at all.
+@pytest.mark.parametrize(
+    "how", ["emptied", "cut", "overwritten", "without its data", "0", "other"]
+)
+def test_a_damaged_run_is_named(how, tmp_path):
+    run = lambda x: x + 1  # noqa: E731
+    normax.sweep(run, {"x": [1.0]}, checkpoint_dir=tmp_path)
+    (stored,) = tmp_path.iterdir()
+    damage(stored, how)
+    message = rf"stored in {re.escape(str(stored))}, but it cannot be read .*; delete"
+    with pytest.raises(ValueError, match=f"(?s){message}"):
+        normax.sweep(run, {"x": [1.0]}, checkpoint_dir=tmp_path)
+    shutil.rmtree(stored)
+    assert normax.sweep(run, {"x": [1.0]}, checkpoint_dir=tmp_path) == 2
+
+
+def test_only_what_dead_processes_left_is_deleted(tmp_path):
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    host, day = finished_runs._HOST, 24 * 60 * 60
+    run, now = "0123456789abcdef" * 2, time.time()
+    names = {
+        f"{run}.{dead.pid}.{host}.a": (now, False),
+        f"{run}.{dead.pid}.{host}.a.orbax-checkpoint-tmp-0": (now, False),
+        f"{run}.{os.getpid()}.{host}.a": (now, True),
+        f"{run}.1.{host}.a": (now, True),
+        f"{run}.{dead.pid}.of-another-machine.a": (now, True),
+        f"{run}.{dead.pid}.long-ago.a": (now - 1.1 * day, False),
+        f"{run}": (now - 9 * day, True),
+        "notes.of.mine": (now - 9 * day, True),
+    }
+    for name, (written, _) in names.items():
+        (tmp_path / name).mkdir()
+        os.utime(tmp_path / name, (written, written))
+    normax.sweep(lambda x: {}, {"x": [1.0]}, checkpoint_dir=tmp_path)
+    for name, (_, kept) in names.items():
+        assert (tmp_path / name).exists() == kept, name
 
 
 def test_keys_are_hyperparameters_too(tmp_path):

@@ -98,7 +98,7 @@ def _sub_jaxprs(jaxpr: Jaxpr, marks: set[str]) -> Iterator[Jaxpr]:
         if eqn.params.get("name") in marks:
             continue
         for program in called_programs(eqn):
-            yield from _sub_jaxprs(program.jaxpr, marks)
+            yield from _sub_jaxprs(program, marks)
 
 
 def _calls_in_a_row(jaxpr: Jaxpr, marks: set[str]) -> list[tuple[str, str]]:
