@@ -78,7 +78,9 @@ def open_storage(
     waits = [0.1, 0.3, 1.0, 3.0]
     while True:
         try:
-            return optuna.storages.RDBStorage(url)
+            # Connections of a pool would stay open after the last use.
+            kwargs = {"poolclass": sqlalchemy.pool.NullPool}
+            return optuna.storages.RDBStorage(url, engine_kwargs=kwargs)
         except (ImportError, sqlalchemy.exc.SQLAlchemyError) as error:
             # Of two processes that make the same table one fails; it succeeds later.
             if not waits or not isinstance(error, sqlalchemy.exc.DBAPIError):

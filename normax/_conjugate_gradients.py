@@ -105,7 +105,7 @@ def conjugate_gradients(
         value = now.values[now.iterations % _HISTORY] - decrease
         k = jnp.clip(count // 10, 10, _HISTORY - 1)
         progress = value - now.values[(count - k) % _HISTORY]
-        slow = (count > k) & (progress >= k * tolerance * value)
+        slow = (count > k) & (progress >= k.astype(value.dtype) * tolerance * value)
         settled = decrease <= noise**2 * jnp.abs(value)
         solved = ~(square > noise**2 * first)
         return _Search(

@@ -640,6 +640,17 @@ def test_half_precision_is_computed_in_float32():
     np.testing.assert_allclose(ravel_pytree(updates)[0], expected, rtol=0.1, atol=0.05)
 
 
+@pytest.mark.parametrize("diagonal", [None, 1.0])
+@pytest.mark.parametrize("functions", [(None, None), (affine, half_square)])
+def test_no_implicit_promotion(functions, diagonal):
+    w = draw((7,), dtype=jnp.float32)
+    c = None if diagonal is None else jnp.full_like(w, diagonal)
+    expected = solve(quadratic, w, functions, diagonal=c)
+    with jax.numpy_dtype_promotion("strict"):
+        found = solve(quadratic, w, functions, diagonal=c)
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
 def test_learning_rate_schedule():
     schedule = optax.piecewise_constant_schedule(0.5, {2: 0.1})
     tx = normax.hessian_free(schedule, damping=0.0, warm_start=0.0)

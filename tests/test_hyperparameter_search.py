@@ -1,5 +1,6 @@
 """The search of learning rate and weight decay, run small; two processes share one."""
 
+import argparse
 import importlib
 import os
 import subprocess
@@ -253,9 +254,10 @@ def test_two_processes_share_the_trials(
         _, errors = process.communicate(timeout=120)
         assert process.returncode == 0, errors
     names = [f"two/{s}/{c}/0" for s in studies.SAMPLERS for c in search.COORDINATES]
-    assert sorted(names) == sorted(optuna.get_all_study_names(url))
+    storage = studies.open_storage(argparse.ArgumentParser(), url)
+    assert sorted(names) == sorted(optuna.get_all_study_names(storage))
     for name in names:
-        trials = optuna.load_study(study_name=name, storage=url).get_trials()
+        trials = optuna.load_study(study_name=name, storage=storage).get_trials()
         complete = [trial for trial in trials if trial.state.name == "COMPLETE"]
         assert [trial.number for trial in complete] == list(range(4))
         assert len({tuple(trial.params.values()) for trial in complete}) == 4
