@@ -21,6 +21,7 @@ from jax import lax
 from normax._path_arithmetic import Scaled, of_rank, where_live
 from normax._path_lifting import NotHomogeneous, PathTransform, rule
 from normax._path_values import Activation, Path, Weight
+from normax._programs import contraction, convolution
 
 
 @dataclasses.dataclass(frozen=True)
@@ -192,7 +193,7 @@ def _positions(transform: PathTransform, layer: _Layer, path: Path, w: Weight, s
 def _dot_general(transform, eqn, inputs):
     if all(isinstance(x, Activation) for x in inputs):
         raise NotHomogeneous("both factors depend on the inputs")
-    dimension_numbers = eqn.params["dimension_numbers"]
+    dimension_numbers = contraction(eqn)
     contracting, batch = dimension_numbers
     first = isinstance(inputs[0], Activation)
     x, w = inputs if first else inputs[::-1]
@@ -228,20 +229,12 @@ def _conv_general_dilated(transform, eqn, inputs):
     x, w = inputs
     if not (isinstance(x, Activation) and isinstance(w, Weight)):
         raise NotHomogeneous("the kernel depends on the inputs")
-    params = eqn.params
-    if params["batch_group_count"] != 1:
+    options = convolution(eqn)
+    if options["batch_group_count"] != 1:
         raise NotHomogeneous("it groups the batch")
-    spec = params["dimension_numbers"]
-    shape = eqn.outvars[0].aval.shape
+    spec, shape = options["dimension_numbers"], eqn.outvars[0].aval.shape
     apply = functools.partial(
-        lax.conv_general_dilated,
-        window_strides=params["window_strides"],
-        padding=params["padding"],
-        lhs_dilation=params["lhs_dilation"],
-        rhs_dilation=params["rhs_dilation"],
-        dimension_numbers=spec,
-        feature_group_count=params["feature_group_count"],
-        precision=lax.Precision.HIGHEST,
+        lax.conv_general_dilated, **options, precision=lax.Precision.HIGHEST
     )
     out, into = spec.rhs_spec[:2]
     layer = _Layer(
@@ -250,7 +243,7 @@ def _conv_general_dilated(transform, eqn, inputs):
             {spec.lhs_spec[1]: into},
             len(shape),
             w.shape,
-            (params["feature_group_count"], out),
+            (options["feature_group_count"], out),
         ),
         _Units({spec.out_spec[1]: out}, len(shape), w.shape),
     )

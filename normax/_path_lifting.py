@@ -19,7 +19,7 @@ import functools
 import itertools
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import flax
@@ -42,7 +42,7 @@ from normax._path_values import (
     Weight,
     weight,
 )
-from normax._programs import program_in_place
+from normax._programs import may_collide, program_in_place, ranges_of_parts
 
 Rule = Callable[["PathTransform", JaxprEqn, Sequence[Any]], Sequence[Value]]
 
@@ -104,25 +104,6 @@ def _users_line(eqn: JaxprEqn) -> str | None:
     return None
 
 
-def _ranges_of_parts(eqn: JaxprEqn, array: Weight) -> Sequence[Ranges | None]:
-    """Return what parts of an array an equation takes, None where that is unknown."""
-    shape, params = array.shape, eqn.params
-    if array.repeats:
-        return [None] * len(eqn.outvars)
-    if eqn.primitive.name == "slice":
-        limits = zip(params["start_indices"], params["limit_indices"], strict=True)
-        return [list(limits)]
-    if eqn.primitive.name != "split":
-        return [None] * len(eqn.outvars)
-    ends = np.cumsum(params["sizes"]).tolist()
-    parts = []
-    for start, end in itertools.pairwise([0, *ends]):
-        ranges = [(0, n) for n in shape]
-        ranges[params["axis"]] = (start, end)
-        parts.append(ranges)
-    return parts
-
-
 def _repeats(name: str, inputs: Sequence[Weight], size: int) -> bool:
     """Return whether entries of parameters may be in several entries of a result."""
     if any(x.repeats for x in inputs) or name in ("gather", "tile"):
@@ -137,11 +118,6 @@ def _rounded(number: float, dtype: Any) -> float | None:
         return None
     with np.errstate(over="ignore"):
         return float(np.asarray(number).astype(dtype))
-
-
-def may_collide(eqn: JaxprEqn) -> bool:
-    """Return whether an equation may write several entries to one place."""
-    return eqn.primitive.name == "scatter" and not eqn.params["unique_indices"]
 
 
 class PathTransform:
@@ -235,10 +211,12 @@ class PathTransform:
         results = [Weight(value, depends, repeats=repeats) for value in values]
         if name in SLICES and depends:  # layers of a stack are parameters of their own
             names = frozenset[str]().union(*(origin.names for origin in depends))
-            for result, ranges in zip(
-                results, _ranges_of_parts(eqn, inputs[0]), strict=True
-            ):
-                result.params = frozenset([Origin(names, (inputs[0], ranges))])
+            array = inputs[0]
+            parts: Iterable[Ranges | None] = itertools.repeat(None)
+            if not array.repeats:
+                parts = ranges_of_parts(eqn, array.shape) or parts
+            for result, ranges in zip(results, parts, strict=False):
+                result.params = frozenset([Origin(names, (array, ranges))])
         if name in UNIFORM and len(inputs) == 1 and inputs[0].uniform is not None:
             sign = -1 if name == "neg" else 1
             results[0].uniform = _rounded(sign * inputs[0].uniform, values[0].dtype)

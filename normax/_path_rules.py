@@ -41,6 +41,7 @@ from normax._path_values import (
     Weight,
     without_infinities,
 )
+from normax._programs import reduced_axes, window
 
 # Affine operations. The constant goes through the same equation as the activation.
 
@@ -272,7 +273,7 @@ def _transpose(fn: Callable[..., Any], *operands: jax.Array) -> Callable[..., An
 
 @rule("reduce_sum", "reduce_max", "reduce_min")
 def _reduce(transform, eqn, inputs):
-    arithmetic, axes = transform.arithmetic, tuple(eqn.params["axes"])
+    arithmetic, axes = transform.arithmetic, reduced_axes(eqn)
     path = transform.flush(inputs[0])
 
     def pull(factors):
@@ -285,7 +286,8 @@ def _reduce(transform, eqn, inputs):
 
 @rule("reduce_window_sum", "reduce_window_max", "reduce_window_min")
 def _reduce_window(transform, eqn, inputs):
-    windows = eqn.params["window_dimensions"]
+    options = window(eqn)
+    windows = options["window_dimensions"]
     before, after = eqn.invars[0].aval.shape, eqn.outvars[0].aval.shape
     axes = tuple(
         axis
@@ -296,16 +298,12 @@ def _reduce_window(transform, eqn, inputs):
         lax.reduce_window,
         init_value=0.0,
         computation=lax.add,
-        window_dimensions=windows,
-        window_strides=eqn.params["window_strides"],
-        padding=eqn.params["padding"],
-        base_dilation=eqn.params["base_dilation"],
-        window_dilation=eqn.params["window_dilation"],
+        **options,
     )
     return _linear_layer(transform, inputs[0], pool, axes, axes)
 
 
 @rule("cumsum")
 def _cumsum(transform, eqn, inputs):
-    axes = (eqn.params["axis"],)
+    axes = reduced_axes(eqn)
     return _linear_layer(transform, inputs[0], lambda x: bind(eqn, x), axes, axes)

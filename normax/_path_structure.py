@@ -23,11 +23,11 @@ from normax._path_lifting import (
     UNIFORM,
     NotHomogeneous,
     PathTransform,
-    may_collide,
     rule,
     weight_pull,
 )
 from normax._path_values import Activation, Path, Sign, Weight, zeros
+from normax._programs import may_collide
 
 
 def bind(eqn: JaxprEqn, *operands: Any) -> Any:

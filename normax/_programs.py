@@ -10,6 +10,7 @@ here. Versions 0.8.1 to 0.12 differ so:
 """
 
 import functools
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -66,24 +67,90 @@ def program_in_place(equation: JaxprEqn) -> tuple[Jaxpr, Sequence[Any]] | None:
     return open_program(next(found))
 
 
+# Parameters of primitives, which have these names in all versions.
+
+
+def contraction(equation: JaxprEqn) -> Any:
+    """Return the dimension numbers of a `dot_general`, as `lax.dot_general` has them.
+
+    They are the axes of both operands that are summed over, and those of a batch.
+    """
+    return equation.params["dimension_numbers"]
+
+
+def convolution(equation: JaxprEqn) -> dict[str, Any]:
+    """Return the options of a convolution, as `lax.conv_general_dilated` has them."""
+    names = (
+        "window_strides", "padding", "lhs_dilation", "rhs_dilation",
+        "dimension_numbers", "feature_group_count", "batch_group_count",
+    )  # fmt: skip
+    return {name: equation.params[name] for name in names}
+
+
+def window(equation: JaxprEqn) -> dict[str, Any]:
+    """Return the options of a pooling, as `lax.reduce_window` has them."""
+    names = (
+        "window_dimensions", "window_strides", "padding", "base_dilation",
+        "window_dilation",
+    )  # fmt: skip
+    return {name: equation.params[name] for name in names}
+
+
+def reduced_axes(equation: JaxprEqn) -> tuple[int, ...]:
+    """Return the axes that a reduction, or a cumulative operation, goes over."""
+    params = equation.params
+    return tuple(params["axes"]) if "axes" in params else (params["axis"],)
+
+
+def ranges_of_parts(
+    equation: JaxprEqn, shape: Sequence[int]
+) -> list[list[tuple[int, int]]] | None:
+    """Return the range along every axis of each part that a slice or split takes.
+
+    Returns:
+      Ranges from a start to an end, or None for other primitives.
+    """
+    params = equation.params
+    if equation.primitive.name == "slice":
+        limits = zip(params["start_indices"], params["limit_indices"], strict=True)
+        return [list(limits)]
+    if equation.primitive.name != "split":
+        return None
+    ends = list(itertools.accumulate(params["sizes"], initial=0))
+    parts = []
+    for start, end in itertools.pairwise(ends):
+        ranges = [(0, n) for n in shape]
+        ranges[params["axis"]] = (start, end)
+        parts.append(ranges)
+    return parts
+
+
+def may_collide(equation: JaxprEqn) -> bool:
+    """Return whether an equation may write several entries to one place."""
+    return (
+        equation.primitive.name == "scatter" and not equation.params["unique_indices"]
+    )
+
+
 def mixed_lengths(equation: JaxprEqn) -> tuple[int, ...]:
     """Return the lengths of the axes along which an equation mixes entries."""
     if not equation.invars:
         return ()
-    shape, params = getattr(equation.invars[0].aval, "shape", ()), equation.params
-    match equation.primitive.name:
+    shape, name = getattr(equation.invars[0].aval, "shape", ()), equation.primitive.name
+    match name:
         case "dot_general":
-            return tuple(shape[i] for i in params["dimension_numbers"][0][0])
+            return tuple(shape[i] for i in contraction(equation)[0][0])
         case "conv_general_dilated":
-            batch = params["dimension_numbers"].lhs_spec[0]
+            batch = convolution(equation)["dimension_numbers"].lhs_spec[0]
             return tuple(n for i, n in enumerate(shape) if i != batch)
         case "scan":
-            return (params["length"],)
-    if windows := params.get("window_dimensions"):
-        return tuple(n for n, k in zip(shape, windows, strict=True) if k > 1)
-    axes = params.get("axes", (params["axis"],) if "axis" in params else ())
-    reduces = equation.primitive.name.startswith(("reduce", "arg", "cum"))
-    return tuple(shape[i] for i in axes) if reduces else ()
+            return (equation.params["length"],)
+    if "window_dimensions" in equation.params:
+        sizes = window(equation)["window_dimensions"]
+        return tuple(n for n, k in zip(shape, sizes, strict=True) if k > 1)
+    reduces = name.startswith(("reduce", "arg", "cum"))
+    known = reduces and {"axes", "axis"} & equation.params.keys()
+    return tuple(shape[i] for i in reduced_axes(equation)) if known else ()
 
 
 # Functions among the parameters of a primitive that say nothing about its results: of
