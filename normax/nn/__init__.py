@@ -16,13 +16,13 @@ from flax.nnx import InstanceNorm as InstanceNorm
 from flax.nnx import LayerNorm as LayerNorm
 from flax.nnx import RMSNorm as RMSNorm
 
-from normax.nn._batch_renorm import BatchRenorm as BatchRenorm
-from normax.nn._fold_batch_norm import fold_batch_norm as fold_batch_norm
-from normax.nn._fold_batch_norm import folding_error as folding_error
-from normax.nn._fold_batch_norms import FoldedModel as FoldedModel
-from normax.nn._fold_batch_norms import fold_batch_norms as fold_batch_norms
-from normax.nn._normalizers import INVARIANCES as INVARIANCES
-from normax.nn._normalizers import Invariances as Invariances
-from normax.nn._normalizers import invariance_table as invariance_table
-from normax.nn._weight_norm import WeightNorm as WeightNorm
-from normax.nn._weight_norm import initialize_weight_norm as initialize_weight_norm
+from normax.invariance.normalizers import INVARIANCES as INVARIANCES
+from normax.invariance.normalizers import Invariances as Invariances
+from normax.invariance.normalizers import invariance_table as invariance_table
+from normax.nn.batch_renorm import BatchRenorm as BatchRenorm
+from normax.nn.fold.layer import fold_batch_norm as fold_batch_norm
+from normax.nn.fold.layer import folding_error as folding_error
+from normax.nn.fold.model import FoldedModel as FoldedModel
+from normax.nn.fold.model import fold_batch_norms as fold_batch_norms
+from normax.nn.weight_norm import WeightNorm as WeightNorm
+from normax.nn.weight_norm import initialize_weight_norm as initialize_weight_norm

@@ -1,0 +1,1 @@
+"""Which weights are scale-invariant, and what follows for weight decay."""

@@ -1,0 +1,195 @@
+r"""Sums of $w \odot \nabla L$, which show the scale-invariant vectors of an array.
+
+The products of a vector that is not scale-invariant have random signs, and the square
+of their sum is about the sum of their squares. The ratio of the two, taken together for
+all vectors of an array, does not depend on their length or number. It is not taken for
+each vector: the $\epsilon$ of a normalization adds to the sum what it takes from the
+products, so that single vectors would stand out.
+"""
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from normax._core.axes import PyTree
+from normax.testing.invariance import rescalings
+
+# By how much arrays that are nearly scale-invariant are enlarged.
+LARGER = 8.0
+
+
+class RadialSums(NamedTuple):
+    r"""Sums over a set of axes, compared with what they would be by chance.
+
+    Attributes:
+      axes: The axes $S$ that are summed over.
+      radial: $\big(\sum_v (\sum_S P)^2 / \sum_v \sum_S P^2\big)^{1/2}$ with
+        $P = w \odot \nabla L$, over all vectors $v$. NaN for an array without a
+        gradient.
+      size: $\sum_v (\sum_S P^2)^{1/2}$, in units of the loss.
+      vectors: Number of vectors, those of small products counted less.
+    """
+
+    axes: tuple[int, ...]
+    radial: float
+    size: float
+    vectors: float
+
+
+def radial_sums(products: np.ndarray, axes: tuple[int, ...]) -> RadialSums:
+    """Sum the products over `axes`, and their squares."""
+    largest = np.max(np.abs(products), initial=0.0)
+    if largest == 0:
+        return RadialSums(axes, math.nan, 0.0, 0.0)
+    products = products / largest
+    squares = np.sum(products**2, axis=axes)
+    total = np.sum(squares)
+    radial = np.sqrt(np.sum(np.sum(products, axis=axes) ** 2) / total)
+    size = largest * np.sum(np.sqrt(squares))
+    vectors = total**2 / np.sum(squares**2)
+    return RadialSums(axes, float(radial), float(size), float(vectors))
+
+
+def log10_chance(radial: float, vectors: float) -> float:
+    r"""Decimal logarithm of the probability of so small a ratio with random signs.
+
+    $$P(\chi_n^2 \le n t^2) \approx (n t^2 / 2)^{n/2} / \Gamma(n/2 + 1)$$
+    """
+    half = vectors / 2
+    natural = half * math.log(half * radial**2) - math.lgamma(half + 1)
+    return min(natural / math.log(10), 0.0)
+
+
+def sets_of_axes(shape: tuple[int, ...]) -> list[tuple[int, ...]]:
+    # Small sets first, `"unit"` before its equals. Axes of length 1 count nothing, and
+    # a vector of a single number has no direction: its scale cannot be told apart.
+    long = [axis for axis, length in enumerate(shape) if length > 1]
+    unit = tuple(axis for axis in long if axis < len(shape) - 1)
+    sets = (
+        axes
+        for length in range(1, len(long) + 1)
+        for axes in itertools.combinations(long, length)
+    )
+    return sorted(sets, key=lambda axes: (len(axes), axes != unit))
+
+
+def word(
+    axes: tuple[int, ...], shape: tuple[int, ...], in_tree: bool
+) -> str | tuple[int, ...]:
+    long = tuple(axis for axis, length in enumerate(shape) if length > 1)
+    if axes == tuple(axis for axis in long if axis < len(shape) - 1):
+        return "unit"
+    # A bare word leaves an array of rank one alone if that is all there is.
+    return "layer" if axes == long and (in_tree or len(shape) > 1) else axes
+
+
+def perturb(w: np.ndarray, scale: float, rng: np.random.Generator) -> np.ndarray:
+    """Multiply by random positive numbers, and draw anew what is 0; then scale."""
+    noise = rng.normal(size=w.shape)
+    size = (
+        np.sqrt(np.mean(w**2))
+        if np.any(w)
+        else 0.5 / math.sqrt(math.prod(w.shape[:-1]) or 1)
+    )
+    return scale * np.where(w == 0, size * noise, w * np.exp(0.5 * noise))
+
+
+class Loss(NamedTuple):
+    """A loss as a function of the floating-point arrays among its parameters."""
+
+    compiled: Callable[[PyTree], Any]
+    treedef: Any
+    names: list[str]
+    leaves: list[Any]
+    positions: list[int]
+
+    def merge(self, floats: Sequence[Any]) -> PyTree:
+        merged = dict(enumerate(self.leaves)) | dict(
+            zip(self.positions, floats, strict=True)
+        )
+        return self.treedef.unflatten(merged.values())
+
+
+Products: TypeAlias = dict[int, np.ndarray]  # w * gradient, by position
+
+
+def radial_products(loss: Loss) -> Callable[..., tuple[Products, PyTree]]:
+    """Return the function that takes the gradient at random parameters."""
+    # The loss is compiled, not its gradient: the user may have done so already.
+    value_and_grad = jax.value_and_grad(lambda w: loss.compiled(loss.merge(w)))
+
+    def products(key, enlarged=frozenset()):
+        rng = np.random.default_rng(np.asarray(jax.random.bits(key, (4,))))
+        floats = []
+        for i in loss.positions:
+            w = jnp.asarray(loss.leaves[i])
+            scale = LARGER if i in enlarged else 1.0
+            perturbed = perturb(np.asarray(w, np.float64), scale, rng)
+            perturbed = perturbed.astype(w.dtype)
+            # What has no place of its own gets none: the loss is compiled only once.
+            device = w.sharding if w.committed else None
+            floats.append(jax.device_put(perturbed, device))
+        value, gradients = value_and_grad(floats)
+        found = {
+            i: np.asarray(w, np.float64) * np.asarray(g, np.float64)
+            for i, w, g in zip(loss.positions, floats, gradients, strict=True)
+        }
+        wrong = [loss.names[i] for i in found if not np.isfinite(found[i]).all()]
+        if wrong or not np.isfinite(value):
+            raise ValueError(
+                "the loss and its gradient must be finite at randomly perturbed "
+                f"parameters, but the loss is {value}, and the gradient is not finite "
+                f"at {wrong}; pass as params only what is trained, and a loss that is "
+                "finite around it."
+            )
+        return found, loss.merge(floats)
+
+    return products
+
+
+def confirm(
+    loss: Loss, point: PyTree, candidates: dict[int, list[RadialSums]], rtol: float
+) -> tuple[dict[int, RadialSums], dict[int, float]]:
+    """Rescale the candidates; find the first of every array that changes nothing.
+
+    Args:
+      loss: The loss.
+      point: Parameters at which the sums were taken.
+      candidates: For the position of an array, its sums.
+      rtol: Smallest relative tolerance.
+
+    Returns:
+      What was confirmed, and the changes of the loss in units of the sizes.
+    """
+    if not any(candidates.values()):
+        return {}, {}
+    value = loss.compiled(point)
+    rounding = 16 * float(jnp.finfo(value.dtype).eps * jnp.abs(value))
+    confirmed: dict[int, RadialSums] = {}
+    changes: dict[int, float] = {}
+    rounds = max(map(len, candidates.values()))
+    for index in range(rounds):
+        trial = {
+            i: found[index]
+            for i, found in candidates.items()
+            if i not in confirmed and index < len(found)
+        }
+        axes = [
+            trial[i].axes if i in trial else "none" for i in range(len(loss.leaves))
+        ]
+        measured: dict[int, list[float]] = {i: [] for i in trial}
+        for rescaling in rescalings(point, loss.treedef.unflatten(axes)):
+            change = abs(float(loss.compiled(rescaling.params)) - float(value))
+            measured[rescaling.position].append(change)
+        for i, found in trial.items():
+            # A vector divided by 2, or multiplied, has changed by 1.5 sums at most.
+            allowed = 4 * max(rtol, found.radial) * found.size + rounding
+            changes[i] = max(measured[i]) / found.size
+            if all(change <= allowed for change in measured[i]):
+                confirmed[i] = found
+    return confirmed, changes

@@ -1,0 +1,304 @@
+r"""Which weights are scale-invariant: found from the loss alone."""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from normax._core.axes import Axes, PyTree, map_vectors
+from normax._core.checks import check_range
+from normax._core.programs import compiled
+from normax.invariance.detection import (
+    Loss,
+    RadialSums,
+    confirm,
+    log10_chance,
+    radial_products,
+    radial_sums,
+    sets_of_axes,
+    word,
+)
+
+# What the first evaluation lets pass.
+_NEAR = 0.03
+
+
+class ArrayScaleInvariance(NamedTuple):
+    r"""What `scale_invariance_report` found out about one array.
+
+    Attributes:
+      name: Path of the array.
+      shape: Its shape.
+      axes: The weight vectors of the array that are scale-invariant: `"unit"`,
+        `"layer"`, a tuple of axes, or `"none"`.
+      radial: $\big(\sum_w \langle w, \nabla L\rangle^2 / \sum \|w \odot \nabla L\|^2
+        \big)^{1/2}$ of these vectors, or where there are none, of those that came
+        closest; about 1 for vectors that are not scale-invariant. NaN for an array
+        without a gradient.
+      change: Largest change of the loss as the vectors were rescaled, in units of
+        $\sum\|w \odot \nabla L\|$; NaN for an array whose vectors were not.
+      log10_chance: Decimal logarithm of the probability that an array with products
+        $w \odot \nabla L$ of random signs passes, before it is rescaled.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    axes: str | tuple[int, ...]
+    radial: float
+    change: float
+    log10_chance: float
+
+
+class ScaleInvarianceReport(NamedTuple):
+    """Result of `scale_invariance_report`; prints as a table.
+
+    Attributes:
+      axes: What `scale_invariant_axes` returns.
+      arrays: What was found out about every array, in the order of
+        `jax.tree.leaves`.
+    """
+
+    axes: PyTree
+    arrays: tuple[ArrayScaleInvariance, ...]
+
+    def __str__(self) -> str:
+        rows: list[tuple[str, ...]] = [ArrayScaleInvariance._fields]
+        for name, shape, axes, *numbers in self.arrays:
+            formats = (".0e", ".0e", ".0f")
+            pairs = zip(numbers, formats, strict=True)
+            shown = ("" if math.isnan(x) else format(x, how) for x, how in pairs)
+            rows.append((name, str(shape), str(axes), *shown))
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = ("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
+        return "\n".join(lines)
+
+
+def _check_loss(loss_fn: Callable[[PyTree], Any], params: PyTree) -> None:
+    if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(params)):
+        raise ValueError(
+            "axes are words, found from the values of the parameters, but these are "
+            "traced; look for scale-invariant axes outside jax.jit."
+        )
+    loss = jax.eval_shape(loss_fn, params)
+    shapes = [(leaf.shape, str(leaf.dtype)) for leaf in jax.tree.leaves(loss)]
+    real = isinstance(loss, jax.ShapeDtypeStruct) and jnp.issubdtype(
+        loss.dtype, jnp.floating
+    )
+    if not (real and loss.shape == ()):
+        raise ValueError(
+            "loss_fn must return one real number, but returns (shape, dtype) "
+            f"{', '.join(map(str, shapes)) or loss}; return the loss alone, for "
+            "instance the mean over the batch."
+        )
+
+
+def scale_invariance_report(
+    loss_fn: Callable[[PyTree], Any],
+    params: PyTree,
+    *,
+    key: jax.Array,
+    rtol: float = 1e-3,
+) -> ScaleInvarianceReport:
+    r"""Find the scale-invariant weight vectors of every array, with the evidence.
+
+    $$\Big(\frac{\sum_w \langle w, \nabla_w L\rangle^2}
+    {\sum_w \|w \odot \nabla_w L\|^2}\Big)^{1/2} \le \text{rtol}$$
+
+    over the vectors $w$ of an array that is called scale-invariant. See
+    `scale_invariant_axes`, which returns the `axes` of the report alone.
+
+    Args:
+      loss_fn: Called as `loss_fn(params)`; returns a real scalar.
+      params: Pytree of arrays.
+      key: Key for the random perturbations.
+      rtol: Largest ratio, at weights eight times as large.
+
+    Returns:
+      A report, to be printed as a table, with a line for every array: what was found,
+      the ratio at weights of the given size, the largest change of the loss under
+      rescaling, and the probability of such a finding by accident.
+
+    Raises:
+      ValueError: As `scale_invariant_axes`.
+
+    Examples:
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> import normax
+      >>> def loss_fn(params):
+      ...     kernel = params["kernel"]
+      ...     unit = kernel / jnp.linalg.norm(kernel, axis=0, keepdims=True)
+      ...     return jnp.sum(jnp.sin(unit) * params["gain"])
+      >>> params = {"gain": jnp.ones((1, 3)), "kernel": jnp.ones((2, 3))}
+      >>> report = normax.scale_invariance_report(
+      ...     loss_fn, params, key=jax.random.key(0)
+      ... )
+      >>> [(array.name, array.axes) for array in report.arrays]
+      [("params['gain']", 'none'), ("params['kernel']", 'unit')]
+
+    References:
+      van Laarhoven, L2 Regularization versus Batch and Weight Normalization,
+      2017, section 3.
+    """
+    check_range("rtol", rtol, low=0, below=1)
+    _check_loss(loss_fn, params)
+    treedef: Any
+    paths, treedef = jax.tree_util.tree_flatten_with_path(params)
+    leaves = [leaf for _, leaf in paths]
+    dtypes = [jax.dtypes.result_type(leaf) for leaf in leaves]
+    positions = [i for i, d in enumerate(dtypes) if jnp.issubdtype(d, jnp.floating)]
+    names = [f"params{jax.tree_util.keystr(path)}" for path, _ in paths]
+    loss = Loss(compiled(loss_fn), treedef, names, leaves, positions)
+    strict = max([rtol, *(4 * float(jnp.finfo(dtypes[i]).eps) for i in positions)])
+    near = max(_NEAR, 3 * strict)
+
+    first_key, second_key = jax.random.split(key)
+    # Matrix products of GPUs and TPUs round to 1e-3 unless told otherwise.
+    with jax.default_matmul_precision("highest"):
+        products = radial_products(loss)
+        arrays, point = products(first_key)
+        sums = {
+            i: [radial_sums(array, axes) for axes in sets_of_axes(array.shape)]
+            for i, array in arrays.items()
+        }
+        passed = {i: [s for s in sums[i] if s.radial <= near] for i in sums}
+        enlarged = {i for i in passed if passed[i]}
+        if enlarged:
+            arrays, _ = products(second_key, enlarged)
+        strictly = {
+            i: [s for s in passed[i] if radial_sums(arrays[i], s.axes).radial <= strict]
+            for i in enlarged
+        }
+        confirmed, changes = confirm(loss, point, strictly, strict)
+
+    nothing = RadialSums((), math.nan, 0.0, 0)
+    rows = []
+    for i, leaf in enumerate(leaves):
+        shown = confirmed.get(i) or min(
+            sums.get(i) or [nothing], key=lambda s: (math.isnan(s.radial), s.radial)
+        )
+        rows.append(
+            ArrayScaleInvariance(
+                name=names[i],
+                shape=jnp.shape(leaf),
+                axes=word(shown.axes, jnp.shape(leaf), in_tree=bool(paths[i][0]))
+                if i in confirmed
+                else "none",
+                radial=shown.radial,
+                change=changes.get(i, math.nan),
+                log10_chance=sum(log10_chance(t, shown.vectors) for t in (near, strict))
+                if i in confirmed
+                else math.nan,
+            )
+        )
+    axes = treedef.unflatten([row.axes for row in rows])
+    return ScaleInvarianceReport(axes, tuple(rows))
+
+
+def scale_invariant_axes(
+    loss_fn: Callable[[PyTree], Any],
+    params: PyTree,
+    *,
+    key: jax.Array,
+    rtol: float = 1e-3,
+) -> Axes:
+    r"""Find, for every array, the weight vectors whose scale the loss does not see.
+
+    $$L(\dots, \alpha w, \dots) = L(\dots, w, \dots) \text{ for all } \alpha > 0
+    \quad\Leftrightarrow\quad \langle w, \nabla_w L\rangle = 0 \text{ everywhere}$$
+
+    The gradient is taken at random parameters, near the given ones but with biases off
+    zero and gains off one. An array is scale-invariant along the smallest set of its
+    axes over which $w \odot \nabla_w L$ sums to 0, for all vectors. This is repeated
+    at independent parameters, eight times as large where it held to within 3%: there
+    the $\epsilon$ of a normalization, which hides the invariance of small weights,
+    counts 64 times less. Last, each array's vectors are multiplied by 4 and
+    1/2, which must not change the loss.
+
+    So weights are found in front of batch norm (`"unit"`), layer norm (`"layer"`) and
+    the like if $\epsilon$ is below about 1% of the variance. Rounding in float32 leaves
+    ratios of $10^{-7}\sqrt{B}$ for a batch of $B$; for a loss that is computed in a
+    coarser dtype, though its parameters are not, choose a larger `rtol`. The answer
+    `"none"` is given to arrays without influence, to vectors of a single number, and to
+    those that are scale-invariant only together, as a kernel and its bias in front of
+    layer norm.
+
+    Args:
+      loss_fn: Called as `loss_fn(params)`; returns a real scalar, as in training: with
+        the statistics of the batch, where batch norm is used. It is compiled twice,
+        and called twice with gradients and twice without for every array found.
+      params: Pytree of arrays. Only floating-point arrays are perturbed.
+      key: Key for the random perturbations.
+      rtol: Largest $|\langle w, \nabla_w L\rangle| / \|w \odot \nabla_w L\|$ of
+        scale-invariant vectors, in quadratic mean over an array; at least 4 units in
+        the last place of the coarsest dtype among the parameters.
+
+    Returns:
+      Pytree with the structure of `params` and a word or a tuple of axes for every
+      array: the `axes` argument of `normax.project_unit_norm` and all others.
+
+    Raises:
+      ValueError: The loss is no real scalar, or it or its gradient is not finite;
+        `rtol` is out of range; or the parameters are traced.
+
+    Examples:
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> import normax
+      >>> def loss_fn(params):
+      ...     z = jnp.sin(jnp.arange(20.0)).reshape(5, 4) @ params["kernel"]
+      ...     z = (z - jnp.mean(z, 0, keepdims=True)) / jnp.std(z, 0, keepdims=True)
+      ...     return jnp.mean((jax.nn.relu(z) @ params["head"] - 1) ** 2)
+      >>> params = {"head": jnp.ones((3, 2)), "kernel": jnp.eye(4, 3)}
+      >>> normax.scale_invariant_axes(loss_fn, params, key=jax.random.key(0))
+      {'head': 'none', 'kernel': 'unit'}
+
+    References:
+      van Laarhoven, L2 Regularization versus Batch and Weight Normalization,
+      2017, section 1.
+    """
+    return scale_invariance_report(loss_fn, params, key=key, rtol=rtol).axes
+
+
+def weight_decay_mask(axes: Axes, params: PyTree) -> PyTree:
+    r"""Mask of the arrays whose decay sets the effective learning rate.
+
+    $$L(w) + \tfrac{\lambda}{2} \|w\|^2 \text{ has the functions of } L(w)
+    \text{ if } L \text{ is scale-invariant}$$
+
+    Weight decay does two unrelated things. On scale-invariant arrays it does not
+    regularize; it balances the growth of the norm and so sets the effective learning
+    rate. On the others it is a penalty. The mask is True for the first and False for
+    the second, biases and gains included, so that each can have its own strength:
+    `optax.adamw(rate, weight_decay=decay, mask=mask)` decays where that changes no
+    function, and `optax.add_decayed_weights` with the mask's opposite, from
+    `jax.tree.map(operator.not_, mask)`, is the penalty.
+
+    Args:
+      axes: Which entries form one weight vector, as `scale_invariant_axes` finds them.
+      params: Pytree of arrays. `functools.partial(weight_decay_mask, axes)` is the
+        mask as a function of the parameters that optax takes too.
+
+    Returns:
+      Pytree with the structure of `params` and a bool for every array: whether it holds
+      weight vectors.
+
+    Raises:
+      ValueError: `axes` does not fit `params`, or an array is complex.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import normax
+      >>> params = {"bias": jnp.zeros(2), "kernel": jnp.ones((3, 2))}
+      >>> normax.weight_decay_mask({"bias": "none", "kernel": "unit"}, params)
+      {'bias': False, 'kernel': True}
+
+    References:
+      van Laarhoven, L2 Regularization versus Batch and Weight Normalization,
+      2017, sections 2 and 3.
+    """
+    return map_vectors(
+        lambda vector_axes, w: True, axes, params, otherwise=lambda w: False
+    )

@@ -1,0 +1,1 @@
+"""Batch normalization, folded into the layers before it."""

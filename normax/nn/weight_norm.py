@@ -1,0 +1,267 @@
+"""Weight normalization of any Flax NNX layer, as a function of its parameters."""
+
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from normax._core.norms import at_least_float32, nonzero, ratio, vector_norm
+
+KeyPath = tuple[Any, ...]
+
+_KERNELS = nnx.PathContains("kernel")
+
+
+def output_axes(module: Any, rank: int) -> tuple[int, ...]:
+    """Return the axes of a module's kernel that count its output units."""
+    if isinstance(module, nnx.LinearGeneral):
+        outputs = range(rank - len(module.out_features), rank)
+        return (*range(len(module.batch_axis)), *outputs)
+    if isinstance(module, nnx.Einsum) and module.einsum_str:
+        operands, result = module.einsum_str.split("->")
+        kernel = operands.split(",")[1]
+        return tuple(axis for axis, letter in enumerate(kernel) if letter in result)
+    if isinstance(module, nnx.ConvTranspose) and module.transpose_kernel:
+        return (rank - 2,)
+    return (rank - 1,)
+
+
+def _vector_axes(
+    feature_axes: str | int | Sequence[int] | None,
+    module: Any,
+    name: str,
+    kernel: jax.Array,
+) -> tuple[int, ...]:
+    """Return the axes of one weight vector, counted from the last, which is -1."""
+    rank = kernel.ndim
+    if not jnp.issubdtype(kernel.dtype, jnp.floating):
+        raise ValueError(
+            f"weight vectors must be real, but {name} has dtype {kernel.dtype}; leave "
+            "it out with variable_filter."
+        )
+    if isinstance(feature_axes, str):
+        if feature_axes != "unit":
+            raise ValueError(
+                'feature_axes must be "unit", an axis, several axes, or None for one '
+                f"vector per array, got {feature_axes!r}."
+            )
+        features: Sequence[int] = output_axes(module, rank)
+    elif feature_axes is None:
+        features = ()
+    else:
+        features = tuple(map(operator.index, np.atleast_1d(feature_axes)))
+        if not all(-rank <= axis < rank for axis in features):
+            raise ValueError(
+                f"feature_axes must lie within the array's rank, but are {features} "
+                f"for {name} of shape {kernel.shape}, whose axes are 0 to {rank - 1}; "
+                "leave the array out with variable_filter."
+            )
+    counted = {axis % rank for axis in features}
+    axes = tuple(axis - rank for axis in range(rank) if axis not in counted)
+    if not axes:
+        raise ValueError(
+            f"a weight vector spans at least one axis, but feature_axes {features} are "
+            f"all axes of {name} of shape {kernel.shape}; leave the array out with "
+            "variable_filter, or name fewer axes."
+        )
+    return axes
+
+
+def _effective_weight(
+    v: jax.Array, g: jax.Array | None, axes: tuple[int, ...]
+) -> jax.Array:
+    (x,) = at_least_float32(v)
+    norm = nonzero(vector_norm(x, axes))
+    gain = 1.0 if g is None else jnp.expand_dims(g.astype(x.dtype), axes)
+    # A quotient of 1 before the product: g = ||v|| gives v back to the last bit.
+    return (x * ratio(gain, norm)).astype(v.dtype)
+
+
+class WeightNorm(nnx.Module):
+    r"""Weight normalization: the norm of each weight vector is a parameter.
+
+    $$w = g\, v / \|v\|, \qquad
+    \nabla_g L = \langle \nabla_w L, \hat v\rangle, \qquad
+    \nabla_v L = \frac{g}{\|v\|}\big(\nabla_w L
+    - \langle \nabla_w L, \hat v\rangle\, \hat v\big)$$
+
+    The layer keeps $v$ where its kernels were; `g` holds one number per output unit
+    beside it. Both are `nnx.Param`. At the start $g = \|v\|$, so that the function is
+    the one of the layer. A call computes $w$ and changes nothing but what the layer
+    itself changes, such as the batch statistics of a block; the loss does not depend
+    on the scale of $v$, whose effective learning rate is that of a scale-invariant
+    weight.
+
+    A vector $v = 0$ has no direction: $w = 0$, and where $g = \|v\| = 0$ both gradients
+    are 0, so such a unit does not learn. Start it from small random weights.
+
+    Args:
+      layer: Any module that holds kernels: a linear layer or convolution, attention,
+        or a block of several; it is not copied.
+      feature_axes: Axes that count the weight vectors of a kernel, one for each
+        `g`: `"unit"`, for the output units of every layer by its kind (the heads and
+        features of attention; the last axis of `Linear` and `Conv`); an int or several
+        for all kernels alike; None for one vector per kernel.
+      variable_filter: `nnx` filter that selects the parameters to normalize.
+
+    Raises:
+      ValueError: No parameter is selected, or `feature_axes` does not fit one.
+
+    Attributes:
+      layer: The wrapped layer, whose kernels are $v$.
+      g: Nested dict of `nnx.Param` with the paths of the kernels in `layer`, in the
+        dtypes of the kernels.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import normax
+      >>> from flax import nnx
+      >>> linear = nnx.Linear(3, 2, rngs=nnx.Rngs(0))
+      >>> layer = normax.nn.WeightNorm(linear)
+      >>> layer.g["kernel"].shape
+      (2,)
+      >>> x = jnp.ones((1, 3))
+      >>> bool((layer(x) == linear(x)).all())
+      True
+
+    References:
+      Salimans, Kingma, Weight Normalization: A Simple Reparameterization to
+      Accelerate Training of Deep Neural Networks, 2016. van Laarhoven, L2
+      Regularization versus Batch and Weight Normalization, 2017, sections 1 and 3.
+    """
+
+    def __init__(
+        self,
+        layer: nnx.Module,
+        *,
+        feature_axes: str | int | Sequence[int] | None = "unit",
+        variable_filter: nnx.filterlib.Filter = _KERNELS,
+    ):
+        modules = dict(nnx.iter_graph(layer))
+        selected = nnx.state(layer, nnx.All(nnx.Param, variable_filter))
+        gains: dict[KeyPath, nnx.Param] = {}
+        vector_axes = []
+        for path, v in nnx.to_flat_state(selected):
+            name, value = "/".join(map(str, path)), v[...]
+            axes = _vector_axes(feature_axes, modules[path[:-1]], name, value)
+            norm = jnp.squeeze(vector_norm(at_least_float32(value)[0], axes), axes)
+            gains[path] = nnx.Param(norm.astype(value.dtype))
+            vector_axes.append((path, axes))
+        if not gains:
+            params = nnx.to_flat_state(nnx.state(layer, nnx.Param))
+            raise ValueError(
+                "variable_filter must select a parameter to normalize, but "
+                f"{variable_filter} selects none of {type(layer).__name__}, which has "
+                f"{['/'.join(map(str, path)) for path, _ in params]}; pass for example "
+                'nnx.PathContains("embedding").'
+            )
+        self.layer = layer
+        self.g = nnx.data(nnx.traversals.unflatten_mapping(gains))
+        self.vector_axes = tuple(vector_axes)
+        self.initializing = False
+
+    def effective_layer(self) -> Any:
+        """Return the plain layer with the weights $w$ in place of $v$.
+
+        It shares all other variables with the wrapped layer; `nnx.clone` of it is
+        independent, and `WeightNorm` of that is this layer again.
+        """
+        return self._layer_with(dict(nnx.to_flat_state(nnx.state(self.g))))
+
+    def _layer_with(self, gains: dict[KeyPath, nnx.Variable]) -> Any:
+        graphdef, state = nnx.split(self.layer)
+        variables = dict(nnx.to_flat_state(state))
+        for path, axes in self.vector_axes:
+            v = variables[path]
+            g = gains[path][...] if path in gains else None
+            variables[path] = v.replace(_effective_weight(v[...], g, axes))
+        return nnx.merge(graphdef, nnx.from_flat_state(variables))
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the layer with the weights $w$."""
+        if self.initializing:
+            self._initialize(*args, **kwargs)
+        return self.effective_layer()(*args, **kwargs)
+
+    def _initialize(self, *args: Any, **kwargs: Any) -> None:
+        if [path for path, _ in self.vector_axes] != [("kernel",)]:
+            raise ValueError(
+                "data-dependent initialization needs a layer with one kernel, but "
+                f"{type(self.layer).__name__} has "
+                f"{['/'.join(map(str, path)) for path, _ in self.vector_axes]}; "
+                "wrap every layer of the block by itself."
+            )
+        layer: Any = self._layer_with({})
+        g, bias = self.g["kernel"], getattr(layer, "bias", None)
+        if bias is not None:
+            layer.bias = bias.replace(jnp.zeros_like(bias[...]))
+        (t,) = at_least_float32(layer(*args, **kwargs))
+        batch_axes = tuple(range(t.ndim - g.ndim))
+        if t.shape[len(batch_axes) :] != g.shape:
+            raise ValueError(
+                "data-dependent initialization needs the output units on the last axes "
+                f"of the output, but their shape is {g.shape} and the output's "
+                f"{t.shape}; set g and the bias by hand."
+            )
+        inverse = 1 / nonzero(jnp.std(t, batch_axes))
+        g[...] = inverse.astype(g.dtype)
+        if bias is not None:
+            shift = -jnp.mean(t, batch_axes) * inverse
+            bias[...] = jnp.broadcast_to(shift, bias.shape).astype(bias.dtype)
+
+
+def initialize_weight_norm(model: nnx.Module, *args: Any, **kwargs: Any) -> Any:
+    r"""Initialize every `WeightNorm` of a model from the first batch.
+
+    $$t = \langle v, x\rangle / \|v\|, \qquad g \leftarrow 1 / \sigma[t], \qquad
+    b \leftarrow -\mu[t] / \sigma[t]$$
+
+    One call of the model, in which every weight-normalized layer is set just before it
+    computes its output: over this batch its pre-activations then have mean 0 and
+    variance 1 in every unit. Without a bias only the variance is set; a unit that is
+    constant over the batch keeps $\sigma[t] = 1$.
+
+    Args:
+      model: A module that holds `WeightNorm` layers, or is one; each wraps a single
+        layer with one kernel. It is changed in place.
+      *args: Inputs of the model.
+      **kwargs: Further inputs of the model.
+
+    Returns:
+      The outputs of the initialized model on the batch.
+
+    Raises:
+      ValueError: The model holds no `WeightNorm`, or one of them wraps a block of
+        several kernels.
+
+    Examples:
+      >>> import jax
+      >>> import normax
+      >>> from flax import nnx
+      >>> layer = normax.nn.WeightNorm(nnx.Linear(3, 2, rngs=nnx.Rngs(0)))
+      >>> x = 5 + jax.random.normal(jax.random.key(0), (100, 3))
+      >>> y = normax.nn.initialize_weight_norm(layer, x)
+      >>> [f"{value:.3f}" for value in y.std(0)]
+      ['1.000', '1.000']
+
+    References:
+      Salimans, Kingma, Weight Normalization: A Simple Reparameterization to
+      Accelerate Training of Deep Neural Networks, 2016.
+    """
+    found = [m for _, m in nnx.iter_modules(model) if isinstance(m, WeightNorm)]
+    if not found:
+        raise ValueError(
+            f"the model must hold a WeightNorm, but {type(model).__name__} holds none; "
+            "wrap its layers in normax.nn.WeightNorm."
+        )
+    for layer in found:
+        layer.initializing = True
+    try:
+        return model(*args, **kwargs)  # type: ignore[operator]
+    finally:
+        for layer in found:
+            layer.initializing = False

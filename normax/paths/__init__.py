@@ -1,0 +1,1 @@
+"""Path geometry of ReLU networks: path norms, path scales and Path-SGD."""

@@ -1,0 +1,338 @@
+r"""Path norms and path scales of ReLU networks.
+
+Rescaling a hidden unit of a ReLU network, its incoming weights by $c$ and its
+outgoing ones by $1/c$, does not change the function. The path norm knows only products
+of weights along paths, which no rescaling changes.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, PartitionSpec
+
+import normax.paths.primitives.elementwise
+import normax.paths.primitives.linear  # registers its rules
+import normax.paths.primitives.scan  # noqa: F401
+from normax._core.axes import PyTree
+from normax._core.checks import check_range
+from normax._core.norms import at_least_float32
+from normax.paths.arithmetic import PathArithmetic, Scaled
+from normax.paths.lifting import PathTransform
+from normax.paths.one_example import Forward, trace_one_example
+from normax.paths.values import Activation, Factors, Origin, Path, Unsupported, Weight
+
+
+def _is_float(leaf: Any) -> bool:
+    # Keys of random numbers, which NNX states hold, have no numeric dtype.
+    dtype = getattr(leaf, "dtype", None) or jax.dtypes.result_type(leaf)
+    return jnp.issubdtype(dtype, jnp.inexact)
+
+
+def _shapes_only(inputs: PyTree) -> PyTree:
+    """Return the shapes of inputs, but integers and random keys as they are."""
+    return jax.tree.map(
+        lambda x: (
+            jax.ShapeDtypeStruct(np.shape(x), jnp.result_type(x)) if _is_float(x) else x
+        ),
+        inputs,
+    )
+
+
+def _lift(
+    forward: Forward, params: PyTree, inputs: PyTree, p: jax.typing.ArrayLike
+) -> tuple[PathTransform, list[Path], list[Weight]]:
+    """Interpret a network.
+
+    Returns:
+      The interpreter, the paths to its outputs, and the nodes of the parameters.
+    """
+    check_range("p", p, 1, 32)
+    if np.ndim(p):
+        raise ValueError(
+            f"p must be one number, but it has shape {np.shape(p)}; use jax.vmap for "
+            "several."
+        )
+    flat = jax.tree_util.tree_leaves_with_path(params)
+    names = [f"params{jax.tree_util.keystr(path)}" for path, _ in flat]
+    for name, (_, leaf) in zip(names, flat, strict=True):
+        if _is_float(leaf) and jnp.iscomplexobj(leaf):
+            raise ValueError(
+                f"the weights of a path norm must be real, but {name} is complex; hold "
+                "real and imaginary parts as two arrays."
+            )
+    inputs, closed = trace_one_example(forward, params, _shapes_only(inputs))
+    arithmetic = PathArithmetic(p)
+    transform = PathTransform(arithmetic)
+    weights = [
+        Weight(
+            jnp.asarray(leaf),
+            frozenset([Origin(frozenset([name]))] if _is_float(leaf) else []),
+        )
+        for name, (_, leaf) in zip(names, flat, strict=True)
+    ]
+    floats = [jnp.asarray(leaf) for _, leaf in flat if _is_float(leaf)]
+    (dtype,) = {array.dtype for array in at_least_float32(jnp.float32(0), *floats)}
+    activations = [
+        Activation(Path(arithmetic.ones(np.shape(leaf), dtype)))
+        if _is_float(leaf)
+        else Weight(leaf)
+        for leaf in jax.tree.leaves(inputs)
+    ]
+    if any(
+        isinstance(getattr(x, "value", 0), jax.ShapeDtypeStruct) for x in activations
+    ):
+        raise ValueError(
+            "integers among the inputs are constants of the network, so their values "
+            "matter, but `inputs` holds only the shape of some; pass them as arrays."
+        )
+    outputs = transform.interpret(closed.jaxpr, closed.consts, [*weights, *activations])
+    reached: list[Any] = []
+    for output, variable in zip(outputs, closed.jaxpr.outvars, strict=True):
+        if isinstance(output, Unsupported):
+            raise ValueError(output.message)
+        floating = jnp.issubdtype(variable.aval.dtype, jnp.inexact)
+        if floating and isinstance(output, Activation | Weight):
+            reached.append(output)
+    if not any(isinstance(output, Activation) for output in reached):
+        raise ValueError(
+            "paths lead from the inputs to the outputs, but no output of `forward` "
+            "depends on a floating-point input; pass `inputs` as an array of floats."
+        )
+    return transform, [transform.flush(output) for output in reached], weights
+
+
+def with_automatic_sharding(fn: Callable[[PyTree], Any]) -> Callable[[PyTree], Any]:
+    """Have XLA lay out what the paths are summed in, also on an explicit mesh."""
+
+    @functools.wraps(fn)
+    def call(params):
+        mesh = jax.sharding.get_abstract_mesh()
+        if AxisType.Explicit not in mesh.axis_types:
+            return fn(params)
+        return jax.sharding.auto_axes(fn, out_sharding=PartitionSpec())(params)
+
+    return call
+
+
+def _of_total(
+    result: Callable[[PathArithmetic, Scaled], jax.Array],
+    forward: Forward,
+    params: PyTree,
+    inputs: PyTree,
+    p: jax.typing.ArrayLike,
+) -> jax.Array:
+    """Return a function of the sum over all paths."""
+
+    # One program, compiled anew: a cache keyed by `forward` would keep stale what
+    # `forward` closes over.
+    def evaluate(params):
+        transform, outputs, _ = _lift(forward, params, inputs, p)
+        arithmetic = transform.arithmetic
+        sums = (
+            arithmetic.sum(path.value, tuple(range(len(path.shape))))
+            for path in outputs
+        )
+        return result(arithmetic, functools.reduce(arithmetic.add, sums))
+
+    return jax.jit(with_automatic_sharding(evaluate))(params)
+
+
+def scale_factors(
+    forward: Forward, params: PyTree, inputs: PyTree, p: jax.typing.ArrayLike
+) -> PyTree:
+    r"""Return factors of $\partial F/\partial v_e$, a tuple for each parameter."""
+    transform, outputs, weights = _lift(forward, params, inputs, p)
+    dtype = outputs[0].value.root.dtype
+    for path in outputs:
+        transform.accumulate(path, (transform.arithmetic.ones(path.shape, dtype),))
+    transform.run_backward()
+    factors: list[Factors | None] = []
+    for w in weights:
+        if w.cotangent is not None and len(w.cotangent) > 2:
+            factors.append((transform.arithmetic.broadcast(w.cotangent, w.shape),))
+        elif w.cotangent is not None:
+            factors.append(w.cotangent)
+        elif w.params:  # no path uses it
+            factors.append((transform.arithmetic.zeros(w.shape, dtype),))
+        else:
+            factors.append(None)
+    return jax.tree.unflatten(jax.tree.structure(params), factors)
+
+
+def path_norm(
+    forward: Forward, params: PyTree, inputs: PyTree, p: jax.typing.ArrayLike = 2.0
+) -> jax.Array:
+    r"""Path norm of a ReLU network.
+
+    $$\phi_p(w) = \Big(\sum_{\text{paths}} \prod_{e \in \text{path}}
+      |w_e|^p\Big)^{1/p}$$
+
+    The sum is over all paths from an input, or from the constant input of a bias, to
+    an output. Rescaling a hidden unit does not change it. `forward` is a
+    positively homogeneous network written in JAX, Linen's `model.apply` and NNX's
+    `nnx.merge` included: dense layers and convolutions of any kind, ReLU, leaky ReLU
+    (as its steepest slope), max- and average-pooling, residual connections, batch
+    norm with running statistics, `jit`, `checkpoint` and `scan`. The network is
+    traced at every call; under `jax.jit` that costs nothing. First derivatives are
+    exact; second ones are 0 along weights that are 0, if they alone make a path value
+    0, as all incoming weights of a dead unit do.
+
+    Args:
+      forward: The network, `forward(params, inputs) -> outputs`. All floats that it
+        returns are outputs, also what no input reaches (paths from a constant): let it
+        return the logits alone, without statistics or penalties.
+      params: Its parameters, a pytree.
+      inputs: An example or a batch of its inputs, arrays or `jax.ShapeDtypeStruct`s;
+        only shapes matter, and the norm is that of one example. A batch is told by
+        the first axis of all inputs and outputs but scalars, over which nothing sums.
+        Integers are constants.
+      p: The power, at least 1 and below 32.
+
+    Returns:
+      A scalar, in float32 or the wider dtype of the parameters; infinite where it
+      is too large for that dtype, see `log_path_norm`.
+
+    Raises:
+      ValueError: The network is not positively homogeneous (the message names the
+        primitive and the source line), `p` is out of range, or a parameter is
+        complex.
+
+    Examples:
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> import normax
+      >>> def forward(params, x):
+      ...     return jax.nn.relu(x @ params["hidden"]) @ params["output"]
+      >>> hidden, output = jnp.array([[1.0, 2.0]]), jnp.array([[3.0], [2.0]])
+      >>> params = {"hidden": hidden, "output": output}
+      >>> norm = normax.path_norm(forward, params, jnp.ones((1, 1)))
+      >>> round(float(norm), 5)  # the root of 9 + 16
+      5.0
+
+    References:
+      Neyshabur, Salakhutdinov, Srebro, Path-SGD: Path-Normalized Optimization in Deep
+      Neural Networks, 2015, equation (5).
+    """
+    return _of_total(PathArithmetic.pth_root, forward, params, inputs, p)
+
+
+def log_path_norm(
+    forward: Forward, params: PyTree, inputs: PyTree, p: jax.typing.ArrayLike = 2.0
+) -> jax.Array:
+    r"""Logarithm of the path norm of a ReLU network.
+
+    $$\log \phi_p(w) = \frac{1}{p} \log
+      \sum_{\text{paths}} \prod_{e \in \text{path}} |w_e|^p$$
+
+    Finite at any depth, width and scale of the weights. In float32 the units of one
+    layer may differ in scale by a factor of $10^{75}$, and positions of one unit, or
+    what a window or a cumulative sum goes over, by $10^{38/p}$; what is smaller counts
+    as 0.
+
+    Args:
+      forward: The network, as in `path_norm`.
+      params: Its parameters, a pytree.
+      inputs: An example or a batch of its inputs; only shapes matter.
+      p: The power, at least 1 and below 32.
+
+    Returns:
+      A scalar, in float32 or the wider dtype of the parameters; $-\infty$ if every
+      path has a weight 0.
+
+    Raises:
+      ValueError: As `path_norm`.
+
+    Examples:
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> import normax
+      >>> def forward(params, x):
+      ...     for kernel in params:
+      ...         x = jax.nn.relu(x @ kernel)
+      ...     return x
+      >>> deep = [jnp.full((4, 4), 100.0)] * 60  # the norm is 4 * 200 ** 60
+      >>> log_norm = normax.log_path_norm(forward, deep, jnp.ones((1, 4)))
+      >>> round(float(log_norm), 2), round(float(jnp.log(2.0) + 60 * jnp.log(200.0)), 2)
+      (318.59, 318.59)
+
+    References:
+      Neyshabur, Salakhutdinov, Srebro, Path-SGD: Path-Normalized Optimization in Deep
+      Neural Networks, 2015, equation (5).
+    """
+    return _of_total(
+        lambda arithmetic, total: arithmetic.log(total) / p, forward, params, inputs, p
+    )
+
+
+def path_scales(
+    forward: Forward,
+    params: PyTree,
+    inputs: PyTree,
+    p: jax.typing.ArrayLike = 2.0,
+    log: bool = False,
+) -> PyTree:
+    r"""Curvature of the squared path norm along each parameter, $\gamma_p(w, e)$.
+
+    $$\gamma_p(w, e) = \Big(\sum_{\text{paths through } e}\;
+      \prod_{e' \ne e} |w_{e'}|^p\Big)^{2/p}$$
+
+    A weight that many edges share, such as an entry of a convolution's kernel, counts
+    every edge: the sum is over the edges and the paths through them. Path-SGD
+    divides the gradient by it. The range is that of `log_path_norm`.
+
+    Args:
+      forward: The network, as in `path_norm`.
+      params: Its parameters, a pytree. They are edge weights, up to reshaping,
+        transposing, sums, and factors that hold another parameter or none.
+      inputs: An example or a batch of its inputs; only shapes matter.
+      p: The power, at least 1 and below 32.
+      log: Whether to return $\log \gamma$, which is finite at any depth and scale.
+
+    Returns:
+      Pytree like `params` of arrays in float32 or wider, with None for arrays of
+      integers. Where no path uses a weight, $\gamma = 0$ and its logarithm is
+      $-\infty$.
+
+    Raises:
+      ValueError: As `path_norm`; or a parameter is no edge weight (the message names
+        it and the primitive that computes with it, as weight norm's division does).
+
+    Examples:
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> import normax
+      >>> def forward(params, x):
+      ...     return jax.nn.relu(x @ params["hidden"]) @ params["output"]
+      >>> hidden, output = jnp.array([[1.0, 2.0]]), jnp.array([[3.0], [2.0]])
+      >>> params = {"hidden": hidden, "output": output}
+      >>> normax.path_scales(forward, params, jnp.ones((1, 1)))["hidden"].round(4)
+      Array([[9., 4.]], dtype=float32)
+
+    References:
+      Neyshabur, Salakhutdinov, Srebro, Path-SGD: Path-Normalized Optimization in Deep
+      Neural Networks, 2015, equation (9).
+    """
+
+    def evaluate(params):
+        factors = scale_factors(forward, params, inputs, p)
+        arithmetic = PathArithmetic(p)
+
+        def finish(leaf, factors):
+            if factors is None:
+                return None
+            if log:  # each by itself: a product may leave the range of its factors
+                logarithms = [arithmetic.log(factor) for factor in factors]
+                whole = functools.reduce(jnp.add, logarithms) * (2 / p)
+            else:
+                whole = arithmetic.path_scale(arithmetic.multiply(*factors))
+            return jnp.broadcast_to(whole, jnp.shape(leaf))
+
+        return jax.tree.map(finish, params, factors)
+
+    return jax.jit(with_automatic_sharding(evaluate))(params)

@@ -1,0 +1,78 @@
+"""Networks traced for one example: whether the first axis is that of a batch.
+
+A path norm is that of one example, but users pass the batch they train with. An axis of
+examples is one over which nothing is summed; `(rows, features)` of a single example
+looks alike until the network mixes the rows.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import jax
+import numpy as np
+from jax.extend.core import ClosedJaxpr, Jaxpr
+
+from normax._core.axes import PyTree
+from normax._core.programs import called_programs, mixed_lengths
+
+Forward = Callable[[PyTree, PyTree], PyTree]
+
+
+def _mixes(jaxpr: Jaxpr) -> list[tuple[str, tuple[int, ...]]]:
+    """Return the primitives of a program that mix entries, and along what lengths."""
+    mixes = []
+    for eqn in jaxpr.eqns:
+        if axes := mixed_lengths(eqn):
+            mixes.append((eqn.primitive.name, axes))
+        for inner in called_programs(eqn):
+            mixes += _mixes(inner)
+    return mixes
+
+
+def trace_one_example(
+    forward: Forward, params: PyTree, inputs: PyTree
+) -> tuple[PyTree, ClosedJaxpr]:
+    """Trace a network for a batch of one, if the first axis is that of a batch.
+
+    It is one if all outputs but scalars have it, and if the network sums over as many
+    entries when there is a single one of it.
+
+    Returns:
+      The inputs, of one example if they are a batch, and the program for them.
+    """
+    # A new function: JAX remembers what it traced, and what that had closed over.
+    trace = jax.make_jaxpr(functools.partial(forward), return_shape=True)
+    program, whole = trace(params, inputs)
+    sizes = {np.shape(x)[0] for x in jax.tree.leaves(inputs) if np.ndim(x)}
+    if len(sizes) != 1 or sizes == {1}:
+        return inputs, program
+    (size,) = sizes
+
+    def batch_of(count):
+        def take(x):
+            if isinstance(x, jax.ShapeDtypeStruct) and x.shape:
+                return jax.ShapeDtypeStruct((count, *x.shape[1:]), x.dtype)
+            return x[np.arange(count) % size] if np.ndim(x) else x
+
+        return jax.tree.map(take, inputs)
+
+    def have_axis(outputs, count):
+        def has_axis(a, b):
+            shapes = (size, *b.shape[1:]), (count, *a.shape[1:])
+            return a.shape == () or (a.shape, b.shape) == shapes
+
+        return all(jax.tree.leaves(jax.tree.map(has_axis, whole, outputs)))
+
+    one = batch_of(1)
+    try:
+        program_of_one, part = trace(params, one)
+        is_batch = have_axis(part, 1)
+        if not is_batch:  # outputs may have dropped an axis of length one
+            is_batch = have_axis(trace(params, batch_of(2 * size))[1], 2 * size)
+    except Exception:  # whatever the network raises: the first axis is one of features
+        return inputs, program
+    if is_batch and _mixes(program.jaxpr) == _mixes(program_of_one.jaxpr):
+        return one, program_of_one
+    return inputs, program

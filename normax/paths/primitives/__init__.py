@@ -1,0 +1,1 @@
+"""Rules of the path transform, a file for each kind of primitive."""

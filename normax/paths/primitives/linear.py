@@ -1,0 +1,251 @@
+r"""Linear layers in the path transform: dot products, convolutions, scans.
+
+A layer takes the activations $x_i$ and the weights $w_{ij}$ to
+$y_j = \sum_i |w_{ij}|^p x_i$, and cotangents the same way back. Before the sum, the
+weights are multiplied by the scales of the $x_i$ and divided by those of the
+$y_j$. A convolution and a dot product with several positions sum over
+positions as well, with the same weight; there, all positions of a unit share a scale.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from normax._core.programs import contraction, convolution
+from normax.paths.arithmetic import Scaled, of_rank, where_live
+from normax.paths.lifting import NotHomogeneous, PathTransform, rule
+from normax.paths.values import Activation, Path, Weight
+
+
+@dataclasses.dataclass(frozen=True)
+class _Units:
+    """How the units on one side of a layer lie in the activations and the weights.
+
+    Attributes:
+      axes: Axis of the weights for each axis of the activations that counts units;
+        the other axes of the activations are positions.
+      ndim: Rank of the activations.
+      kernel: Shape of the weights.
+      groups: Number of groups of a convolution whose inputs these are, and its
+        output axis.
+    """
+
+    axes: dict[int, int]
+    ndim: int
+    kernel: tuple[int, ...]
+    groups: tuple[int, int] = (1, -1)
+
+    def of_activation(self, x: jax.Array) -> jax.Array:
+        """Return the largest entry of each unit, laid out as in the weights."""
+        positions = tuple(i for i in range(self.ndim) if i not in self.axes)
+        x = jnp.max(x, axis=positions)
+        axes = [self.axes[i] for i in sorted(self.axes)]
+        x = jnp.transpose(x, tuple(np.argsort(axes)))
+        return jnp.expand_dims(
+            x, tuple(i for i in range(len(self.kernel)) if i not in axes)
+        )
+
+    def to_activation(self, units: jax.Array) -> jax.Array:
+        """Lay units out as in the activations."""
+        axes = [self.axes[i] for i in sorted(self.axes)]
+        units = jnp.squeeze(
+            units, tuple(i for i in range(len(self.kernel)) if i not in axes)
+        )
+        units = jnp.transpose(units, tuple(np.argsort(np.argsort(axes))))
+        return jnp.expand_dims(
+            units, tuple(i for i in range(self.ndim) if i not in self.axes)
+        )
+
+    def to_kernel(self, units: jax.Array) -> jax.Array:
+        """Repeat the inputs of a grouped convolution for the outputs of their group."""
+        groups, out = self.groups
+        if groups == 1:
+            return units
+        (axis,) = self.axes.values()
+        table = jnp.reshape(units, (groups, -1))
+        table = jnp.repeat(table, self.kernel[out] // groups, axis=0)
+        table = table if out < axis else table.T
+        others = tuple(i for i in range(len(self.kernel)) if i not in (axis, out))
+        return jnp.expand_dims(table, others)
+
+    def of_kernel(self, x: jax.Array) -> jax.Array:
+        """Return the largest weight of each unit."""
+        groups, out = self.groups
+        if groups == 1:
+            kept = self.axes.values()
+            others = tuple(i for i in range(x.ndim) if i not in kept)
+            return jnp.max(x, axis=others, keepdims=True)
+        (axis,) = self.axes.values()
+        others = tuple(i for i in range(x.ndim) if i not in (axis, out))
+        table = jnp.max(x, axis=others)
+        table = table if out < axis else table.T
+        table = jnp.max(jnp.reshape(table, (groups, -1, table.shape[1])), axis=1)
+        return jnp.expand_dims(
+            jnp.reshape(table, -1), tuple(i for i in range(x.ndim) if i != axis)
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Layer:
+    """A bilinear layer `apply(activation, weights)`."""
+
+    apply: Callable[[jax.Array, jax.Array], jax.Array]
+    inputs: _Units
+    outputs: _Units
+
+    def propagate(
+        self, transform: PathTransform, x: Scaled, w: jax.Array, back: bool, shape
+    ) -> Scaled:
+        """Take path values forward, or cotangents back, to a given shape."""
+        arithmetic, x = transform.arithmetic, transform.arithmetic.common(x)
+        source, target = self.inputs, self.outputs
+        if back:
+            source, target = target, source
+        units = arithmetic.scale(source.of_activation(x.root))
+        values = arithmetic.value(x.root / source.to_activation(units))
+        scaled, scale = arithmetic.weigh(
+            w, source.to_kernel(units), target.of_kernel, target.to_kernel
+        )
+        # `weigh` leaves sums in range; apply in full precision on every device.
+        layer = functools.partial(_flip(self.apply), arithmetic.power(scaled))
+        if back:
+            zeros = jax.ShapeDtypeStruct(shape, values.dtype)
+            (result,) = jax.linear_transpose(layer, zeros)(values)
+        else:
+            result = layer(values)
+        root = target.to_activation(scale) * where_live(arithmetic.root, result)
+        return arithmetic.normalize(Scaled(root, of_rank(x.exponent, len(shape))))
+
+    def correlate(
+        self, transform: PathTransform, x: Scaled, cotangent: Scaled, shape
+    ) -> Scaled:
+        """Return the cotangent of the weights, a sum over positions."""
+        arithmetic = transform.arithmetic
+        values, scales, exponent = [], [], jnp.zeros((), jnp.int32)
+        for units, of in ((self.inputs, x), (self.outputs, cotangent)):
+            of = arithmetic.common(of)
+            scale = arithmetic.scale(units.of_activation(of.root))
+            values.append(arithmetic.value(of.root / units.to_activation(scale)))
+            scales.append(units.to_kernel(scale))
+            exponent = exponent + of_rank(of.exponent, len(shape))
+        zeros = jax.ShapeDtypeStruct(shape, values[0].dtype)
+        (result,) = jax.linear_transpose(
+            functools.partial(self.apply, values[0]), zeros
+        )(values[1])
+        root = scales[0] * scales[1] * where_live(arithmetic.root, result)
+        return arithmetic.normalize(Scaled(root, exponent))
+
+
+def _flip(fn):
+    return lambda weights, activation: fn(activation, weights)
+
+
+def _matmul(transform: PathTransform, layer: _Layer, path: Path, w: Weight, shape):
+    """Apply a dense layer to one position: vectors times weights, no products."""
+    arithmetic = transform.arithmetic
+    inputs, outputs = layer.inputs, layer.outputs
+
+    def lay(value: Scaled, units: _Units) -> Scaled:
+        return Scaled(*(units.of_activation(part) for part in value))
+
+    def contract(value: Scaled, units: _Units, target: _Units, shape) -> Scaled:
+        others = tuple(
+            i for i in range(len(units.kernel)) if i not in target.axes.values()
+        )
+        total = arithmetic.contract(jnp.asarray(w.value), lay(value, units), others)
+        root = jnp.reshape(target.to_activation(total.root), shape)
+        return Scaled(root, of_rank(total.exponent, len(shape)))
+
+    def pull(factors):
+        cotangent = transform.arithmetic.broadcast(factors, shape)
+        back = contract(cotangent, outputs, inputs, path.shape)
+        transform.accumulate(path, (back,))
+        outer = (lay(path.value, inputs), lay(cotangent, outputs))
+        transform.accumulate(w, outer)
+
+    return transform.new(contract(path.value, inputs, outputs, shape), pull)
+
+
+def _positions(transform: PathTransform, layer: _Layer, path: Path, w: Weight, shape):
+    """Apply a layer to many positions."""
+    kernel = transform.arithmetic.cast(w.value, path.value)
+
+    def pull(factors):
+        cotangent = transform.arithmetic.broadcast(factors, shape)
+        back = layer.propagate(transform, cotangent, kernel, True, path.shape)
+        transform.accumulate(path, (back,))
+        if w.params:
+            outer = layer.correlate(transform, path.value, cotangent, kernel.shape)
+            transform.accumulate(w, (outer,))
+
+    value = layer.propagate(transform, path.value, kernel, False, shape)
+    return transform.new(value, pull)
+
+
+@rule("dot_general")
+def _dot_general(transform, eqn, inputs):
+    if all(isinstance(x, Activation) for x in inputs):
+        raise NotHomogeneous("both factors depend on the inputs")
+    dimension_numbers = contraction(eqn)
+    contracting, batch = dimension_numbers
+    first = isinstance(inputs[0], Activation)
+    x, w = inputs if first else inputs[::-1]
+    of_x, of_w = (0, 1) if first else (1, 0)
+    ndim, kernel = len(eqn.invars[of_x].aval.shape), w.shape
+    shape = eqn.outvars[0].aval.shape
+    shared = dict(zip(batch[of_x], batch[of_w], strict=True))
+    summed = dict(zip(contracting[of_x], contracting[of_w], strict=True))
+    free = [i for i in range(len(kernel)) if i not in (*batch[of_w], *summed.values())]
+    count = len(shared)
+    start = len(shape) - len(free) if first else count
+    out = dict(enumerate(batch[of_w])) | dict(enumerate(free, start))
+
+    def apply(x, w):
+        operands = (x, w) if first else (w, x)
+        return lax.dot_general(
+            *operands, dimension_numbers, precision=lax.Precision.HIGHEST
+        )
+
+    layer = _Layer(
+        apply,
+        _Units(shared | summed, ndim, kernel),
+        _Units(out, len(shape), kernel),
+    )
+    path = transform.flush(x)
+    sizes = [n for i, n in enumerate(path.shape) if i not in shared | summed]
+    apply_layer = _matmul if np.prod(sizes) == 1 else _positions
+    return [Activation(apply_layer(transform, layer, path, w, shape))]
+
+
+@rule("conv_general_dilated")
+def _conv_general_dilated(transform, eqn, inputs):
+    x, w = inputs
+    if not (isinstance(x, Activation) and isinstance(w, Weight)):
+        raise NotHomogeneous("the kernel depends on the inputs")
+    options = convolution(eqn)
+    if options["batch_group_count"] != 1:
+        raise NotHomogeneous("it groups the batch")
+    spec, shape = options["dimension_numbers"], eqn.outvars[0].aval.shape
+    apply = functools.partial(
+        lax.conv_general_dilated, **options, precision=lax.Precision.HIGHEST
+    )
+    out, into = spec.rhs_spec[:2]
+    layer = _Layer(
+        apply,
+        _Units(
+            {spec.lhs_spec[1]: into},
+            len(shape),
+            w.shape,
+            (options["feature_group_count"], out),
+        ),
+        _Units({spec.out_spec[1]: out}, len(shape), w.shape),
+    )
+    path = transform.flush(x)
+    return [Activation(_positions(transform, layer, path, w, shape))]

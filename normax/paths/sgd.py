@@ -1,0 +1,261 @@
+r"""Path-SGD: steepest descent in the geometry of paths.
+
+Rescaling the hidden units of a ReLU network does not change its function, but it
+changes the step of SGD. The step of Path-SGD is divided by the curvature of the path
+norm, and is rescaled as the weights are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+from jax.sharding import AxisType
+
+from normax._core.axes import PyTree
+from normax._core.checks import check_range, require_params
+from normax.paths.arithmetic import PathArithmetic, divide_by_path_scale
+from normax.paths.feed_forward import dense_stack, require_whole_network
+from normax.paths.norm import Forward, scale_factors, with_automatic_sharding
+
+
+def _inverse_roots(
+    params: PyTree, factors: PyTree, p: jax.typing.ArrayLike
+) -> tuple[PyTree, PyTree]:
+    """Return the two factors of the inverse roots, each a tree like the parameters.
+
+    Optimizers' states hold such trees only, if they are to pass through Flax NNX.
+    """
+    arithmetic = PathArithmetic(p)
+
+    def pick(i):
+        return lambda leaf, pair: pair and pair[i]
+
+    pairs = jax.tree.map(
+        lambda leaf, product: product and arithmetic.inverse_roots(product),
+        params,
+        factors,
+    )
+    return jax.tree.map(pick(0), params, pairs), jax.tree.map(pick(1), params, pairs)
+
+
+def _event(arrays: Iterable[jax.Array]) -> jax.Array:
+    """Return a number, not negative, that is known when some arrays are."""
+    entries = (
+        lax.slice(x, (0,) * x.ndim, (1,) * x.ndim).reshape(()) for x in arrays if x.size
+    )
+    return sum((jnp.abs(x.astype(jnp.float32)) for x in entries), jnp.float32(0))
+
+
+def _one_after(event: jax.Array, updates: PyTree) -> jax.Array:
+    """Return the number one, on a CPU not before an event and the updates are known.
+
+    XLA:CPU updates a parameter in place if all that reads it is known to come before,
+    and a copy of it otherwise. Copies take as long as the path scales do; when the
+    gradients and scales of all parameters are known, nothing reads them any more.
+    """
+    axis_types = jax.sharding.get_abstract_mesh().axis_types
+    if AxisType.Manual in axis_types or AxisType.Explicit in axis_types:
+        return jnp.float32(1)  # an entry is not on all devices, or differs on them
+    arrays = map(jnp.asarray, jax.tree.leaves(updates))
+    event += _event(x for x in arrays if jnp.issubdtype(x.dtype, jnp.inexact))
+    # A root, which XLA holds to be too dear to be computed for each parameter.
+    event = lax.stop_gradient(jnp.sqrt(event))
+    return lax.platform_dependent(
+        event,
+        # Never negative, which XLA does not know; a NaN compares false.
+        cpu=lambda event: jnp.where(event < 0, event, 1),
+        default=jnp.ones_like,
+    )
+
+
+class ScaleByPathSGDState(NamedTuple):
+    r"""State of `scale_by_path_sgd`.
+
+    Attributes:
+      count: Number of updates so far, an int32 scalar.
+      inverse_roots: Two factors of $\gamma^{-1/4}$, of the last time that path scales
+        were computed; None if they are computed at every step.
+    """
+
+    count: jax.Array  # type: ignore[assignment]  # hides tuple.count, as in optax
+    inverse_roots: tuple[PyTree, PyTree] | None
+
+
+def scale_by_path_sgd(
+    forward: Forward | None = None,
+    inputs: PyTree = None,
+    p: jax.typing.ArrayLike = 2.0,
+    update_every: jax.typing.ArrayLike = 1,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Divide updates by the path scales of the parameters, as Path-SGD does.
+
+    $$u_e \leftarrow u_e \,/\, \gamma_p(w, e)$$
+
+    Steps along the result commute with every rescaling of hidden units. There is no
+    $\epsilon$, which would break that: where $\gamma = 0$ no path uses the weight, and
+    its update is 0. The scales are computed with a range of their own, so that
+    very unbalanced networks train in float32 as balanced ones do.
+
+    It needs the parameters of the whole network, so it stands outside of
+    `optax.masked` and `optax.partition`. Under `optax.inject_hyperparams`, name
+    `forward`, `inputs` and `p` in `static_args`.
+
+    Args:
+      forward: The network without its loss, `forward(params, inputs) -> outputs`,
+        without dropout; see `path_norm`. None for a plain stack of dense layers with
+        ReLUs between them: the kernels (inputs, outputs) and biases are then read
+        off the parameters in natural order of their names (Dense_2 before Dense_10).
+        As with `jax.jit`, what it closes over is read at the first call.
+      inputs: An example or a batch of the network's inputs; only shapes matter.
+      p: The power of the path norm, at least 1 and below 32.
+      update_every: Number of steps after which the scales are computed again; in
+        between they are kept in the state. The steps still commute with rescalings.
+
+    Returns:
+      A transformation whose `update` requires `params`.
+
+    Raises:
+      ValueError: `forward` comes without `inputs` or the other way round, or `p` or
+        `update_every` is out of range. `init` and `update` raise if parameters are
+        masked, are no plain stack though there is no `forward`, or are those of a
+        network that is not positively homogeneous; `update` if `params` is None.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import normax
+      >>> tx = normax.scale_by_path_sgd()
+      >>> params = [jnp.array([[1.0, 2.0]]), jnp.array([[3.0], [2.0]])]
+      >>> grads = [jnp.ones((1, 2)), jnp.ones((2, 1))]
+      >>> updates, _ = tx.update(grads, tx.init(params), params)
+      >>> updates[1].round(5)  # the incoming weights are 1 and 2
+      Array([[1.  ],
+             [0.25]], dtype=float32)
+
+    References:
+      Neyshabur, Salakhutdinov, Srebro, Path-SGD: Path-Normalized Optimization in Deep
+      Neural Networks, 2015, equation (8). Algorithm 1, line 8, there multiplies by
+      $\gamma$, a misprint.
+    """
+    check_range("p", p, 1, 32)
+    check_range("update_every", update_every, 1)
+    if (forward is None) != (inputs is None):
+        given, missing = (
+            ("inputs", "forward") if forward is None else ("forward", "inputs")
+        )
+        raise ValueError(
+            "`forward` and `inputs` describe the network together, but only "
+            f"`{given}` is given; pass `{missing}` as well, or neither for a plain "
+            "stack of dense layers."
+        )
+    every_step = isinstance(update_every, int) and update_every == 1
+
+    @jax.jit
+    @with_automatic_sharding
+    def compute(params):
+        network = dense_stack(params) if forward is None else (forward, inputs)
+        factors = scale_factors(network[0], params, network[1], p)
+        # Of the largest entries of sums, so that these are known when exponents are.
+        exponents = (x for x in jax.tree.leaves(factors) if x.dtype == jnp.int32)
+        return _inverse_roots(params, factors, p), _event(exponents)
+
+    def inverse_roots(params):
+        if jax.tree.leaves(params):
+            return compute(params)
+        # A placeholder of optax.tree.map_params stands for the parameters.
+        return (params, params), jnp.float32(0)
+
+    def init_fn(params):
+        require_whole_network("scale_by_path_sgd", params)
+        count = jnp.zeros((), jnp.int32)
+        if every_step:
+            jax.eval_shape(inverse_roots, params)  # raises what would be raised later
+            return ScaleByPathSGDState(count, None)
+        return ScaleByPathSGDState(count, inverse_roots(params)[0])
+
+    def update_fn(updates, state, params=None, **extra_args):
+        del extra_args
+        params = require_params("scale_by_path_sgd", params)
+        require_whole_network("scale_by_path_sgd", params)
+        if every_step:
+            roots, event = inverse_roots(params)
+        else:
+            roots, event = lax.cond(
+                state.count % update_every == 0,
+                inverse_roots,
+                lambda params: (state.inverse_roots, jnp.float32(0)),
+                params,
+            )
+        one = _one_after(event, updates)
+
+        def divide(param, update, first, second):
+            del param
+            if update is None or first is None:
+                return update
+            second = second * one.astype(second.dtype)
+            return divide_by_path_scale(jnp.asarray(update), first, second)
+
+        updates = jax.tree.map(divide, params, updates, *roots)
+        count = optax.safe_increment(state.count)
+        return updates, ScaleByPathSGDState(count, None if every_step else roots)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def path_sgd(
+    learning_rate: optax.ScalarOrSchedule,
+    forward: Forward | None = None,
+    inputs: PyTree = None,
+    p: jax.typing.ArrayLike = 2.0,
+    momentum: float | None = None,
+    nesterov: bool = False,
+    update_every: jax.typing.ArrayLike = 1,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Path-SGD: steepest descent with respect to the path norm, edge by edge.
+
+    $$w_e \leftarrow w_e - \frac{\eta}{\gamma_p(w, e)}
+      \frac{\partial L}{\partial w_e}$$
+
+    Networks that are rescalings of each other stay so, step by step, with momentum
+    as well: its velocity has the units of the weights.
+
+    Args:
+      learning_rate: Learning rate $\eta$, a number or a schedule.
+      forward: The network, or None for a plain stack of dense layers, see
+        `scale_by_path_sgd`.
+      inputs: An example or a batch of the network's inputs; only shapes matter.
+      p: The power of the path norm, at least 1 and below 32.
+      momentum: Decay rate of the velocity, None for none.
+      nesterov: Whether the momentum is Nesterov's.
+      update_every: Number of steps after which the scales are computed again.
+
+    Returns:
+      A transformation whose `update` requires `params`.
+
+    Raises:
+      ValueError: As `scale_by_path_sgd`.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import normax
+      >>> tx = normax.path_sgd(learning_rate=0.5)
+      >>> params = [jnp.array([[1.0, 2.0]]), jnp.array([[3.0], [2.0]])]
+      >>> grads = [jnp.ones((1, 2)), jnp.ones((2, 1))]
+      >>> updates, _ = tx.update(grads, tx.init(params), params)
+      >>> updates[1].round(5)
+      Array([[-0.5  ],
+             [-0.125]], dtype=float32)
+
+    References:
+      Neyshabur, Salakhutdinov, Srebro, Path-SGD: Path-Normalized Optimization in Deep
+      Neural Networks, 2015, equation (8).
+    """
+    return optax.chain(
+        scale_by_path_sgd(forward, inputs, p, update_every),
+        optax.identity() if momentum is None else optax.trace(momentum, nesterov),
+        optax.scale_by_learning_rate(learning_rate),
+    )

@@ -1,0 +1,1 @@
+"""Rescalings of hidden units, which keep the function of a ReLU network."""

@@ -1,0 +1,289 @@
+r"""Group norms of networks, the max-norm among them, and the rescaling with the least.
+
+The norms measure what enters each unit, so rescalings change them. The least
+max-norm of all rescalings depends on the function's paths alone.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from normax._core.axes import PyTree
+from normax._core.checks import check_range
+from normax._core.norms import at_least_float32, nonzero, vector_norm
+from normax._core.powers_of_two import exp2, exponent_of
+from normax.paths.arithmetic import PathArithmetic, Scaled, of_rank
+from normax.paths.feed_forward import Layer
+from normax.paths.norm import with_automatic_sharding
+from normax.rescaling.network import (
+    Factors,
+    Forward,
+    all_source_units,
+    chained_layers,
+    expand_to,
+    parameter_layers,
+    rescaled_network,
+)
+
+
+def _check_power(name: str, value: jax.typing.ArrayLike) -> None:
+    infinite = not isinstance(value, jax.core.Tracer) and np.isposinf(np.asarray(value))
+    if not infinite:
+        check_range(name, value, 1)
+
+
+def _p_norm(x: jax.Array, p: jax.typing.ArrayLike, axes: tuple[int, ...]) -> jax.Array:
+    r"""Return $(\sum_i |x_i|^p)^{1/p}$, also for an infinite or traced p."""
+    if not isinstance(p, jax.core.Tracer):
+        if np.isposinf(np.asarray(p)):
+            return jnp.max(jnp.abs(x), axis=axes, initial=0.0)
+        if p == 2:
+            return jnp.squeeze(vector_norm(x, axes), axes)
+    largest = jnp.max(jnp.abs(x), axis=axes, keepdims=True, initial=0.0)
+    # Not so large that its inverse, by which XLA multiplies, is flushed to 0.
+    size = lax.stop_gradient(jnp.minimum(nonzero(largest), jnp.finfo(x.dtype).max / 16))
+    power = jnp.where(jnp.isinf(p), 1, p).astype(x.dtype)
+    total = jnp.sum((jnp.abs(x) / size) ** power, axis=axes)
+    root = jnp.where(total == 0, 1, total) ** (1 / power)
+    norm = jnp.where(total == 0, 0, root * jnp.squeeze(size, axes))
+    return jnp.where(jnp.isinf(p), jnp.squeeze(largest, axes), norm)
+
+
+def _group_norm(leaves, layers, p, q) -> jax.Array:
+    norms = []
+    for layer in layers:
+        (kernel,) = at_least_float32(leaves[layer.kernel])
+        entering = _p_norm(kernel, p, tuple(range(kernel.ndim - 1)))
+        if layer.bias is not None:
+            pair = at_least_float32(entering, leaves[layer.bias])
+            entering = _p_norm(jnp.stack(pair), p, (0,))
+        norms.append(_p_norm(entering, q, (0,)))
+    return _p_norm(jnp.stack(at_least_float32(*norms)), q, (0,))
+
+
+_compiled_group_norm = jax.jit(_group_norm, static_argnums=(1, 2, 3))
+
+
+def group_norm(
+    params: PyTree, p: jax.typing.ArrayLike, q: jax.typing.ArrayLike
+) -> jax.Array:
+    r"""Group norm of a network: the $q$-norm over units of their incoming $p$-norms.
+
+    $$\mu_{p,q}(w) = \Big(\sum_{v} \Big(\sum_{u \to v} |w_{u \to v}|^p\Big)^{q/p}
+      \Big)^{1/q}$$
+
+    The sum is over hidden and output units. A bias is an edge into its unit, from a
+    constant input. What enters a channel of a convolution is all of its kernel but
+    the last axis, each weight once. With $p = q = 2$ the square is weight decay's.
+
+    Args:
+      params: Pytree of kernels, of rank two and more with the outputs last, and
+        their biases. Their order does not matter.
+      p: The power of weights, from 1 to infinity.
+      q: The power of units, from 1 to infinity.
+
+    Returns:
+      A scalar, in float32 or wider. No power overflows.
+
+    Raises:
+      ValueError: `p` or `q` is below 1, or a parameter is neither a kernel nor a bias.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import normax
+      >>> params = [{"kernel": jnp.array([[3.0, 0.0]]), "bias": jnp.array([4.0, 7.0])}]
+      >>> float(normax.group_norm(params, p=2, q=1))  # 5 + 7
+      12.0
+
+    References:
+      Neyshabur, Salakhutdinov, Srebro, Path-SGD: Path-Normalized Optimization in Deep
+      Neural Networks, 2015, equation (3).
+    """
+    _check_power("p", p)
+    _check_power("q", q)
+    layers, leaves = parameter_layers(params), jax.tree.leaves(params)
+    if any(isinstance(power, jax.core.Tracer) for power in (p, q)):
+        return _group_norm(leaves, layers, p, q)
+    powers = (np.asarray(power).item() for power in (p, q))
+    return _compiled_group_norm(leaves, layers, *powers)
+
+
+def max_norm(params: PyTree, p: jax.typing.ArrayLike = 2.0) -> jax.Array:
+    r"""Largest norm of what enters a unit.
+
+    $$\mu_{p,\infty}(w) = \max_v \Big(\sum_{u \to v} |w_{u \to v}|^p\Big)^{1/p}$$
+
+    Args:
+      params: Pytree of kernels and biases, as in `group_norm`.
+      p: The power of weights, from 1 to infinity.
+
+    Returns:
+      A scalar, in float32 or wider.
+
+    Raises:
+      ValueError: As `group_norm`.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import normax
+      >>> params = [{"kernel": jnp.array([[3.0, 0.0]]), "bias": jnp.array([4.0, 7.0])}]
+      >>> float(normax.max_norm(params))
+      7.0
+
+    References:
+      Neyshabur, Salakhutdinov, Srebro, Path-SGD: Path-Normalized Optimization in Deep
+      Neural Networks, 2015, equation (4).
+    """
+    return group_norm(params, p, jnp.inf)
+
+
+@functools.partial(jax.jit, static_argnames=("layers", "p"))
+def _balancing_factors(
+    leaves: Sequence[jax.Array], *, layers: tuple[Layer, ...], p: float
+) -> list[Factors]:
+    r"""Return the factors $1/u$, where $u$ are the least scales that the norm allows.
+
+    What enters a unit has norm $m$ or less if, with $c = 1/u$ and $u = 1$ for inputs,
+
+    $$\|(w_{u \to v}\, u_u)_u\|_p \le m\, u_v.$$
+
+    The least such $u$ are path norms up to the unit, with all weights divided by $m$;
+    they suit the outputs if none of theirs exceeds 1. The logarithm of the largest
+    is convex and decreasing in $\log m$: Newton's method finds where it is 0, in one
+    step if all paths have the same length.
+    """
+    arithmetic = PathArithmetic(p)
+    arrays = at_least_float32(*leaves)
+    dtype = arrays[0].dtype
+    sources = all_source_units(leaves, layers)
+
+    def spread(x: Scaled, position: int) -> Scaled:
+        rank = arrays[layers[position].kernel].ndim
+        root = expand_to(x.root[sources[position - 1]], rank)
+        return Scaled(root, of_rank(x.exponent, rank))
+
+    def path_values(m: jax.Array) -> list[Scaled]:
+        values: list[Scaled] = []
+        share = arithmetic.of_weight(jnp.expand_dims(1 / m, 0))
+        for position, layer in enumerate(layers):
+            kernel = arrays[layer.kernel]
+            if position == 0:
+                entering = arithmetic.ones((1,) * kernel.ndim, dtype)
+            else:
+                entering = spread(values[-1], position)
+            axes = tuple(range(kernel.ndim - 1))
+            value = arithmetic.contract(kernel, entering, axes)
+            value = Scaled(jnp.squeeze(value.root, axes), of_rank(value.exponent, 1))
+            if layer.bias is not None:
+                value = arithmetic.add_weight(value, arrays[layer.bias])
+            values.append(arithmetic.multiply(value, share))
+        return values
+
+    def excess(m: jax.Array) -> tuple[jax.Array, list[Scaled]]:
+        values = path_values(m)
+        return jnp.max(arithmetic.log(values[-1])) / p, values
+
+    def newton(state):
+        m, step, count, _ = state
+        m = m * jnp.exp(step)
+        value, slope, values = jax.jvp(excess, (m,), (m,), has_aux=True)
+        step = jnp.where(value == -jnp.inf, 0, -value / slope)  # no path is alive
+        return m, step, count + 1, values
+
+    def unfinished(state):
+        _, step, count, _ = state
+        return (count == 0) | (
+            (jnp.abs(step) > 16 * jnp.finfo(dtype).eps) & (count < 60)
+        )
+
+    widths = [arrays[layer.kernel].shape[-1] for layer in layers]
+    nothing = [arithmetic.zeros((width,), dtype) for width in widths]
+    start = jnp.ones((), dtype), jnp.zeros((), dtype), 0, nothing
+    m, _, _, values = lax.while_loop(unfinished, newton, start)
+
+    log_m, log_eps = jnp.log2(m), jnp.log2(jnp.finfo(dtype).eps)
+    later = jnp.zeros_like(values[-1].root)
+    factors: list[Factors] = []
+    for position in range(len(layers) - 2, -1, -1):
+        root, shared = values[position]
+        exponent = exponent_of(nonzero(root))
+        mantissa = jnp.square(root * exp2(-exponent, dtype))
+        exponent = 2 * (exponent + shared)
+        # A unit that nothing enters: no norm feels it if it is scaled down enough.
+        kernel = arrays[layers[position + 1].kernel]
+        room = expand_to(log_m + later, kernel.ndim) - jnp.log2(jnp.abs(kernel))
+        room = jnp.min(room, axis=tuple(range(kernel.ndim - 2)))
+        source = sources[position]
+        room = jnp.min(room, axis=1, keepdims=True) if source.shape[1] == 1 else room
+        least = jnp.full_like(root, jnp.inf).at[source].min(room)
+        least = jnp.where(least == jnp.inf, 0, jnp.floor(least + log_eps))
+        exponent = jnp.where(root == 0, least.astype(jnp.int32), exponent)
+        mantissa = jnp.where(root == 0, 1, mantissa)
+        later = jnp.log2(mantissa) + exponent.astype(dtype)
+        factors.insert(0, Factors(1 / mantissa, -exponent))
+    return factors
+
+
+def balance(
+    params: PyTree,
+    p: float = 2.0,
+    *,
+    forward: Forward | None = None,
+    inputs: PyTree = None,
+) -> PyTree:
+    r"""Rescale a ReLU network to the least max-norm, with its function kept.
+
+    $$\min_{\tilde w \sim w} \mu_{p,\infty}(\tilde w) =
+      \min \{m : \phi_p^{(k)}(w / m) \le 1 \text{ for every output } k\}$$
+
+    where $\phi_p^{(k)}$ is the path norm of one output: the largest of them decides.
+    Every hidden unit gets the incoming norm $m$, an output at most $m$.
+
+    - Without biases all paths have the length $d$ of the network, and $m^d$ is the
+      largest $\phi_p^{(k)}(w)$; for one output it is the path norm, as in the paper.
+    - A path from the bias of a layer is shorter. Then $m$ solves
+      $\sum_{\text{paths}} |\pi(w)|^p\, m^{-p\,\text{length}} = 1$, and no power of it
+      is the path norm.
+    - A weight of a convolution counts once, as in `group_norm`, and not once for
+      every position; $\phi_p$ is that of a single position of the outputs. Behind
+      a flatten every position has weights of its own.
+
+    Units that nothing enters, whose incoming weights and bias are 0, are scaled until
+    they add no more to a norm than rounding does.
+
+    Args:
+      params: Pytree of kernels and biases of a plain stack, see `rescale_units`.
+      p: The power of the max-norm, at least 1 and below 32, a number.
+      forward: The network, to be checked, see `rescale_units`.
+      inputs: Inputs of the network.
+
+    Returns:
+      Pytree like `params`, in the same dtypes. Before, the units of a layer may differ
+      in scale by factors of up to $10^{75}$ in float32, at any depth.
+
+    Raises:
+      ValueError: As `rescale_units`; or `p` is out of range.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import normax
+      >>> params = [jnp.array([[1.0, 2.0]]), jnp.array([[3.0], [2.0]])]
+      >>> balanced = normax.balance(params)
+      >>> round(float(normax.max_norm(balanced) ** 2), 5)  # the path norm
+      5.0
+
+    References:
+      Neyshabur, Salakhutdinov, Srebro, Path-SGD: Path-Normalized Optimization in Deep
+      Neural Networks, 2015, Lemma 3.1.
+    """
+    check_range("p", p, 1, 32)
+    layers, leaves = chained_layers(params), jax.tree.leaves(params)
+    find = functools.partial(_balancing_factors, layers=layers, p=float(p))
+    factors = with_automatic_sharding(find)(leaves)
+    return rescaled_network(params, layers, factors, forward, inputs)

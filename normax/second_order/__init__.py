@@ -1,0 +1,1 @@
+"""Newton's method, by a dense Hessian or by conjugate gradients."""

@@ -1,0 +1,1 @@
+"""Weight vectors on spheres: measures, projections, tangent and rotating updates."""

@@ -1,0 +1,295 @@
+"""Projection of weight vectors onto spheres, and of updates onto their tangents."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from normax._core.axes import (
+    Axes,
+    PyTree,
+    broadcast_radius,
+    check_axes,
+    map_vectors,
+    resolve_axes,
+)
+from normax._core.checks import check_range, require_params, requiring_params
+from normax._core.norms import (
+    at_least_float32,
+    common_dtype,
+    in_turn,
+    nonzero,
+    polar_decomposition,
+    unit_vector,
+)
+from normax.spheres.measures import weight_norm
+
+
+def _check_radius(radius: Any) -> None:
+    if any(isinstance(leaf, str) for leaf in jax.tree.leaves(radius)):
+        raise ValueError(
+            "radius must be a number, an array, a pytree of them or, in "
+            f'project_unit_norm, "initial", got {radius!r}; the norms of some '
+            "parameters are weight_norm(params)."
+        )
+    check_range("radius", radius, low=0)
+
+
+def projection_unit_norm(
+    params: PyTree, axes: Axes = "unit", radius: Any = 1.0
+) -> PyTree:
+    r"""Projection onto the weights whose every vector has norm `radius`.
+
+    $$\Pi(w) = \operatorname*{argmin}_{\|v\| = r} \|v - w\| = r\, w / \|w\|$$
+
+    A zero vector has no nearest point and stays zero. No square overflows or
+    underflows. The norms are right to the rounding of the dtype: to 3e-7 in
+    float32; in bfloat16 to 3e-3 for vectors of 32 entries and more, and to 4e-3 for
+    the shortest.
+
+    Args:
+      params: Pytree of arrays.
+      axes: Which entries form one weight vector: `"unit"` (all axes but the
+        last), `"layer"` (the whole array), a tuple of axes, `"none"`, or a
+        pytree prefix of `params` with such leaves. A bare word concerns arrays
+        of rank two and higher.
+      radius: Norm $r \ge 0$: a number, an array that broadcasts to the norms of
+        every array, or a pytree prefix of `params` with such leaves, for instance
+        the result of `weight_norm`.
+
+    Returns:
+      Pytree with the structure, shapes and dtypes of `params`.
+
+    Raises:
+      ValueError: `axes` or `radius` does not fit `params`, `radius` is
+        negative, or an array is complex.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import normax
+      >>> normax.projection_unit_norm(jnp.array([[3.0, 0.0], [4.0, 2.0]]))
+      Array([[0.6, 0. ],
+             [0.8, 1. ]], dtype=float32)
+
+    References:
+      van Laarhoven, L2 Regularization versus Batch and Weight Normalization,
+      2017, section 5.5.
+    """
+    _check_radius(radius)
+
+    def project(vector_axes, w, radius):
+        (x,) = at_least_float32(w)
+        projected = unit_vector(x, vector_axes)[0] * radius.astype(x.dtype)
+        return projected.astype(jnp.result_type(w))
+
+    return map_vectors(
+        project,
+        axes,
+        params,
+        broadcast_radius(radius, axes, params),
+        otherwise=lambda w, radius: w,
+    )
+
+
+class ProjectUnitNormState(NamedTuple):
+    """State of `project_unit_norm(radius="initial")`.
+
+    Attributes:
+      radius: Norms of the weight vectors at `init`, as `weight_norm` gives them.
+    """
+
+    radius: PyTree
+
+
+def project_unit_norm(
+    axes: Axes = "unit", radius: Any = 1.0
+) -> optax.GradientTransformationExtraArgs:
+    r"""Change the updates so that every weight vector keeps the norm `radius`.
+
+    $$u \leftarrow \Pi(w + u) - w, \qquad \Pi(x) = r\, x / \|x\|$$
+
+    Place it after everything that changes the updates, the learning rate
+    included: what follows it in a chain acts on a projected update and undoes
+    the projection. The scale of the weights is then no longer a hidden learning
+    rate, and weight decay no longer changes it.
+
+    The update is added to the weights in their own dtype, so the norm is right to
+    rounding only if $\|w\|$ is not much larger than `radius`: from $100\,r$ the first
+    step may err by 1e-5 in float32, and from $10^8\,r$ it leaves zero vectors, which
+    stay zero. Give weights that start far away to `projection_unit_norm` first.
+
+    Args:
+      axes: Which entries form one weight vector, as in `projection_unit_norm`.
+      radius: Norm $r$, as in `projection_unit_norm`; or `"initial"`, which keeps
+        the norm that each vector has at `init`.
+
+    Returns:
+      A gradient transformation that needs `params`. It has no state, or with
+      `"initial"` a `ProjectUnitNormState`.
+
+    Raises:
+      ValueError: `axes` or `radius` is malformed or does not fit the
+        parameters, or `update` is called without `params`.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import normax
+      >>> import optax
+      >>> params = {"kernel": jnp.array([[0.6], [0.8]]), "bias": jnp.zeros(1)}
+      >>> tx = optax.chain(optax.sgd(0.1), normax.project_unit_norm())
+      >>> grads = {"kernel": jnp.array([[2.0], [0.0]]), "bias": jnp.ones(1)}
+      >>> updates, state = tx.update(grads, tx.init(params), params)
+      >>> normax.weight_norm(optax.apply_updates(params, updates))["kernel"].round(6)
+      Array([1.], dtype=float32)
+
+    References:
+      van Laarhoven, L2 Regularization versus Batch and Weight Normalization,
+      2017, section 5.5.
+    """
+    check_axes(axes)
+    initial = isinstance(radius, str) and radius == "initial"
+    if not initial:
+        _check_radius(radius)
+
+    def project(vector_axes, w, u, radius):
+        x, step = at_least_float32(w, u)
+        unit, inverse = unit_vector(x + step, vector_axes)
+        change = unit * radius.astype(x.dtype) - x
+        # Not in a dtype coarser than the weights', in which the norm is promised.
+        return change.astype(common_dtype(w, u)), inverse
+
+    def init_fn(params):
+        if initial:
+            return ProjectUnitNormState(radius=weight_norm(params, axes))
+        broadcast_radius(radius, axes, params)
+        return optax.EmptyState()
+
+    def update_fn(updates, state, params=None, **extra_args):
+        del extra_args
+        params = require_params("project_unit_norm", params)
+        radii = state.radius if initial else radius
+        updates = map_vectors(
+            in_turn(project),
+            axes,
+            params,
+            updates,
+            broadcast_radius(radii, axes, params),
+            otherwise=lambda w, u, radius: u,
+        )
+        return updates, state
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def remove_radial_component(
+    axes: Axes = "unit",
+) -> optax.GradientTransformationExtraArgs:
+    r"""Remove from every update the part along its weight vector.
+
+    $$u \leftarrow u - \langle u, \hat w\rangle\,\hat w, \qquad
+    \hat w = w / \|w\|$$
+
+    What is left is tangent to the sphere through $w$. The gradient of a
+    scale-invariant loss is tangent already; momentum, adaptive rates and weight
+    decay put a radial part into the update. Where $w = 0$ nothing is removed.
+
+    Args:
+      axes: Which entries form one weight vector, as in `projection_unit_norm`.
+
+    Returns:
+      A stateless gradient transformation that needs `params`.
+
+    Raises:
+      ValueError: `axes` is malformed or does not fit the parameters, or `update`
+        is called without `params`.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import normax
+      >>> params = jnp.array([[2.0], [0.0]])
+      >>> tx = normax.remove_radial_component()
+      >>> updates, _ = tx.update(jnp.array([[5.0], [1.0]]), tx.init(params), params)
+      >>> updates
+      Array([[0.],
+             [1.]], dtype=float32)
+
+    References:
+      Heo et al., AdamP: Slowing Down the Slowdown for Momentum Optimizers on
+      Scale-invariant Weights, 2021.
+    """
+    check_axes(axes)
+
+    def remove(vector_axes, w, u):
+        w, x = at_least_float32(w, u)
+        w_norm, _, radial, _ = polar_decomposition(w, x, vector_axes)
+        tangential = x - radial * (w / nonzero(w_norm))
+        return tangential.astype(jnp.result_type(u)), jnp.abs(radial)
+
+    def init_fn(params):
+        resolve_axes(axes, params)
+        return optax.EmptyState()
+
+    def update_fn(updates, state, params=None, **extra_args):
+        del extra_args
+        params = require_params("remove_radial_component", params)
+        updates = map_vectors(
+            in_turn(remove), axes, params, updates, otherwise=lambda w, u: u
+        )
+        return updates, state
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def normalized_sgd(
+    learning_rate: optax.ScalarOrSchedule,
+    axes: Axes = "unit",
+    weight_decay: jax.typing.ArrayLike = 0.0,
+    momentum: jax.typing.ArrayLike | None = None,
+    nesterov: bool = False,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Stochastic gradient descent on the unit sphere.
+
+    $$\tilde w_{t+1} = w_t - \eta\,(\nabla L(w_t) + \lambda w_t), \qquad
+    w_{t+1} = \tilde w_{t+1} / \|\tilde w_{t+1}\|$$
+
+    Its effective learning rate is $\eta$ itself. Arrays that `axes` leaves alone
+    take the plain step.
+
+    Args:
+      learning_rate: Learning rate $\eta$, a number or a schedule.
+      axes: Which entries form one weight vector, as in `projection_unit_norm`.
+      weight_decay: Weight decay $\lambda$ of all parameters, added to the
+        gradient as $\lambda w$.
+      momentum: Decay of the velocity; None for none.
+      nesterov: Whether the momentum is Nesterov's.
+
+    Returns:
+      A gradient transformation that needs `params`.
+
+    Raises:
+      ValueError: `axes` is malformed or does not fit the parameters, or `update`
+        is called without `params`.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import normax
+      >>> import optax
+      >>> params = jnp.array([[1.0], [0.0]])
+      >>> tx = normax.normalized_sgd(learning_rate=0.75)
+      >>> grads = jnp.array([[0.0], [-1.0]])
+      >>> updates, _ = tx.update(grads, tx.init(params), params)
+      >>> optax.apply_updates(params, updates)
+      Array([[0.8],
+             [0.6]], dtype=float32)
+
+    References:
+      van Laarhoven, L2 Regularization versus Batch and Weight Normalization,
+      2017, section 5.5 and Table 1.
+    """
+    chain = optax.chain(
+        optax.add_decayed_weights(weight_decay),
+        optax.sgd(learning_rate, momentum, nesterov),
+        project_unit_norm(axes),
+    )
+    return requiring_params("normalized_sgd", chain)

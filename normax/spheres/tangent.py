@@ -1,0 +1,297 @@
+r"""SGDP and AdamP: momentum kept tangent to the sphere of scale-invariant weights.
+
+The gradient of a scale-invariant loss is orthogonal to the weights it is taken at,
+but momentum holds gradients of other weights. Its radial part lengthens the weights
+and so shrinks their effective learning rate. Both rules remove that part, and decay
+the weights less where they did.
+"""
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from normax._core.axes import Axes, PyTree, check_axes, map_vectors
+from normax._core.checks import check_range, requiring_params
+from normax._core.norms import at_least_float32, nonzero, polar_decomposition
+from normax.spheres.projection import remove_radial_component
+
+
+def _cosine_rule(params: PyTree, grads: PyTree, delta: jax.typing.ArrayLike) -> PyTree:
+    """Guess which arrays are scale-invariant per unit, and which as a layer.
+
+    Returns:
+      For each array of rank two and higher two booleans; None for the others.
+    """
+
+    def guess(unit_axes, w, g):
+        w, g = at_least_float32(w, g)
+
+        def orthogonal(axes):
+            _, g_norm, radial, _ = polar_decomposition(w, g, axes)
+            cosine = jnp.abs(radial) / nonzero(g_norm)
+            entries = w.size / max(cosine.size, 1)
+            return jnp.max(cosine, initial=0.0) < delta / max(entries, 1) ** 0.5
+
+        return orthogonal(unit_axes), orthogonal(tuple(range(w.ndim)))
+
+    return map_vectors(guess, "unit", params, grads)
+
+
+def _project_tangent(
+    name: str,
+    inner: optax.GradientTransformation,
+    learning_rate: optax.ScalarOrSchedule,
+    weight_decay: jax.typing.ArrayLike,
+    delta: jax.typing.ArrayLike,
+    wd_ratio: jax.typing.ArrayLike,
+    axes: Axes | None,
+) -> optax.GradientTransformationExtraArgs:
+    """Project the directions of `inner`, decay, and scale by the learning rate."""
+    check_range("delta", delta, low=0)
+    check_range("wd_ratio", wd_ratio, low=0)
+    check_range("weight_decay", weight_decay, low=0)
+    if axes is not None:
+        check_axes(axes)
+
+    def tangential(axes, updates, params):
+        projection = remove_radial_component(axes)
+        return projection.update(updates, projection.init(params), params)[0]
+
+    def decay(w, u, ratio=1.0):
+        w, x = at_least_float32(w, u)
+        return (x + weight_decay * ratio * w).astype(jnp.result_type(u))
+
+    def exact(updates, params):
+        return map_vectors(
+            lambda vector_axes, w, u: decay(w, u, wd_ratio),
+            axes,
+            params,
+            tangential(axes, updates, params),
+            otherwise=lambda w, u: None if u is None else decay(w, u),
+        )
+
+    def by_rule(grads, updates, params):
+        def choose(vector_axes, w, u, of_units, of_layer, fires):
+            per_unit, per_layer = fires
+            u = jnp.where(per_unit, of_units, jnp.where(per_layer, of_layer, u))
+            return decay(w, u, jnp.where(per_unit | per_layer, wd_ratio, 1.0))
+
+        return map_vectors(
+            choose,
+            "unit",
+            params,
+            updates,
+            tangential("unit", updates, params),
+            tangential("layer", updates, params),
+            _cosine_rule(params, grads, delta),
+            otherwise=lambda w, u, *others: None if u is None else decay(w, u),
+        )
+
+    def update_fn(updates, state, params=None, **extra_args):
+        del extra_args
+        directions, state = inner.update(updates, state, params)
+        if axes is None:
+            return by_rule(updates, directions, params), state
+        return exact(directions, params), state
+
+    def init_fn(params):
+        if axes is not None:
+            remove_radial_component(axes).init(params)
+        return inner.init(params)
+
+    chain = optax.chain(
+        optax.GradientTransformationExtraArgs(init_fn, update_fn),
+        optax.scale_by_learning_rate(learning_rate),
+    )
+    return requiring_params(name, chain)
+
+
+def _momentum(
+    momentum: jax.typing.ArrayLike, dampening: jax.typing.ArrayLike, nesterov: bool
+) -> optax.GradientTransformation:
+    trace = optax.trace(momentum)
+
+    def update_fn(updates, state, params=None):
+        damped = jax.tree.map(lambda g: (1 - dampening) * g, updates)
+        velocity, state = trace.update(damped, state, params)
+        if nesterov:
+            velocity = jax.tree.map(lambda g, v: g + momentum * v, updates, velocity)
+        return velocity, state
+
+    return optax.GradientTransformation(trace.init, update_fn)
+
+
+def _adam(
+    b1: jax.typing.ArrayLike,
+    b2: jax.typing.ArrayLike,
+    eps: jax.typing.ArrayLike,
+    nesterov: bool,
+) -> optax.GradientTransformation:
+    # Not scale_by_adam(nesterov=True): that corrects the momentum by the next step's
+    # 1 - b1^(t+1), the published rule by this step's.
+    adam = optax.scale_by_adam(b1, b2, eps)
+
+    def update_fn(updates, state, params=None):
+        directions, state = adam.update(updates, state, params)
+        if nesterov:
+            grads = optax.tree.bias_correction(updates, b1, state.count)
+            squares = optax.tree.bias_correction(state.nu, b2, state.count)
+            directions = jax.tree.map(
+                lambda g, r, d: (
+                    None if g is None else b1 * d + (1 - b1) * g / (jnp.sqrt(r) + eps)
+                ),
+                grads,
+                squares,
+                directions,
+                is_leaf=lambda node: node is None,
+            )
+        return directions, state
+
+    return optax.GradientTransformation(adam.init, update_fn)
+
+
+def sgdp(
+    learning_rate: optax.ScalarOrSchedule,
+    momentum: jax.typing.ArrayLike = 0.0,
+    dampening: jax.typing.ArrayLike = 0.0,
+    weight_decay: jax.typing.ArrayLike = 0.0,
+    nesterov: bool = False,
+    delta: jax.typing.ArrayLike = 0.1,
+    wd_ratio: jax.typing.ArrayLike = 0.1,
+    axes: Axes | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""SGD with momentum whose steps are tangent where weights are scale-invariant.
+
+    $$v \leftarrow \rho v + (1 - \tau) g, \qquad
+    w \leftarrow w - \eta\,\Big(\Pi_w(p) + \frac{\lambda s}{1 - \rho}\,w\Big)$$
+
+    with $p = v$, or $p = g + \rho v$ for Nesterov's momentum. For arrays found to be
+    scale-invariant $\Pi_w(p) = p - \langle p, \hat w\rangle\,\hat w$ and $s$ is
+    `wd_ratio`; for all others $\Pi_w(p) = p$ and $s = 1$. Weight decay is decoupled,
+    and the published rule divides it by $1 - \rho$.
+
+    How arrays are found is described in `adamp`. The default is the published rule;
+    with `axes` no array is mistaken.
+
+    Args:
+      learning_rate: Learning rate $\eta$, a number or a schedule.
+      momentum: Decay $\rho$ of the velocity, at least 0 and below 1.
+      dampening: Part $\tau$ of the gradient that the velocity leaves out.
+      weight_decay: Weight decay $\lambda$ of all parameters.
+      nesterov: Whether the momentum is Nesterov's.
+      delta: Threshold $\delta$ of the cosine rule.
+      wd_ratio: Factor of the weight decay of scale-invariant arrays.
+      axes: None for the cosine rule; or which entries form one scale-invariant
+        vector, as in `projection_unit_norm`.
+
+    Returns:
+      A gradient transformation that needs `params`.
+
+    Raises:
+      ValueError: `axes` is malformed or does not fit the parameters, a number is out
+        of range, or `update` is called without `params`.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import normax
+      >>> params = jnp.array([[2.0], [0.0]])
+      >>> tx = normax.sgdp(learning_rate=0.5, axes="unit")
+      >>> updates, _ = tx.update(jnp.array([[3.0], [1.0]]), tx.init(params), params)
+      >>> updates + 0
+      Array([[ 0. ],
+             [-0.5]], dtype=float32)
+
+    References:
+      Heo et al., AdamP: Slowing Down the Slowdown for Momentum Optimizers on
+      Scale-invariant Weights, 2021.
+    """
+    check_range("momentum", momentum, low=0, below=1)
+    return _project_tangent(
+        "sgdp",
+        _momentum(momentum, dampening, nesterov),
+        learning_rate,
+        weight_decay / (1 - momentum),
+        delta,
+        wd_ratio,
+        axes,
+    )
+
+
+def adamp(
+    learning_rate: optax.ScalarOrSchedule,
+    b1: jax.typing.ArrayLike = 0.9,
+    b2: jax.typing.ArrayLike = 0.999,
+    eps: jax.typing.ArrayLike = 1e-8,
+    weight_decay: jax.typing.ArrayLike = 0.0,
+    nesterov: bool = False,
+    delta: jax.typing.ArrayLike = 0.1,
+    wd_ratio: jax.typing.ArrayLike = 0.1,
+    axes: Axes | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""AdamW whose steps are tangent where the weights are scale-invariant.
+
+    $$m \leftarrow b_1 m + (1 - b_1) g, \qquad r \leftarrow b_2 r + (1 - b_2) g^2,
+    \qquad p = \frac{m / (1 - b_1^t)}{\sqrt{r / (1 - b_2^t)} + \epsilon}, \qquad
+    w \leftarrow w - \eta\,\big(\Pi_w(p) + \lambda s\,w\big)$$
+
+    with $b_1 m + (1 - b_1) g$ in place of $m$ in $p$ for Nesterov's momentum. For
+    arrays found to be scale-invariant $\Pi_w(p) = p - \langle p, \hat w\rangle\,\hat w$
+    and $s$ is `wd_ratio`; for all others $\Pi_w(p) = p$ and $s = 1$.
+
+    *The cosine rule* (`axes=None`) is the published guess, made anew at every step for
+    every array of rank two and higher: the array is scale-invariant per unit if
+
+    $$\max_w \frac{|\langle w, g\rangle|}{\|w\|\,\|g\|} < \frac{\delta}{\sqrt{d}}$$
+
+    over its $d$-dimensional vectors of `"unit"`; else it is so as a layer, if the
+    same holds for its one vector of `"layer"`. One cosine of random directions is
+    below the default bound with probability 8%: so often the rule takes an array of
+    any kind for scale-invariant. The published code takes the first axis for the
+    output; here it is the last, as in Flax kernels. Where the code adds an
+    $\epsilon$ to norms, zero vectors are handled exactly.
+
+    *With* `axes` the arrays named there are projected always, and no others. Under
+    `jax.shard_map` the cosine rule sees the local units only; give `axes`.
+
+    Args:
+      learning_rate: Learning rate $\eta$, a number or a schedule.
+      b1: Decay of the average of gradients.
+      b2: Decay of the average of squared gradients.
+      eps: Added to the root, outside of it.
+      weight_decay: Weight decay $\lambda$ of all parameters, decoupled.
+      nesterov: Whether the momentum is Nesterov's.
+      delta: Threshold $\delta$ of the cosine rule.
+      wd_ratio: Factor of the weight decay of scale-invariant arrays.
+      axes: None for the cosine rule; or which entries form one scale-invariant
+        vector, as in `projection_unit_norm`.
+
+    Returns:
+      A gradient transformation that needs `params`.
+
+    Raises:
+      ValueError: `axes` is malformed or does not fit the parameters, a number is out
+        of range, or `update` is called without `params`.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import normax
+      >>> params = jnp.array([[2.0], [0.0]])
+      >>> tx = normax.adamp(learning_rate=0.5, axes="unit")
+      >>> updates, _ = tx.update(jnp.array([[3.0], [1.0]]), tx.init(params), params)
+      >>> updates.round(3) + 0
+      Array([[ 0. ],
+             [-0.5]], dtype=float32)
+
+    References:
+      Heo et al., AdamP: Slowing Down the Slowdown for Momentum Optimizers on
+      Scale-invariant Weights, 2021.
+    """
+    return _project_tangent(
+        "adamp",
+        _adam(b1, b2, eps, nesterov),
+        learning_rate,
+        weight_decay,
+        delta,
+        wd_ratio,
+        axes,
+    )

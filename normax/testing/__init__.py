@@ -1,0 +1,1 @@
+"""Assertions about invariance, in the manner of chex."""

@@ -1,0 +1,340 @@
+"""Assertions about invariance, in the manner of chex.
+
+Plain functions that raise an `AssertionError` naming the arrays at fault, their
+values and the tolerance. They compare values, so inside `jax.jit` they need
+`chex.chexify`, as chex's own value assertions do.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from normax._core.axes import Axes, PyTree, broadcast_radius, map_vectors, resolve_axes
+from normax._core.comparisons import (
+    Comparison,
+    check_all,
+    largest,
+    maximum,
+    named_leaves,
+)
+from normax._core.norms import at_least_float32, inner_product, nonzero, vector_norm
+from normax._core.programs import compiled
+
+# Below this fraction of the largest of its kind, a gradient in float32 may be the
+# rounding of terms that cancel, and is held to the larger one's tolerance.
+_NOISE = 1e-3
+# Of the factors 1/2, 2, 4 and 8: rescaling by powers of two rounds nothing.
+_EXPONENTS = np.array([-1, 1, 2, 3])
+
+
+def _per_vector(vector_axes: tuple[int, ...], *values: jax.Array) -> Comparison:
+    measured, expected, tolerance = (jnp.squeeze(x, vector_axes) for x in values)
+    return Comparison("", measured, expected, tolerance)
+
+
+def _named(tree: PyTree) -> list[Comparison]:
+    found = jax.tree_util.tree_leaves_with_path(
+        tree, is_leaf=lambda node: isinstance(node, Comparison)
+    )
+    return [
+        comparison._replace(where=f"params{jax.tree_util.keystr(path)}")
+        for path, comparison in found
+    ]
+
+
+def assert_unit_norm(
+    params: PyTree,
+    axes: Axes = "unit",
+    radius: Any = 1.0,
+    *,
+    rtol: float | None = None,
+    atol: float = 0.0,
+    custom_message: str | None = None,
+) -> None:
+    r"""Check that every weight vector has the norm `radius`.
+
+    $$\big|\, \|w\| - r \,\big| \le \text{atol} + \text{rtol} \cdot r$$
+
+    Args:
+      params: Pytree of arrays.
+      axes: Which entries form one weight vector, as in `normax.weight_norm`.
+      radius: Norm $r$, as in `normax.projection_unit_norm`.
+      rtol: Relative tolerance; None for what `normax.project_unit_norm` keeps to in
+        the dtype of each array: 1e-6 in float32 and one unit in the last place of
+        coarser ones.
+      atol: Absolute tolerance.
+      custom_message: Added to the message of the error.
+
+    Returns:
+      None.
+
+    Raises:
+      AssertionError: A norm differs from `radius`, or is not finite.
+      ValueError: `axes` or `radius` does not fit `params`.
+      RuntimeError: Under `jax.jit` without `chex.chexify`.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import normax
+      >>> normax.assert_unit_norm(jnp.array([[0.6, 0.0], [0.8, 1.0]]))
+
+    References:
+      van Laarhoven, L2 Regularization versus Batch and Weight Normalization,
+      2017, section 5.5.
+    """
+
+    def compare(vector_axes, w, radius):
+        (x,) = at_least_float32(w)
+        norm = vector_norm(x, vector_axes)
+        expected = jnp.broadcast_to(radius, norm.shape).astype(x.dtype)
+        eps = max(jnp.finfo(jnp.result_type(w)).eps, 8 * jnp.finfo(x.dtype).eps)
+        tolerance = atol + (float(eps) if rtol is None else rtol) * expected
+        return _per_vector(vector_axes, norm, expected, tolerance)
+
+    radii = broadcast_radius(radius, axes, params)
+    claim = "assert_unit_norm: every weight vector must have the norm `radius`"
+    check_all(claim, _named(map_vectors(compare, axes, params, radii)), custom_message)
+
+
+class Rescaling(NamedTuple):
+    where: str
+    position: int
+    factors: jax.Array
+    params: PyTree
+
+
+def _exponents(shape: tuple[int, ...]) -> Iterator[np.ndarray]:
+    """Draw exponents for vectors; each changes, and no two agree in all draws."""
+    base, count = len(_EXPONENTS), math.prod(shape)
+    # The digits of numbers in random order: a function may know of groups and
+    # neighbours, or of any one pair.
+    numbers = np.random.default_rng(0).permutation(count).reshape(shape)
+    draw = 0
+    while draw < 2 or base**draw < count:
+        yield np.roll(_EXPONENTS, -draw)[numbers // base**draw % base]
+        draw += 1
+
+
+def rescalings(params: PyTree, axes: Axes) -> Iterator[Rescaling]:
+    """Rescale the weight vectors of one array after another, each in several ways."""
+    treedef: Any
+    paths, treedef = jax.tree_util.tree_flatten_with_path(params)
+    leaves = [leaf for _, leaf in paths]
+    for position, vector_axes in enumerate(resolve_axes(axes, params)):
+        if vector_axes is None:
+            continue
+        path, w = (
+            jax.tree_util.keystr(paths[position][0]),
+            jnp.asarray(leaves[position]),
+        )
+        shape = tuple(1 if i in vector_axes else n for i, n in enumerate(w.shape))
+        for draw, exponents in enumerate(_exponents(shape)):
+            where = (
+                f"params{path}, vectors over axes {vector_axes} times 1/2, 2, 4 or 8 "
+                f"(draw {draw})"
+            )
+            factors = jnp.asarray(2.0**exponents, w.dtype)
+            rescaled = treedef.unflatten(
+                w * factors if i == position else leaf for i, leaf in enumerate(leaves)
+            )
+            yield Rescaling(where, position, factors, rescaled)
+
+
+def assert_scale_invariant(
+    fn: Callable[[PyTree], PyTree],
+    params: PyTree,
+    axes: Axes = "unit",
+    *,
+    rtol: float = 1e-3,
+    atol: float = 0.0,
+    custom_message: str | None = None,
+) -> None:
+    r"""Check that a function does not change with the scale of any weight vector.
+
+    $$f(\dots, \alpha w, \dots) = f(\dots, w, \dots), \qquad \alpha > 0$$
+
+    The vectors of one array after another are rescaled, by random factors out of 1/2,
+    2, 4 and 8, at least twice and until every two vectors have had different ones.
+    Every entry of an output must keep its value to within `rtol` of the largest.
+
+    Args:
+      fn: Called as `fn(params)`; returns a pytree of arrays. It is compiled.
+      params: Pytree of arrays.
+      axes: Which entries form one weight vector, as in `normax.weight_norm`.
+      rtol: Tolerance relative to the largest entry of each output. The default lets
+        the $\epsilon$ of batch norm pass where it is below 1e-3 of the variance.
+      atol: Absolute tolerance.
+      custom_message: Added to the message of the error.
+
+    Returns:
+      None.
+
+    Raises:
+      AssertionError: An output changes, or is not finite.
+      ValueError: `axes` does not fit `params`.
+      RuntimeError: Under `jax.jit` without `chex.chexify`.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import normax
+      >>> def fn(w):
+      ...     return w / jnp.linalg.norm(w, axis=0, keepdims=True)
+      >>> normax.assert_scale_invariant(fn, jnp.array([[3.0, 1.0], [4.0, 2.0]]))
+
+    References:
+      van Laarhoven, L2 Regularization versus Batch and Weight Normalization,
+      2017, section 1.
+    """
+    compiled_fn = compiled(fn)
+    expected = named_leaves("outputs", compiled_fn(params))
+    comparisons = [
+        Comparison(f"{output} for {rescaling.where}", x, y, atol + rtol * largest(y))
+        for rescaling in rescalings(params, axes)
+        for (output, x), (_, y) in zip(
+            named_leaves("outputs", compiled_fn(rescaling.params)),
+            expected,
+            strict=True,
+        )
+    ]
+    claim = "assert_scale_invariant: rescaled weight vectors must not change fn"
+    check_all(claim, comparisons, custom_message)
+
+
+def assert_inverse_gradient_scaling(
+    loss_fn: Callable[[PyTree], Any],
+    params: PyTree,
+    axes: Axes = "unit",
+    *,
+    rtol: float = 1e-3,
+    atol: float = 0.0,
+    custom_message: str | None = None,
+) -> None:
+    r"""Check that the gradient is inverse to the scale of every weight vector.
+
+    $$\nabla_w L(\alpha w) = \tfrac{1}{\alpha} \nabla_w L(w), \qquad \alpha > 0$$
+
+    which holds for every scale-invariant loss. The vectors are rescaled as in
+    `assert_scale_invariant`, and $\alpha\,\nabla_w L(\alpha w)$ is compared with
+    $\nabla_w L(w)$.
+
+    Args:
+      loss_fn: Called as `loss_fn(params)`; returns a scalar. It is compiled.
+      params: Pytree of arrays.
+      axes: Which entries form one weight vector, as in `normax.weight_norm`.
+      rtol: Tolerance relative to the largest entry of each array's gradient. A
+        gradient that is, in units of the loss, a thousandth of the largest array's
+        or less may be rounding, and is held to that thousandth.
+      atol: Absolute tolerance.
+      custom_message: Added to the message of the error.
+
+    Returns:
+      None.
+
+    Raises:
+      AssertionError: A gradient scales otherwise, or is not finite.
+      ValueError: `axes` does not fit `params`.
+      RuntimeError: Under `jax.jit` without `chex.chexify`.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import normax
+      >>> def loss_fn(w):
+      ...     return jnp.sum(jnp.sin(w / jnp.linalg.norm(w, axis=0, keepdims=True)))
+      >>> w = jnp.array([[3.0, 1.0], [4.0, 2.0]])
+      >>> normax.assert_inverse_gradient_scaling(loss_fn, w)
+
+    References:
+      van Laarhoven, L2 Regularization versus Batch and Weight Normalization,
+      2017, section 3.
+    """
+    gradient = jax.grad(compiled(loss_fn), allow_int=True)
+    gradients = jax.tree.leaves(gradient(params))
+    products = [
+        largest(w) * largest(g)
+        for w, g in zip(jax.tree.leaves(params), gradients, strict=True)
+        if g.dtype != jax.dtypes.float0
+    ]
+    comparisons = []
+    for where, position, factors, rescaled in rescalings(params, axes):
+        noise = _NOISE * maximum(products)
+        noise /= nonzero(largest(jax.tree.leaves(params)[position]))
+        measured, expected = at_least_float32(
+            factors * jax.tree.leaves(gradient(rescaled))[position], gradients[position]
+        )
+        tolerance = atol + rtol * jnp.maximum(largest(expected), noise)
+        where = f"the gradient of {where}, times the factors"
+        comparisons.append(Comparison(where, measured, expected, tolerance))
+    claim = (
+        "assert_inverse_gradient_scaling: gradients must be inverse to the scale of "
+        "the weight vectors"
+    )
+    check_all(claim, comparisons, custom_message)
+
+
+def assert_orthogonal_gradient(
+    loss_fn: Callable[[PyTree], Any],
+    params: PyTree,
+    axes: Axes = "unit",
+    *,
+    rtol: float = 1e-3,
+    atol: float = 0.0,
+    custom_message: str | None = None,
+) -> None:
+    r"""Check that the gradient is orthogonal to every weight vector.
+
+    $$\langle w, \nabla_w L\rangle = 0$$
+
+    which is the derivative of $L(\alpha w)$ at $\alpha = 1$, and holds for every
+    scale-invariant loss.
+
+    Args:
+      loss_fn: Called as `loss_fn(params)`; returns a scalar. It is compiled.
+      params: Pytree of arrays.
+      axes: Which entries form one weight vector, as in `normax.weight_norm`.
+      rtol: Largest cosine of the angle between a weight vector and its gradient.
+        Where $\|w\| \|\nabla_w L\|$ is a thousandth of the largest vector's or less,
+        it may be rounding, and the product is held to that thousandth.
+      atol: Absolute tolerance of the product, in units of the loss.
+      custom_message: Added to the message of the error.
+
+    Returns:
+      None.
+
+    Raises:
+      AssertionError: A product is not 0, or is not finite.
+      ValueError: `axes` does not fit `params`.
+      RuntimeError: Under `jax.jit` without `chex.chexify`.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import normax
+      >>> def loss_fn(w):
+      ...     return jnp.sum(jnp.sin(w / jnp.linalg.norm(w, axis=0, keepdims=True)))
+      >>> w = jnp.array([[3.0, 1.0], [4.0, 2.0]])
+      >>> normax.assert_orthogonal_gradient(loss_fn, w)
+
+    References:
+      van Laarhoven, L2 Regularization versus Batch and Weight Normalization,
+      2017, section 3.
+    """
+    gradients = jax.grad(compiled(loss_fn), allow_int=True)(params)
+
+    def size(vector_axes, w, g):
+        w, g = at_least_float32(w, g)
+        return vector_norm(w, vector_axes) * vector_norm(g, vector_axes)
+
+    sizes = map_vectors(size, axes, params, gradients)
+    noise = _NOISE * maximum(map(largest, jax.tree.leaves(sizes)))
+
+    def compare(vector_axes, w, g, size):
+        product = inner_product(*at_least_float32(w, g), vector_axes)
+        tolerance = atol + rtol * jnp.maximum(size, noise)
+        return _per_vector(vector_axes, product, jnp.zeros_like(product), tolerance)
+
+    claim = "assert_orthogonal_gradient: <w, gradient> must be 0 for every vector"
+    found = map_vectors(compare, axes, params, gradients, sizes)
+    check_all(claim, _named(found), custom_message)

@@ -1,0 +1,1 @@
+"""Update rules with their theory: effective rates, equilibria, schedules."""
