@@ -107,7 +107,7 @@ def run(
         train = make_train(rule, data, setting, projected=projected, seed=seed)
         eta, lam = grid(rule, size)
         axes = {"lam": lam, "eta": eta}
-        numbers = normax.grid_sweep(
+        numbers = normax.sweeps.grid_sweep(
             train, axes, progress=True, checkpoint_dir=checkpoint_dir
         )
         lam, eta = np.meshgrid(lam, eta, indexing="ij")

@@ -21,7 +21,7 @@ the best trial of this seed in all six searches.
 Half of the training images are held out for validation. The setting that a search has
 found is trained anew on all of them, and only then tested.
 
-Batches of trials, of all searches at once, are one call of `normax.sweep`. With
+Batches of trials, of all searches at once, are one call of `normax.sweeps.sweep`. With
 `--storage` any number of processes, on one machine or several, share the trials: start
 each with the same database and options. Since each draws on its own, the numbers then
 depend on chance. The process that finishes last writes the results.
@@ -147,7 +147,9 @@ def train_at(rule: str, data: datasets.Dataset, setting: Setting) -> Errors:
 
     def errors(points: Results) -> np.ndarray:
         arguments = {"eta": "eta", "lam": "lambda", "seed": "seed"}
-        runs = normax.sweep(train, {k: points[name] for k, name in arguments.items()})
+        runs = normax.sweeps.sweep(
+            train, {k: points[name] for k, name in arguments.items()}
+        )
         return np.where(runs["diverged"], 1.0, runs["test_error"])
 
     return errors

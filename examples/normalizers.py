@@ -5,7 +5,7 @@ normalizer and a ReLU, and a linear head learn the 8x8 digits by SGD with moment
 Every normalizer is trained four times: plainly; with weight decay of the kernels; with
 their norms held at the initial ones (`normax.project_unit_norm`); and with both. What
 counts as one weight vector is what the normalizer is invariant to,
-`normax.nn.INVARIANCES`: the weights into a unit, or the whole layer.
+`normax.invariance.INVARIANCES`: the weights into a unit, or the whole layer.
 
 Behind a normalizer the norm of a kernel does nothing but divide the learning rate. It
 grows without decay, and the angle by which a step turns the weights falls; decay
@@ -140,7 +140,7 @@ def make_optimizer(
     params: Any, normalizer: str, rate: float, decay: jax.Array, projected: jax.Array
 ) -> optax.GradientTransformation:
     """Return SGD with momentum; decay and projection concern the kernels."""
-    row = normax.nn.INVARIANCES.get(normalizer)
+    row = normax.invariance.INVARIANCES.get(normalizer)
     word = row.orthogonal_gradient if row else "unit"
     kernels = jax.tree_util.tree_map_with_path(
         lambda path, p: p.ndim > 1 and "layers" in jax.tree_util.keystr(path), params

@@ -111,7 +111,7 @@ def run(
         other_rate = float(np.sqrt(low * high)) if fixed_head else None
         for seed in range(seeds):
             train = make_train(rule, data, setting, seed=seed, other_rate=other_rate)
-            numbers = normax.grid_sweep(
+            numbers = normax.sweeps.grid_sweep(
                 train, axes, progress=True, checkpoint_dir=checkpoint_dir
             )
             named: dict[str, Any] = {"rule": rule, "seed": seed}

@@ -17,7 +17,7 @@ absolute root, over both curvatures $c$, of
 
 $$z^2 - (1 + \rho - \eta c)\,z + \rho = 0.$$
 
-It is smallest at the point that `normax.optimal_momentum` gives.
+It is smallest at the point that `normax.theory.optimal_momentum` gives.
 
 Written to `--out`: a picture, and all losses and measured factors as CSV.
 """
@@ -51,9 +51,9 @@ RULES: dict[str, tuple[Callable[..., optax.GradientTransformation], np.ndarray]]
     "RMSProp": (normax.UPDATE_RULES["rmsprop"].make, RATES),
     "AdaDelta": (normax.UPDATE_RULES["adadelta"].make, RATES),
     "Adam": (normax.UPDATE_RULES["adam"].make, RATES),
-    "Newton": (normax.newton, RATES),
+    "Newton": (normax.second_order.newton, RATES),
     "L-BFGS": (lambda rate: optax.lbfgs(), np.ones(1)),
-    "Hessian-free": (normax.hessian_free, np.ones(1)),
+    "Hessian-free": (normax.second_order.hessian_free, np.ones(1)),
 }
 TOLERANCE = 1e-3
 CURVATURES = (1.0, 25.0)
@@ -98,7 +98,9 @@ def logistic_regression() -> Problem:
         return loss_of_outputs(outputs_fn(w))
 
     start = np.zeros(inputs.shape[1], np.float32)
-    _, losses = descend(normax.newton(damping=1e-4), Problem(loss, start, 0, {}), 20)
+    _, losses = descend(
+        normax.second_order.newton(damping=1e-4), Problem(loss, start, 0, {}), 20
+    )
     functions = dict(outputs_fn=outputs_fn, loss_of_outputs=loss_of_outputs)
     return Problem(loss, start, float(jnp.min(losses)), functions)
 
@@ -190,7 +192,7 @@ def phase_diagram(size: int, steps: int) -> Results:
     eta, rho = np.meshgrid(
         np.linspace(0, 4 / CURVATURES[1], size + 1)[1:], np.linspace(0, 1, size)
     )
-    best = [float(x) for x in normax.optimal_momentum(*CURVATURES)]
+    best = [float(x) for x in normax.theory.optimal_momentum(*CURVATURES)]
     return {
         "eta": eta,
         "rho": rho,

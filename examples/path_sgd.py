@@ -210,7 +210,7 @@ def make_run(
         key = jax.random.key(seed)
         init_key, factor_key = jax.random.split(key)
         one = balanced(init_key, widths)
-        other = normax.random_rescaling(factor_key, one)
+        other = normax.rescaling.random_rescaling(factor_key, one)
         params = [jnp.where(start == 0, *pair) for pair in zip(one, other, strict=True)]
         before = measure(examples, own, params)
         carry = params, optimizer.init(params)
@@ -250,13 +250,15 @@ def run(
         deciding = STARTS[:1] if rule == "Path-SGD" else STARTS
         grid: dict[str, np.ndarray] = {"start": np.arange(len(deciding))}
         grid |= {"seed": np.arange(seeds), "step_size": STEP_SIZES}
-        errors = normax.grid_sweep(make(True), grid, **sweep_options)["test_error"]
+        errors = normax.sweeps.grid_sweep(make(True), grid, **sweep_options)[
+            "test_error"
+        ]
         runs = np.concatenate(np.asarray(errors)[..., 1:])
         chosen = [STEP_SIZES[fastest(curves)] for curves in runs]
         starts, numbers = np.divmod(np.arange(len(STARTS) * seeds), seeds)
         points = {"start": starts, "seed": numbers}
         points |= {"step_size": np.resize(chosen, starts.size)}
-        curves = normax.sweep(make(False), points, **sweep_options)
+        curves = normax.sweeps.sweep(make(False), points, **sweep_options)
         points = {"rule": np.full(starts.size, rule), **points}
         points |= {"start": np.take(STARTS, starts)}
         epochs = np.arange(setting.epochs + 1)

@@ -7,7 +7,7 @@ without it are tried on the kernels of a ConvNet with batch norm.
 
 *Growing rate.* SGD with decay and momentum is SGD with this momentum and no decay at
 the rate $\eta_t = \eta / (a_t a_{t+1})$, where $a_t$ is what $t$ steps of decay alone
-would leave of the weights (`normax.exponential_equivalent_schedule`).
+would leave of the weights (`normax.theory.exponential_equivalent_schedule`).
 
 *Unit norm.* A rule $U$ with decoupled decay, $w_{t+1} = (1 - \eta\lambda)\,w_t -
 \eta\,U(g_0, \dots, g_t)$, moves the direction to
@@ -113,7 +113,7 @@ def momentum_runs(
     """Train with decay, at the growing rate without it, and without both."""
     rate, steps = RATES[rule], math.prod(shape)
     decay = shrinkage * (1 - MOMENTUM) / (steps * rate)
-    make_schedule = normax.exponential_equivalent_schedule
+    make_schedule = normax.theory.exponential_equivalent_schedule
 
     # Without decay to replace, the schedule is constant: all runs are one program.
     @jax.jit

@@ -303,7 +303,7 @@ def test_masked_with_axes_of_the_whole_tree():
     axes = {"dense": {"kernel": (1,), "bias": "none"}, "conv": "layer"}
     tx = optax.masked(normax.project_unit_norm(axes), {"dense": False, "conv": True})
     after, _ = run(tx, draw())
-    normax.assert_unit_norm(after["conv"], "layer")
+    normax.testing.assert_unit_norm(after["conv"], "layer")
 
 
 @every_row
@@ -572,7 +572,7 @@ def test_nnx_optimizer_loop(row):
     if "unit_norm" in row.name and "axes" not in row.kwargs:
         radius = row.kwargs.get("radius", 1.0)
         if radius != "initial":
-            normax.assert_unit_norm(nnx.state(model, nnx.Param), radius=radius)
+            normax.testing.assert_unit_norm(nnx.state(model, nnx.Param), radius=radius)
 
 
 @representative_rows

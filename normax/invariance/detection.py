@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from normax._core.axes import PyTree
-from normax.testing.invariance import rescalings
+from normax.invariance.rescalings import rescalings
 
 # By how much arrays that are nearly scale-invariant are enlarged.
 LARGER = 8.0

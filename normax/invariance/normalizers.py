@@ -55,18 +55,15 @@ def invariance_table() -> str:
     bind) depends on the scale of the weights until the running statistics have followed
     them, but its gradient is orthogonal.
 
-    The rows are `normax.nn.INVARIANCES`, whose fields say what the columns mean.
-
-    Args: None.
+    The rows are `normax.invariance.INVARIANCES`, whose fields say what the columns
+    mean.
 
     Returns:
       The table as text.
 
-    Raises: Nothing.
-
     Examples:
       >>> import normax
-      >>> print(normax.nn.invariance_table())
+      >>> print(normax.invariance.invariance_table())
                                          input  input  example  orthogonal
                             unit  layer  scale  shift  scale    gradient
       BatchNorm             yes   yes    yes    yes    -        unit

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from normax._core.axes import Axes, PyTree, map_vectors
+from normax._core.axes import Axes, PyTree
 from normax._core.checks import check_range
 from normax._core.programs import compiled
 from normax.invariance.detection import (
@@ -260,45 +260,3 @@ def scale_invariant_axes(
       2017, section 1.
     """
     return scale_invariance_report(loss_fn, params, key=key, rtol=rtol).axes
-
-
-def weight_decay_mask(axes: Axes, params: PyTree) -> PyTree:
-    r"""Mask of the arrays whose decay sets the effective learning rate.
-
-    $$L(w) + \tfrac{\lambda}{2} \|w\|^2 \text{ has the functions of } L(w)
-    \text{ if } L \text{ is scale-invariant}$$
-
-    Weight decay does two unrelated things. On scale-invariant arrays it does not
-    regularize; it balances the growth of the norm and so sets the effective learning
-    rate. On the others it is a penalty. The mask is True for the first and False for
-    the second, biases and gains included, so that each can have its own strength:
-    `optax.adamw(rate, weight_decay=decay, mask=mask)` decays where that changes no
-    function, and `optax.add_decayed_weights` with the mask's opposite, from
-    `jax.tree.map(operator.not_, mask)`, is the penalty.
-
-    Args:
-      axes: Which entries form one weight vector, as `scale_invariant_axes` finds them.
-      params: Pytree of arrays. `functools.partial(weight_decay_mask, axes)` is the
-        mask as a function of the parameters that optax takes too.
-
-    Returns:
-      Pytree with the structure of `params` and a bool for every array: whether it holds
-      weight vectors.
-
-    Raises:
-      ValueError: `axes` does not fit `params`, or an array is complex.
-
-    Examples:
-      >>> import jax.numpy as jnp
-      >>> import normax
-      >>> params = {"bias": jnp.zeros(2), "kernel": jnp.ones((3, 2))}
-      >>> normax.weight_decay_mask({"bias": "none", "kernel": "unit"}, params)
-      {'bias': False, 'kernel': True}
-
-    References:
-      van Laarhoven, L2 Regularization versus Batch and Weight Normalization,
-      2017, sections 2 and 3.
-    """
-    return map_vectors(
-        lambda vector_axes, w: True, axes, params, otherwise=lambda w: False
-    )

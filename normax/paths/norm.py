@@ -166,7 +166,11 @@ def scale_factors(
 
 
 def path_norm(
-    forward: Forward, params: PyTree, inputs: PyTree, p: jax.typing.ArrayLike = 2.0
+    forward: Forward,
+    params: PyTree,
+    inputs: PyTree,
+    p: jax.typing.ArrayLike = 2.0,
+    log: bool = False,
 ) -> jax.Array:
     r"""Path norm of a ReLU network.
 
@@ -193,10 +197,15 @@ def path_norm(
         the first axis of all inputs and outputs but scalars, over which nothing sums.
         Integers are constants.
       p: The power, at least 1 and below 32.
+      log: Whether to return $\log \phi_p$, which is finite at any depth, width and
+        scale of the weights. In float32 the units of one layer may differ in scale by
+        a factor of $10^{75}$, and positions of one unit, or what a window or a
+        cumulative sum goes over, by $10^{38/p}$; what is smaller counts as 0.
 
     Returns:
-      A scalar, in float32 or the wider dtype of the parameters; infinite where it
-      is too large for that dtype, see `log_path_norm`.
+      A scalar, in float32 or the wider dtype of the parameters. The norm is infinite
+      where it is too large for that dtype; its logarithm is $-\infty$ if every path
+      has a weight 0.
 
     Raises:
       ValueError: The network is not positively homogeneous (the message names the
@@ -214,50 +223,12 @@ def path_norm(
       >>> norm = normax.path_norm(forward, params, jnp.ones((1, 1)))
       >>> round(float(norm), 5)  # the root of 9 + 16
       5.0
-
-    References:
-      Neyshabur, Salakhutdinov, Srebro, Path-SGD: Path-Normalized Optimization in Deep
-      Neural Networks, 2015, equation (5).
-    """
-    return _of_total(PathArithmetic.pth_root, forward, params, inputs, p)
-
-
-def log_path_norm(
-    forward: Forward, params: PyTree, inputs: PyTree, p: jax.typing.ArrayLike = 2.0
-) -> jax.Array:
-    r"""Logarithm of the path norm of a ReLU network.
-
-    $$\log \phi_p(w) = \frac{1}{p} \log
-      \sum_{\text{paths}} \prod_{e \in \text{path}} |w_e|^p$$
-
-    Finite at any depth, width and scale of the weights. In float32 the units of one
-    layer may differ in scale by a factor of $10^{75}$, and positions of one unit, or
-    what a window or a cumulative sum goes over, by $10^{38/p}$; what is smaller counts
-    as 0.
-
-    Args:
-      forward: The network, as in `path_norm`.
-      params: Its parameters, a pytree.
-      inputs: An example or a batch of its inputs; only shapes matter.
-      p: The power, at least 1 and below 32.
-
-    Returns:
-      A scalar, in float32 or the wider dtype of the parameters; $-\infty$ if every
-      path has a weight 0.
-
-    Raises:
-      ValueError: As `path_norm`.
-
-    Examples:
-      >>> import jax
-      >>> import jax.numpy as jnp
-      >>> import normax
-      >>> def forward(params, x):
-      ...     for kernel in params:
+      >>> def deep(kernels, x):
+      ...     for kernel in kernels:
       ...         x = jax.nn.relu(x @ kernel)
       ...     return x
-      >>> deep = [jnp.full((4, 4), 100.0)] * 60  # the norm is 4 * 200 ** 60
-      >>> log_norm = normax.log_path_norm(forward, deep, jnp.ones((1, 4)))
+      >>> kernels = [jnp.full((4, 4), 100.0)] * 60  # the norm is 2 * 200 ** 60
+      >>> log_norm = normax.path_norm(deep, kernels, jnp.ones((1, 4)), log=True)
       >>> round(float(log_norm), 2), round(float(jnp.log(2.0) + 60 * jnp.log(200.0)), 2)
       (318.59, 318.59)
 
@@ -265,9 +236,11 @@ def log_path_norm(
       Neyshabur, Salakhutdinov, Srebro, Path-SGD: Path-Normalized Optimization in Deep
       Neural Networks, 2015, equation (5).
     """
-    return _of_total(
-        lambda arithmetic, total: arithmetic.log(total) / p, forward, params, inputs, p
-    )
+
+    def result(arithmetic, total):
+        return arithmetic.log(total) / p if log else arithmetic.pth_root(total)
+
+    return _of_total(result, forward, params, inputs, p)
 
 
 def path_scales(
@@ -284,7 +257,7 @@ def path_scales(
 
     A weight that many edges share, such as an entry of a convolution's kernel, counts
     every edge: the sum is over the edges and the paths through them. Path-SGD
-    divides the gradient by it. The range is that of `log_path_norm`.
+    divides the gradient by it. The range is that of `path_norm`'s logarithm.
 
     Args:
       forward: The network, as in `path_norm`.

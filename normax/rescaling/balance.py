@@ -22,8 +22,8 @@ from normax.paths.arithmetic import PathArithmetic, Scaled, of_rank
 from normax.paths.feed_forward import Layer
 from normax.paths.norm import with_automatic_sharding
 from normax.rescaling.network import (
-    Factors,
     Forward,
+    UnitFactors,
     all_source_units,
     chained_layers,
     expand_to,
@@ -98,7 +98,7 @@ def group_norm(
       >>> import jax.numpy as jnp
       >>> import normax
       >>> params = [{"kernel": jnp.array([[3.0, 0.0]]), "bias": jnp.array([4.0, 7.0])}]
-      >>> float(normax.group_norm(params, p=2, q=1))  # 5 + 7
+      >>> float(normax.rescaling.group_norm(params, p=2, q=1))  # 5 + 7
       12.0
 
     References:
@@ -133,7 +133,7 @@ def max_norm(params: PyTree, p: jax.typing.ArrayLike = 2.0) -> jax.Array:
       >>> import jax.numpy as jnp
       >>> import normax
       >>> params = [{"kernel": jnp.array([[3.0, 0.0]]), "bias": jnp.array([4.0, 7.0])}]
-      >>> float(normax.max_norm(params))
+      >>> float(normax.rescaling.max_norm(params))
       7.0
 
     References:
@@ -146,7 +146,7 @@ def max_norm(params: PyTree, p: jax.typing.ArrayLike = 2.0) -> jax.Array:
 @functools.partial(jax.jit, static_argnames=("layers", "p"))
 def _balancing_factors(
     leaves: Sequence[jax.Array], *, layers: tuple[Layer, ...], p: float
-) -> list[Factors]:
+) -> list[UnitFactors]:
     r"""Return the factors $1/u$, where $u$ are the least scales that the norm allows.
 
     What enters a unit has norm $m$ or less if, with $c = 1/u$ and $u = 1$ for inputs,
@@ -209,7 +209,7 @@ def _balancing_factors(
 
     log_m, log_eps = jnp.log2(m), jnp.log2(jnp.finfo(dtype).eps)
     later = jnp.zeros_like(values[-1].root)
-    factors: list[Factors] = []
+    factors: list[UnitFactors] = []
     for position in range(len(layers) - 2, -1, -1):
         root, shared = values[position]
         exponent = exponent_of(nonzero(root))
@@ -226,7 +226,7 @@ def _balancing_factors(
         exponent = jnp.where(root == 0, least.astype(jnp.int32), exponent)
         mantissa = jnp.where(root == 0, 1, mantissa)
         later = jnp.log2(mantissa) + exponent.astype(dtype)
-        factors.insert(0, Factors(1 / mantissa, -exponent))
+        factors.insert(0, UnitFactors(1 / mantissa, -exponent))
     return factors
 
 
@@ -274,8 +274,8 @@ def balance(
       >>> import jax.numpy as jnp
       >>> import normax
       >>> params = [jnp.array([[1.0, 2.0]]), jnp.array([[3.0], [2.0]])]
-      >>> balanced = normax.balance(params)
-      >>> round(float(normax.max_norm(balanced) ** 2), 5)  # the path norm
+      >>> balanced = normax.rescaling.balance(params)
+      >>> round(float(normax.rescaling.max_norm(balanced) ** 2), 5)  # the path norm
       5.0
 
     References:

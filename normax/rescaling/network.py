@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -20,10 +20,9 @@ import numpy as np
 from normax._core.axes import PyTree
 from normax._core.norms import at_least_float32
 from normax._core.powers_of_two import halves
+from normax.paths import path_norm
 from normax.paths.feed_forward import Layer, feed_forward_layers
-from normax.paths.norm import log_path_norm
-
-Forward = Callable[[PyTree, PyTree], PyTree]
+from normax.paths.one_example import Forward
 
 _FIX = (
     "rescaling is defined for plain stacks of dense layers and convolutions, named in "
@@ -32,7 +31,7 @@ _FIX = (
 )
 
 
-class Factors(NamedTuple):
+class UnitFactors(NamedTuple):
     r"""Factors of the units of a layer, $c = m \cdot 2^e$.
 
     Attributes:
@@ -140,7 +139,7 @@ def expand_to(x: jax.Array, rank: int) -> jax.Array:
 @functools.partial(jax.jit, static_argnames="layers")
 def scale_layers(
     leaves: Sequence[jax.Array],
-    factors: Sequence[Factors],
+    factors: Sequence[UnitFactors],
     *,
     layers: tuple[Layer, ...],
 ) -> list[jax.Array]:
@@ -206,7 +205,7 @@ def _require_in_range(params: PyTree, rescaled: PyTree) -> None:
 def rescaled_network(
     params: PyTree,
     layers: tuple[Layer, ...],
-    factors: Sequence[Factors],
+    factors: Sequence[UnitFactors],
     forward: Forward | None,
     inputs: PyTree,
 ) -> PyTree:
@@ -260,7 +259,7 @@ def _like(inputs: PyTree, seed: int) -> PyTree:
 def _require_same_function(
     params: PyTree,
     layers: tuple[Layer, ...],
-    factors: Sequence[Factors],
+    factors: Sequence[UnitFactors],
     rescaled: PyTree,
     forward: Forward,
     inputs: PyTree,
@@ -274,7 +273,7 @@ def _require_same_function(
     fresh = 2.0 ** rng.uniform(-2, 2, which.shape)
     treedef: Any
     leaves, treedef = jax.tree.flatten(params)
-    ones = [Factors(jnp.ones_like(m), jnp.zeros_like(e)) for m, e in factors]
+    ones = [UnitFactors(jnp.ones_like(m), jnp.zeros_like(e)) for m, e in factors]
     trial, diagnosis = (
         [
             one._replace(mantissa=jnp.asarray(values, one.mantissa.dtype))
@@ -296,7 +295,7 @@ def _require_same_function(
                     return False
         return True
 
-    def same_with(chosen: dict[int, Factors]) -> bool:
+    def same_with(chosen: dict[int, UnitFactors]) -> bool:
         factors = [chosen.get(layer, one) for layer, one in enumerate(ones)]
         return same(treedef.unflatten(scale_layers(leaves, factors, layers=layers)))
 
@@ -321,7 +320,7 @@ def _broken_rule(params, layers, trial, same_with, forward, inputs) -> str:
         f"{names} changes what `forward` computes"
     )
     try:
-        log_path_norm(forward, params, inputs)
+        path_norm(forward, params, inputs, log=True)
     except ValueError as reason:
         return f"{claim}: {reason}"
     tied = {i: trial[breaking[0]] for i in breaking}

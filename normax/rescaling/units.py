@@ -20,7 +20,12 @@ from normax._core.checks import check_positive, check_range
 from normax._core.norms import common_dtype
 from normax._core.powers_of_two import exponent_of, halves
 from normax.paths.feed_forward import Layer
-from normax.rescaling.network import Factors, Forward, chained_layers, rescaled_network
+from normax.rescaling.network import (
+    Forward,
+    UnitFactors,
+    chained_layers,
+    rescaled_network,
+)
 
 
 def _factor_array(units: int, value: Any, dtype: Any, name: str) -> Any:
@@ -48,11 +53,11 @@ def _factor_array(units: int, value: Any, dtype: Any, name: str) -> Any:
 
 
 @jax.jit
-def _split(factors: Sequence[jax.Array]) -> list[Factors]:
+def _split(factors: Sequence[jax.Array]) -> list[UnitFactors]:
     def split(c):
         exponent = exponent_of(c)
         first, second = halves(-exponent, c.dtype)
-        return Factors(c * first * second, exponent)
+        return UnitFactors(c * first * second, exponent)
 
     return [split(c) for c in factors]
 
@@ -105,7 +110,7 @@ def rescale_units(
       >>> import jax.numpy as jnp
       >>> import normax
       >>> params = [jnp.array([[1.0, 2.0]]), jnp.array([[3.0], [2.0]])]
-      >>> normax.rescale_units(params, [jnp.array([10.0, 0.5])])
+      >>> normax.rescaling.rescale_units(params, [jnp.array([10.0, 0.5])])
       [Array([[10.,  1.]], dtype=float32), Array([[0.3],
              [4. ]], dtype=float32)]
 
@@ -186,7 +191,7 @@ def random_rescaling(
       >>> import jax.numpy as jnp
       >>> import normax
       >>> params = [jnp.ones((1, 8)), jnp.ones((8, 1))]
-      >>> rescaled = normax.random_rescaling(jax.random.key(0), params)
+      >>> rescaled = normax.rescaling.random_rescaling(jax.random.key(0), params)
       >>> int(jnp.sum(rescaled[0] > 1))  # picks
       2
       >>> float(rescaled[0][0] @ rescaled[1][:, 0])

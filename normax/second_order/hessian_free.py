@@ -230,7 +230,7 @@ def hessian_free(
       ...         jax.grad(loss)(w), state, w, value_fn=loss, **functions
       ...     )
       ...     return optax.apply_updates(w, updates), state
-      >>> tx, w = normax.hessian_free(damping=0.0), jnp.zeros(2)
+      >>> tx, w = normax.second_order.hessian_free(damping=0.0), jnp.zeros(2)
       >>> step(w, tx.init(w))[0].round(4)
       Array([1., 1.], dtype=float32)
 
@@ -275,14 +275,14 @@ def hessian_free(
         del extra_args
         if value_fn is None:
             raise ValueError(
-                "normax.hessian_free evaluates the loss, but `value_fn` is None; call "
-                "update(grads, state, params, value_fn=loss_of_params)."
+                "normax.second_order.hessian_free evaluates the loss, but `value_fn` "
+                "is None; call update(grads, state, params, value_fn=loss_of_params)."
             )
         if (outputs_fn is None) != (loss_of_outputs is None):
             raise ValueError(
-                "normax.hessian_free takes the Gauss-Newton matrix from `outputs_fn` "
-                f"and `loss_of_outputs` together, but got {outputs_fn} and "
-                f"{loss_of_outputs}; give both, or neither for the Hessian."
+                "normax.second_order.hessian_free takes the Gauss-Newton matrix from "
+                f"`outputs_fn` and `loss_of_outputs` together, but got {outputs_fn} "
+                f"and {loss_of_outputs}; give both, or neither for the Hessian."
             )
         leaves, treedef = jax.tree.flatten(params)
         grads = treedef.flatten_up_to(updates)

@@ -101,10 +101,11 @@ def _check_size(params: PyTree, max_parameters: Any) -> None:
     size = sum(jnp.size(leaf) for leaf in jax.tree.leaves(params))
     if not isinstance(max_parameters, jax.core.Tracer) and size > max_parameters:
         raise ValueError(
-            "normax.newton holds a dense Hessian, so that there must be at most "
-            f"max_parameters={max_parameters} parameters, but there are {size}; raise "
-            "max_parameters if a matrix of that size fits, or use normax.hessian_free, "
-            "which takes products of curvature and vectors only."
+            "normax.second_order.newton holds a dense Hessian, so that there must be "
+            f"at most max_parameters={max_parameters} parameters, but there are "
+            f"{size}; raise max_parameters if a matrix of that size fits, or use "
+            "normax.second_order.hessian_free, which takes products of curvature and "
+            "vectors only."
         )
 
 
@@ -178,7 +179,7 @@ def newton(
       ...     grads = jax.grad(loss)(w)
       ...     updates, state = tx.update(grads, state, w, value_fn=loss)
       ...     return optax.apply_updates(w, updates), state
-      >>> tx, w = normax.newton(), jnp.zeros(2)
+      >>> tx, w = normax.second_order.newton(), jnp.zeros(2)
       >>> step(w, tx.init(w))[0].round(4)
       Array([1., 1.], dtype=float32)
 
@@ -202,8 +203,9 @@ def newton(
         _check_size(params, max_parameters)
         if value_fn is None:
             raise ValueError(
-                "normax.newton takes the curvature from the loss, but `value_fn` is "
-                "None; call update(grads, state, params, value_fn=loss_of_params)."
+                "normax.second_order.newton takes the curvature from the loss, but "
+                "`value_fn` is None; call update(grads, state, params, "
+                "value_fn=loss_of_params)."
             )
         leaves, treedef = jax.tree.flatten(params)
         grads = treedef.flatten_up_to(updates)

@@ -196,7 +196,7 @@ def sweep(
       >>> def train(learning_rate, weight_decay):  # one step from w = 1 on w^2 / 2
       ...     return 1 - learning_rate * (1 + weight_decay)
       >>> points = {"learning_rate": [0.5, 0.25], "weight_decay": [0.0, 1.0]}
-      >>> normax.sweep(train, points).tolist()
+      >>> normax.sweeps.sweep(train, points).tolist()
       [0.5, 0.5]
 
     References:
@@ -277,7 +277,7 @@ def grid_sweep(
       ...         w = w - learning_rate * (w - 1 + weight_decay * w)
       ...     return {"w": w, "loss": (w - 1) ** 2 / 2}
       >>> grid = {"learning_rate": [0.5, 1.0], "weight_decay": [0.0, 0.25, 1.0]}
-      >>> results = normax.grid_sweep(train, grid)
+      >>> results = normax.sweeps.grid_sweep(train, grid)
       >>> results["w"].shape, round(float(results["w"][0, 1]), 2)
       ((2, 3), 0.8)
 

@@ -5,15 +5,13 @@ values and the tolerance. They compare values, so inside `jax.jit` they need
 `chex.chexify`, as chex's own value assertions do.
 """
 
-import math
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from normax._core.axes import Axes, PyTree, broadcast_radius, map_vectors, resolve_axes
+from normax._core.axes import Axes, PyTree, broadcast_radius, map_vectors
 from normax._core.comparisons import (
     Comparison,
     check_all,
@@ -23,12 +21,11 @@ from normax._core.comparisons import (
 )
 from normax._core.norms import at_least_float32, inner_product, nonzero, vector_norm
 from normax._core.programs import compiled
+from normax.invariance.rescalings import rescalings
 
 # Below this fraction of the largest of its kind, a gradient in float32 may be the
 # rounding of terms that cancel, and is held to the larger one's tolerance.
 _NOISE = 1e-3
-# Of the factors 1/2, 2, 4 and 8: rescaling by powers of two rounds nothing.
-_EXPONENTS = np.array([-1, 1, 2, 3])
 
 
 def _per_vector(vector_axes: tuple[int, ...], *values: jax.Array) -> Comparison:
@@ -80,7 +77,7 @@ def assert_unit_norm(
     Examples:
       >>> import jax.numpy as jnp
       >>> import normax
-      >>> normax.assert_unit_norm(jnp.array([[0.6, 0.0], [0.8, 1.0]]))
+      >>> normax.testing.assert_unit_norm(jnp.array([[0.6, 0.0], [0.8, 1.0]]))
 
     References:
       van Laarhoven, L2 Regularization versus Batch and Weight Normalization,
@@ -98,50 +95,6 @@ def assert_unit_norm(
     radii = broadcast_radius(radius, axes, params)
     claim = "assert_unit_norm: every weight vector must have the norm `radius`"
     check_all(claim, _named(map_vectors(compare, axes, params, radii)), custom_message)
-
-
-class Rescaling(NamedTuple):
-    where: str
-    position: int
-    factors: jax.Array
-    params: PyTree
-
-
-def _exponents(shape: tuple[int, ...]) -> Iterator[np.ndarray]:
-    """Draw exponents for vectors; each changes, and no two agree in all draws."""
-    base, count = len(_EXPONENTS), math.prod(shape)
-    # The digits of numbers in random order: a function may know of groups and
-    # neighbours, or of any one pair.
-    numbers = np.random.default_rng(0).permutation(count).reshape(shape)
-    draw = 0
-    while draw < 2 or base**draw < count:
-        yield np.roll(_EXPONENTS, -draw)[numbers // base**draw % base]
-        draw += 1
-
-
-def rescalings(params: PyTree, axes: Axes) -> Iterator[Rescaling]:
-    """Rescale the weight vectors of one array after another, each in several ways."""
-    treedef: Any
-    paths, treedef = jax.tree_util.tree_flatten_with_path(params)
-    leaves = [leaf for _, leaf in paths]
-    for position, vector_axes in enumerate(resolve_axes(axes, params)):
-        if vector_axes is None:
-            continue
-        path, w = (
-            jax.tree_util.keystr(paths[position][0]),
-            jnp.asarray(leaves[position]),
-        )
-        shape = tuple(1 if i in vector_axes else n for i, n in enumerate(w.shape))
-        for draw, exponents in enumerate(_exponents(shape)):
-            where = (
-                f"params{path}, vectors over axes {vector_axes} times 1/2, 2, 4 or 8 "
-                f"(draw {draw})"
-            )
-            factors = jnp.asarray(2.0**exponents, w.dtype)
-            rescaled = treedef.unflatten(
-                w * factors if i == position else leaf for i, leaf in enumerate(leaves)
-            )
-            yield Rescaling(where, position, factors, rescaled)
 
 
 def assert_scale_invariant(
@@ -183,7 +136,7 @@ def assert_scale_invariant(
       >>> import normax
       >>> def fn(w):
       ...     return w / jnp.linalg.norm(w, axis=0, keepdims=True)
-      >>> normax.assert_scale_invariant(fn, jnp.array([[3.0, 1.0], [4.0, 2.0]]))
+      >>> normax.testing.assert_scale_invariant(fn, jnp.array([[3.0, 1.0], [4.0, 2.0]]))
 
     References:
       van Laarhoven, L2 Regularization versus Batch and Weight Normalization,
@@ -245,7 +198,7 @@ def assert_inverse_gradient_scaling(
       >>> def loss_fn(w):
       ...     return jnp.sum(jnp.sin(w / jnp.linalg.norm(w, axis=0, keepdims=True)))
       >>> w = jnp.array([[3.0, 1.0], [4.0, 2.0]])
-      >>> normax.assert_inverse_gradient_scaling(loss_fn, w)
+      >>> normax.testing.assert_inverse_gradient_scaling(loss_fn, w)
 
     References:
       van Laarhoven, L2 Regularization versus Batch and Weight Normalization,
@@ -315,7 +268,7 @@ def assert_orthogonal_gradient(
       >>> def loss_fn(w):
       ...     return jnp.sum(jnp.sin(w / jnp.linalg.norm(w, axis=0, keepdims=True)))
       >>> w = jnp.array([[3.0, 1.0], [4.0, 2.0]])
-      >>> normax.assert_orthogonal_gradient(loss_fn, w)
+      >>> normax.testing.assert_orthogonal_gradient(loss_fn, w)
 
     References:
       van Laarhoven, L2 Regularization versus Batch and Weight Normalization,

@@ -86,7 +86,8 @@ def assert_rescaling_equivalent(
       >>> def fn(params):
       ...     return jax.nn.relu(jnp.arange(3.0) * params["in"]) * params["out"]
       >>> params = {"in": 2.0, "out": -1.0}
-      >>> normax.assert_rescaling_equivalent(params, {"in": 4.0, "out": -0.5}, fn)
+      >>> other = {"in": 4.0, "out": -0.5}
+      >>> normax.testing.assert_rescaling_equivalent(params, other, fn)
 
     References:
       Neyshabur, Salakhutdinov, Srebro, Path-SGD: Path-Normalized Optimization in
@@ -237,7 +238,7 @@ def assert_equivalent_trajectories(
       ...     return fn(w)[0]
       >>> w = jnp.array([3.0, 4.0])
       >>> first, second = optax.sgd(0.4), optax.sgd(0.1)
-      >>> normax.assert_equivalent_trajectories(
+      >>> normax.testing.assert_equivalent_trajectories(
       ...     (first, loss_fn, 2 * w), (second, loss_fn, w), fn
       ... )
 
@@ -302,7 +303,7 @@ def assert_rescaling_invariant(
       ...     return jnp.sum((fn(params) - 1) ** 2)
       >>> params, rescaled = {"in": 1.0, "out": 0.5}, {"in": 2.0, "out": 0.25}
       >>> try:
-      ...     normax.assert_rescaling_invariant(
+      ...     normax.testing.assert_rescaling_invariant(
       ...         optax.sgd(0.1), loss_fn, params, rescaled, fn
       ...     )
       ... except AssertionError as error:

@@ -33,10 +33,11 @@ rule                recurrence, with the optax call that is it
 `"normalized_sgd"`  $\tilde w = w - \eta g,\; w \leftarrow \tilde w/\|\tilde w\|$;
                     `normax.normalized_sgd(η)`
 `"newton"`          $w \leftarrow w - \eta\,(\nabla^2 L(w) + \lambda I)^{-1} g$;
-                    `normax.newton(η)`, whose update takes the loss, `value_fn`
+                    `normax.second_order.newton(η)`, whose update takes the loss,
+                    `value_fn`
 `"hessian_free"`    as Newton's, by conjugate gradients that may stop early, and
                     halved until the loss decreases;
-                    `normax.hessian_free(η, damping=0)`
+                    `normax.second_order.hessian_free(η, damping=0)`
 =================== ============================================================
 
 Like optax's own, the rules want floating-point parameters; `optax.masked` keeps

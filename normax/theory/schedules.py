@@ -56,7 +56,7 @@ def exponential_equivalent_schedule(
 
     Examples:
       >>> import normax
-      >>> schedule = normax.exponential_equivalent_schedule(0.5, 0.2)
+      >>> schedule = normax.theory.exponential_equivalent_schedule(0.5, 0.2)
       >>> [round(float(schedule(t)), 4) for t in range(3)]
       [0.5556, 0.6859, 0.8468]
 
@@ -139,7 +139,7 @@ def harmonic_schedule(
 
     Examples:
       >>> import normax
-      >>> schedule = normax.harmonic_schedule(1.0, transition_steps=100, offset=10)
+      >>> schedule = normax.theory.harmonic_schedule(1.0, 100, offset=10)
       >>> [round(float(schedule(t)), 4) for t in (0, 100, 1000)]
       [0.1, 0.0909, 0.05]
 
@@ -189,7 +189,7 @@ def optimal_momentum(
 
     Examples:
       >>> import normax
-      >>> learning_rate, momentum = normax.optimal_momentum(1.0, 9.0)
+      >>> learning_rate, momentum = normax.theory.optimal_momentum(1.0, 9.0)
       >>> float(learning_rate), float(momentum)
       (0.25, 0.25)
 

@@ -249,7 +249,7 @@ def test_batches_on_an_explicit_mesh(spec):
 
 def test_newton_of_tangent_steps_on_an_explicit_mesh():
     mesh = jax.make_mesh((2,), ("x",), (AxisType.Explicit,), devices=jax.devices()[:2])
-    tx, w = normax.newton(axes="unit"), draw((4, 2), 1.0)
+    tx, w = normax.second_order.newton(axes="unit"), draw((4, 2), 1.0)
 
     def step(w):
         loss = lambda w: jnp.sum(jnp.cosh(w))  # noqa: E731

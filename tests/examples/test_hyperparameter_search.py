@@ -27,7 +27,7 @@ import os, pathlib, sys, time
 examples, folder, *arguments = sys.argv[1:]
 sys.path.insert(0, examples)
 import hyperparameter_search, normax
-sweep = normax.sweep
+sweep = normax.sweeps.sweep
 
 def patient(*args):
     pathlib.Path(folder, f"{os.getpid()}.ready").touch()
@@ -37,7 +37,7 @@ def patient(*args):
         time.sleep(0.1)
     sys.exit("the other process never asked")
 
-normax.sweep = patient
+normax.sweeps.sweep = patient
 hyperparameter_search.main([*arguments, "--out", folder])
 """
 
@@ -136,7 +136,7 @@ def test_divergence_counts_as_the_largest_error(
         errors = points["lam"] + points["seed"] / 100
         return {"diverged": points["eta"] > 1, "test_error": errors}
 
-    monkeypatch.setattr(normax, "sweep", sweep)
+    monkeypatch.setattr(normax.sweeps, "sweep", sweep)
     points = {"eta": np.r_[0.5, 2], "lambda": np.r_[0.3, 0.4], "seed": np.r_[5, 6]}
     errors = search.train_at("sgd", None, None)(points)
     np.testing.assert_allclose(errors, [0.35, 1])

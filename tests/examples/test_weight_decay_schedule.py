@@ -111,7 +111,7 @@ def test_picture_csv_and_table_are_written(small_run: tuple[Any, Path]) -> None:
 
 def test_largest_decay_is_what_the_schedule_admits() -> None:
     largest = example.LARGEST_DECAY * (1 - example.MOMENTUM)
-    make = normax.exponential_equivalent_schedule
+    make = normax.theory.exponential_equivalent_schedule
     make(1.0, largest * (1 - 1e-6), example.MOMENTUM)
     with pytest.raises(ValueError, match="below 1"):
         make(1.0, largest * (1 + 1e-6), example.MOMENTUM)

@@ -530,10 +530,10 @@ def test_numbers_beside_dead_ones_keep_their_size(name, size):
 def test_the_larger_of_path_and_bias_counts(size, expected):
     params = {"deep": [jnp.full((1, 1), size)] * 40, "b": jnp.full((1,), 2.0)}
     forward = lambda p, x: deep(p["deep"], x) + p["b"][None]  # noqa: E731
-    norm = normax.log_path_norm(forward, params, shape(1, 1))
+    norm = normax.path_norm(forward, params, shape(1, 1), log=True)
     np.testing.assert_allclose(norm, np.log(expected), rtol=1e-6)
     without = params | {"b": jnp.zeros((1,))}
-    norm = normax.log_path_norm(forward, without, shape(1, 1))
+    norm = normax.path_norm(forward, without, shape(1, 1), log=True)
     np.testing.assert_allclose(norm, 40 * np.log(size), rtol=1e-6)
 
 
@@ -543,8 +543,8 @@ def test_what_is_below_the_range_of_its_layer_counts_as_zero():
 
     params = {"deep": [jnp.full((1, 1), 1e3)] * 40, "last": jnp.array([[0.0], [1.0]])}
     assert normax.path_norm(forward, params, shape(1, 1)) == 0
-    norm = normax.log_path_norm(
-        forward, params | {"last": jnp.ones((2, 1))}, shape(1, 1)
+    norm = normax.path_norm(
+        forward, params | {"last": jnp.ones((2, 1))}, shape(1, 1), log=True
     )
     np.testing.assert_allclose(norm, 40 * np.log(1e3), rtol=1e-6)
 
@@ -730,7 +730,7 @@ def test_resnet_18():
     forward, params, twin, folded_params, _, x = resnet((2, 3, 4, 5), 8)
     with jax.enable_x64(True):
         total = twin(powers(folded_params, 2), jnp.ones(x.shape, jnp.float64))
-    log_norm = normax.log_path_norm(forward, params, x)
+    log_norm = normax.path_norm(forward, params, x, log=True)
     np.testing.assert_allclose(
         log_norm, np.log(np.sum(np.asarray(total))) / 2, rtol=2e-6
     )
@@ -757,7 +757,7 @@ def test_vgg_11():
         total = twin.apply(
             {"params": powers(params, 2)}, jnp.ones(x.shape, jnp.float64)
         )
-    log_norm = normax.log_path_norm(forward, params, x)
+    log_norm = normax.path_norm(forward, params, x, log=True)
     np.testing.assert_allclose(
         log_norm, np.log(np.sum(np.asarray(total))) / 2, rtol=2e-6
     )

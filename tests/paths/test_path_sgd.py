@@ -222,7 +222,8 @@ def test_rescaling_moves_the_path_scales_inversely():
     got = logs(rescaled(params, FACTORS))
     chex.assert_trees_all_close(got, expected, rtol=1e-6, atol=1e-5)
     norms = [
-        normax.log_path_norm(stack, w, ONE) for w in (params, rescaled(params, FACTORS))
+        normax.path_norm(stack, w, ONE, log=True)
+        for w in (params, rescaled(params, FACTORS))
     ]
     np.testing.assert_allclose(*norms, rtol=1e-6)
 
@@ -333,7 +334,7 @@ def test_depth_of_100(p, size):
     params = size * draw(100, 6, 6)
     total, scales = log_scales_of_stack(params, p)
     x = jax.ShapeDtypeStruct((1, 6), jnp.float32)
-    got = normax.log_path_norm(deep, params, x, p)
+    got = normax.path_norm(deep, params, x, p, log=True)
     np.testing.assert_allclose(got, total / p, rtol=1e-6)
     got = normax.path_scales(deep, params, x, p, log=True)
     np.testing.assert_allclose(got, 2 / p * np.stack(scales), rtol=2e-6, atol=1e-4)
@@ -347,7 +348,7 @@ def test_tiny_weights_with_biases_of_zero():
 
     sizes = jnp.array([1e-20, 1e-22])
     params = [(jnp.diag(sizes), jnp.zeros((1, 2)))] * 6
-    norm = lambda w: normax.log_path_norm(forward, w, jnp.ones((1, 2)))  # noqa: E731
+    norm = lambda w: normax.path_norm(forward, w, jnp.ones((1, 2)), log=True)  # noqa: E731
     value, gradient = jax.jit(jax.value_and_grad(norm))(params)
     np.testing.assert_allclose(value, 6 * np.log(1e-20), rtol=1e-6)
     np.testing.assert_array_equal([bias for _, bias in gradient], 0)
@@ -376,7 +377,7 @@ def test_factors_of_1e25_between_units(p, compensated):
     ]
     params = [jnp.asarray(w, jnp.float32) for w in params]
     total, scales = log_scales_of_stack(params, p)
-    got = normax.log_path_norm(chain, params, ONE, p)
+    got = normax.path_norm(chain, params, ONE, p, log=True)
     np.testing.assert_allclose(got, total / p, rtol=1e-6)
     logs = normax.path_scales(chain, params, ONE, p, log=True)
     tx = normax.scale_by_path_sgd(p=p)
@@ -409,10 +410,10 @@ def test_convolutions_with_factors_of_1e25_between_units():
     for factors in (jnp.array([1e25, 1e-25, 1]), jnp.array([1e-19, 1e-15, 1e-17])):
         c = jnp.log(factors)
         unbalanced = [params[0] * factors[None, None], params[1]]
-        expected_norm = normax.log_path_norm(forward, params, x)
+        expected_norm = normax.path_norm(forward, params, x, log=True)
         balanced = [unbalanced[0], params[1] / factors[None, ::-1, None]]
         np.testing.assert_allclose(
-            normax.log_path_norm(forward, balanced, x), expected_norm, rtol=1e-6
+            normax.path_norm(forward, balanced, x, log=True), expected_norm, rtol=1e-6
         )
         first, second = normax.path_scales(forward, balanced, x, log=True)
         np.testing.assert_allclose(
@@ -456,7 +457,7 @@ def test_edges_that_no_path_uses():
     chex.assert_trees_all_close(updates, expected, rtol=1e-5)
     nothing = [params[0], jnp.zeros((5, 2))]
     assert normax.path_norm(chain, nothing, ONE) == 0
-    assert np.isneginf(normax.log_path_norm(chain, nothing, ONE))
+    assert np.isneginf(normax.path_norm(chain, nothing, ONE, log=True))
 
 
 @pytest.mark.parametrize("update_every", [1, 2])
@@ -484,7 +485,7 @@ def test_where_a_layer_is_dead_there_is_no_step(dead, walk, update_every):
 def test_weights_that_are_not_finite_are_not_hidden(bad):
     params = [draw(4, 5).at[1, 2].set(bad), draw(5, 2)]
     assert not np.isfinite(normax.path_norm(chain, params, ONE))
-    assert not np.isfinite(normax.log_path_norm(chain, params, ONE))
+    assert not np.isfinite(normax.path_norm(chain, params, ONE, log=True))
     assert not np.any(np.isfinite(normax.path_scales(chain, params, ONE)[1][2]))
     tx = normax.scale_by_path_sgd()
     updates, _ = tx.update(jax.tree.map(jnp.ones_like, params), tx.init(params), params)
@@ -528,9 +529,9 @@ def test_gradient_of_the_log_path_norm_is_the_share_of_each_edge(p):
     params = stack_params()
     params["Dense_2"]["bias"] = jnp.zeros(5)
     params["Dense_10"]["kernel"] = params["Dense_10"]["kernel"].at[0, 0].set(0)
-    gradient = jax.jit(jax.grad(lambda w: normax.log_path_norm(stack, w, ONE, p)))(
-        params
-    )
+    gradient = jax.jit(
+        jax.grad(lambda w: normax.path_norm(stack, w, ONE, p, log=True))
+    )(params)
     scales = normax.path_scales(stack, params, ONE, p)
     total = normax.path_norm(stack, params, ONE, p) ** p
 
@@ -591,7 +592,7 @@ def test_ensembles_and_traced_powers():
     runs = [[draw(4, 5, seed=s), draw(5, 2, seed=s)] for s in range(3)]
 
     def values(params, p):
-        return normax.log_path_norm(chain, params, ONE, p), normax.path_scales(
+        return normax.path_norm(chain, params, ONE, p, log=True), normax.path_scales(
             chain, params, ONE, p
         )
 

@@ -53,17 +53,21 @@ POWERS = [1.0, 1.5, 2.0, np.inf]
 
 @pytest.mark.parametrize("make", [lambda: draw(0, (3, 4, 2)), lambda: conv_draw(1)])
 def test_group_norms_are_their_definition(make):
-    compiled = jax.jit(normax.group_norm)
+    compiled = jax.jit(normax.rescaling.group_norm)
     with jax.enable_x64(True):
         params = make()
         for p, q in zip(POWERS * 2, POWERS + POWERS[::-1], strict=True):
             expected = np.linalg.norm(unit_norms(params, p), q)
-            np.testing.assert_allclose(normax.group_norm(params, p, q), expected, 1e-12)
+            np.testing.assert_allclose(
+                normax.rescaling.group_norm(params, p, q), expected, 1e-12
+            )
             np.testing.assert_allclose(compiled(params, p, q), expected, 1e-12)
         largest = max(unit_norms(params, 2))
-        np.testing.assert_allclose(normax.max_norm(params), largest)
+        np.testing.assert_allclose(normax.rescaling.max_norm(params), largest)
         squares = sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(params))
-        np.testing.assert_allclose(normax.group_norm(params, 2, 2) ** 2, squares)
+        np.testing.assert_allclose(
+            normax.rescaling.group_norm(params, 2, 2) ** 2, squares
+        )
 
 
 @pytest.mark.parametrize("p", POWERS)
@@ -71,41 +75,43 @@ def test_group_norms_at_any_scale(p):
     params = draw(0, (3, 4, 2), True, jnp.float32)
     for scale, q in ((1e-30, 1.0), (1e30, 1.0), (1e30, np.inf)):
         scaled = jax.tree.map(lambda w, scale=scale: w * scale, params)
-        ratio = normax.group_norm(scaled, p, q) / normax.group_norm(params, p, q)
+        ratio = normax.rescaling.group_norm(scaled, p, q) / normax.rescaling.group_norm(
+            params, p, q
+        )
         np.testing.assert_allclose(ratio, scale, 2e-6)
     zeros = jax.tree.map(jnp.zeros_like, params)
-    assert normax.group_norm(zeros, p, p) == 0
-    slopes = jax.grad(normax.group_norm)(zeros, p, p)
+    assert normax.rescaling.group_norm(zeros, p, p) == 0
+    slopes = jax.grad(normax.rescaling.group_norm)(zeros, p, p)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(slopes))
     broken = [{"kernel": params[0]["kernel"].at[0, 0].set(jnp.inf)}]
-    assert normax.max_norm(broken, p) == np.inf
+    assert normax.rescaling.max_norm(broken, p) == np.inf
     broken = [{"kernel": params[0]["kernel"].at[0, 0].set(jnp.nan)}]
-    assert np.isnan(normax.max_norm(broken, p))
+    assert np.isnan(normax.rescaling.max_norm(broken, p))
 
 
 def test_hidden_units_spread_over_an_explicit_mesh():
     params = [w["kernel"] for w in draw(0, (3, 4, 4, 2), False, jnp.float32)]
-    expected = normax.balance(params)
+    expected = normax.rescaling.balance(params)
     mesh = jax.make_mesh((4,), ("units",), axis_types=(AxisType.Explicit,))
     with jax.set_mesh(mesh):
         kernels = zip(params, (P(None, "units"), P("units"), P("units")), strict=True)
         sharded = [jax.device_put(w, NamedSharding(mesh, spec)) for w, spec in kernels]
-        found = normax.balance(sharded)
+        found = normax.rescaling.balance(sharded)
     for got, want in zip(found, expected, strict=True):
         np.testing.assert_allclose(got, want, 1e-6)
 
 
 def test_dtypes_and_refusals():
     low = draw(0, (3, 4, 2), True, jnp.bfloat16)
-    assert normax.group_norm(low, 2, 2).dtype == jnp.float32
+    assert normax.rescaling.group_norm(low, 2, 2).dtype == jnp.float32
     for p, q in ((0.5, 2), (2, 0.9), (np.nan, 2), (-np.inf, 2)):
         with pytest.raises(ValueError, match="must be at least 1"):
-            normax.group_norm(low, p, q)
+            normax.rescaling.group_norm(low, p, q)
     for p in (0.5, 33, np.inf):
         with pytest.raises(ValueError, match="p must be at least 1"):
-            normax.balance(low, p)
+            normax.rescaling.balance(low, p)
     with pytest.raises(ValueError, match=r"params\['scale'\].*fold batch norms"):
-        normax.max_norm({"scale": jnp.ones(3), "bias": jnp.ones(3)})
+        normax.rescaling.max_norm({"scale": jnp.ones(3), "bias": jnp.ones(3)})
 
 
 def rescaled_norms(params, sources, logs, p):
@@ -173,10 +179,12 @@ def test_balance_attains_the_minimum_of_brute_force(case):
         make, sources = CASES[case]
         params = make()
         for p in (1.0, 1.5) if case == "biases" else (2.0,):
-            balanced = normax.balance(params, p)
+            balanced = normax.rescaling.balance(params, p)
             least = np.exp(least_log_max_norm(params, sources, p))
-            np.testing.assert_allclose(normax.max_norm(balanced, p), least, 1e-7)
-            assert normax.max_norm(params, p) > 1.05 * least
+            np.testing.assert_allclose(
+                normax.rescaling.max_norm(balanced, p), least, 1e-7
+            )
+            assert normax.rescaling.max_norm(params, p) > 1.05 * least
             outputs = np.shape(params[-1]["kernel"])[-1]
             norms = unit_norms(balanced, p)  # of hidden units all the same
             np.testing.assert_allclose(norms[:-outputs], least, 1e-7)
@@ -196,17 +204,19 @@ def test_lemma_3_1(p):
     with jax.enable_x64(True):
         x = jnp.ones((1, 3))
         one = draw(0, (3, 4, 5, 1))
-        measured = normax.max_norm(normax.balance(one, p), p) ** 3
+        measured = normax.rescaling.max_norm(normax.rescaling.balance(one, p), p) ** 3
         np.testing.assert_allclose(measured, normax.path_norm(forward, one, x, p))
 
         several = draw(1, (3, 4, 3))
         first, second = (np.abs(layer["kernel"]) for layer in several)
         norms = np.sum((first[:, :, None] * second[None]) ** p, (0, 1)) ** (1 / p)
-        measured = normax.max_norm(normax.balance(several, p), p) ** 2
+        measured = (
+            normax.rescaling.max_norm(normax.rescaling.balance(several, p), p) ** 2
+        )
         np.testing.assert_allclose(measured, np.max(norms))
 
         biased = draw(2, (3, 4, 5, 1), True)
-        m = normax.max_norm(normax.balance(biased, p), p)
+        m = normax.rescaling.max_norm(normax.rescaling.balance(biased, p), p)
         divided = jax.tree.map(lambda w: w / m, biased)
         np.testing.assert_allclose(normax.path_norm(forward, divided, x, p), 1.0)
         plain = normax.path_norm(forward, biased, x, p) ** (1 / 3)
@@ -215,13 +225,13 @@ def test_lemma_3_1(p):
 
 def test_rescaled_networks_have_one_balanced_form():
     params = draw(3, (4, 6, 6, 2), True, jnp.float32)
-    balanced = normax.balance(params)
+    balanced = normax.rescaling.balance(params)
     close = lambda x, y: np.testing.assert_allclose(x, y, 1e-5)  # noqa: E731
-    jax.tree.map(close, normax.balance(balanced), balanced)
-    wild = normax.rescale_units(
+    jax.tree.map(close, normax.rescaling.balance(balanced), balanced)
+    wild = normax.rescaling.rescale_units(
         params, [10 ** np.linspace(-9, 27, 6), 10 ** np.linspace(25, -9, 6)]
     )
-    jax.tree.map(close, normax.balance(wild), balanced)
+    jax.tree.map(close, normax.rescaling.balance(wild), balanced)
 
 
 def test_dead_units_are_out_of_the_way():
@@ -238,7 +248,7 @@ def test_dead_units_are_out_of_the_way():
     params[2]["kernel"] = params[2]["kernel"].at[1].set(0)  # nor enters nor leaves
     x = np.random.default_rng(0).normal(size=(8, 3)).astype(np.float32)
     for p in (1.0, 2.0):
-        balanced = normax.balance(params, p)
+        balanced = normax.rescaling.balance(params, p)
         np.testing.assert_allclose(forward(balanced, x), forward(params, x), 1e-4, 1e-5)
         alive = [
             {"kernel": params[0]["kernel"][:, 2:], "bias": params[0]["bias"][2:]},
@@ -251,10 +261,12 @@ def test_dead_units_are_out_of_the_way():
                 "bias": params[2]["bias"],
             },
         ]
-        least = normax.max_norm(normax.balance(alive, p), p)
-        np.testing.assert_allclose(normax.max_norm(balanced, p), least, 1e-5)
+        least = normax.rescaling.max_norm(normax.rescaling.balance(alive, p), p)
+        np.testing.assert_allclose(normax.rescaling.max_norm(balanced, p), least, 1e-5)
     nothing = jax.tree.map(jnp.zeros_like, params)
-    jax.tree.map(np.testing.assert_array_equal, normax.balance(nothing), nothing)
+    jax.tree.map(
+        np.testing.assert_array_equal, normax.rescaling.balance(nothing), nothing
+    )
 
 
 def test_depth_and_layers_of_any_scale():
@@ -265,7 +277,7 @@ def test_depth_and_layers_of_any_scale():
         jnp.asarray(rng.normal(size=(width, width)) * scale, jnp.float32)
         for scale in scales
     ]
-    balanced = jax.tree.leaves(normax.balance(params))
+    balanced = jax.tree.leaves(normax.rescaling.balance(params))
     norms = [np.linalg.norm(np.float64(w), axis=0) for w in balanced]
     m = norms[0][0]
     np.testing.assert_allclose(np.stack(norms[:-1]), m, 1e-5)
