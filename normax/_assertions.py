@@ -16,7 +16,7 @@ import numpy as np
 from normax._axes import Axes, PyTree, broadcast_radius, map_vectors, resolve_axes
 from normax._comparisons import Comparison, check_all, largest, maximum, named_leaves
 from normax._norms import at_least_float32, inner_product, nonzero, vector_norm
-from normax._programs import compiled
+from normax._programs import compiled, full_precision
 
 # Below this fraction of the largest of its kind, a gradient in float32 may be the
 # rounding of terms that cancel, and is held to the larger one's tolerance.
@@ -138,6 +138,7 @@ def rescalings(params: PyTree, axes: Axes) -> Iterator[Rescaling]:
             yield Rescaling(where, position, factors, rescaled)
 
 
+@full_precision()
 def assert_scale_invariant(
     fn: Callable[[PyTree], PyTree],
     params: PyTree,
@@ -156,7 +157,9 @@ def assert_scale_invariant(
     Every entry of an output must keep its value to within `rtol` of the largest.
 
     Args:
-      fn: Called as `fn(params)`; returns a pytree of arrays. It is compiled.
+      fn: Called as `fn(params)`; returns a pytree of arrays. It is compiled, and takes
+        products of float32 matrices in full, also on a GPU, unless it names a
+        precision.
       params: Pytree of arrays.
       axes: Which entries form one weight vector, as in `normax.weight_norm`.
       rtol: Tolerance relative to the largest entry of each output. The default lets
@@ -198,6 +201,7 @@ def assert_scale_invariant(
     check_all(claim, comparisons, custom_message)
 
 
+@full_precision()
 def assert_inverse_gradient_scaling(
     loss_fn: Callable[[PyTree], Any],
     params: PyTree,
@@ -216,7 +220,9 @@ def assert_inverse_gradient_scaling(
     $\nabla_w L(w)$.
 
     Args:
-      loss_fn: Called as `loss_fn(params)`; returns a scalar. It is compiled.
+      loss_fn: Called as `loss_fn(params)`; returns a scalar. It is compiled, and takes
+        products of float32 matrices in full, also on a GPU, unless it names a
+        precision.
       params: Pytree of arrays.
       axes: Which entries form one weight vector, as in `normax.weight_norm`.
       rtol: Tolerance relative to the largest entry of each array's gradient. A
@@ -269,6 +275,7 @@ def assert_inverse_gradient_scaling(
     check_all(claim, comparisons, custom_message)
 
 
+@full_precision()
 def assert_orthogonal_gradient(
     loss_fn: Callable[[PyTree], Any],
     params: PyTree,
@@ -286,7 +293,9 @@ def assert_orthogonal_gradient(
     scale-invariant loss.
 
     Args:
-      loss_fn: Called as `loss_fn(params)`; returns a scalar. It is compiled.
+      loss_fn: Called as `loss_fn(params)`; returns a scalar. It is compiled, and takes
+        products of float32 matrices in full, also on a GPU, unless it names a
+        precision.
       params: Pytree of arrays.
       axes: Which entries form one weight vector, as in `normax.weight_norm`.
       rtol: Largest cosine of the angle between a weight vector and its gradient.

@@ -26,6 +26,7 @@ from normax._one_example import Forward, trace_one_example
 from normax._path_arithmetic import PathArithmetic, Scaled
 from normax._path_lifting import PathTransform
 from normax._path_values import Activation, Factors, Origin, Path, Unsupported, Weight
+from normax._programs import full_precision
 
 
 def _is_float(leaf: Any) -> bool:
@@ -44,6 +45,7 @@ def _shapes_only(inputs: PyTree) -> PyTree:
     )
 
 
+@full_precision()
 def _lift(
     forward: Forward, params: PyTree, inputs: PyTree, p: jax.typing.ArrayLike
 ) -> tuple[PathTransform, list[Path], list[Weight]]:

@@ -22,6 +22,7 @@ from normax._feed_forward import Layer, feed_forward_layers
 from normax._norms import at_least_float32
 from normax._path_norm import log_path_norm
 from normax._powers_of_two import halves
+from normax._programs import full_precision
 
 Forward = Callable[[PyTree, PyTree], PyTree]
 
@@ -257,6 +258,7 @@ def _like(inputs: PyTree, seed: int) -> PyTree:
     return jax.tree.map(draw, inputs)
 
 
+@full_precision()
 def _require_same_function(
     params: PyTree,
     layers: tuple[Layer, ...],
