@@ -444,6 +444,7 @@ def test_no_implicit_promotion(row, dtype):
         tx.update(row.draw(1, dtype), tx.init(params), params)
 
 
+@pytest.mark.devices(4)
 @representative_rows
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
 @pytest.mark.parametrize("spec", [P(None, "x"), P("x", "y")])
@@ -472,6 +473,7 @@ def test_sharding(row, axis_type, spec):
     chex.assert_trees_all_close(got, jax.device_get(expected), rtol=2e-5, atol=1e-6)
 
 
+@pytest.mark.devices(2)
 @representative_rows
 def test_shard_map_over_the_units(row):
     if row.kwargs.get("axes") == "layer":

@@ -9,6 +9,7 @@ here. Versions 0.8.1 to 0.12 differ so:
   `num_consts` and `num_carry`.
 """
 
+import contextlib
 import functools
 import itertools
 from collections.abc import Callable, Iterator, Sequence
@@ -176,3 +177,16 @@ def compiled(fn: Callable[..., Any]) -> Callable[..., Any]:
     if isinstance(fn, jax.stages.Wrapped):
         return fn
     return jax.jit(functools.partial(fn))
+
+
+@contextlib.contextmanager
+def full_precision() -> Iterator[None]:
+    """Have all programs that are traced meanwhile take float32 products in full.
+
+    By default a GPU or TPU rounds the factors of matrix products, to 10 bits or 7. A
+    comparison with float32 tolerances takes that for a difference of functions. JAX
+    traces again what it had compiled for the default; a precision that a function
+    names itself stays.
+    """
+    with jax.default_matmul_precision("highest"):
+        yield

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from normax._core.axes import Axes, PyTree
 from normax._core.checks import check_range
-from normax._core.programs import compiled
+from normax._core.programs import compiled, full_precision
 from normax.invariance.detection import (
     Loss,
     RadialSums,
@@ -94,6 +94,7 @@ def _check_loss(loss_fn: Callable[[PyTree], Any], params: PyTree) -> None:
         )
 
 
+@full_precision()
 def scale_invariance_report(
     loss_fn: Callable[[PyTree], Any],
     params: PyTree,
@@ -155,23 +156,21 @@ def scale_invariance_report(
     near = max(_NEAR, 3 * strict)
 
     first_key, second_key = jax.random.split(key)
-    # Matrix products of GPUs and TPUs round to 1e-3 unless told otherwise.
-    with jax.default_matmul_precision("highest"):
-        products = radial_products(loss)
-        arrays, point = products(first_key)
-        sums = {
-            i: [radial_sums(array, axes) for axes in sets_of_axes(array.shape)]
-            for i, array in arrays.items()
-        }
-        passed = {i: [s for s in sums[i] if s.radial <= near] for i in sums}
-        enlarged = {i for i in passed if passed[i]}
-        if enlarged:
-            arrays, _ = products(second_key, enlarged)
-        strictly = {
-            i: [s for s in passed[i] if radial_sums(arrays[i], s.axes).radial <= strict]
-            for i in enlarged
-        }
-        confirmed, changes = confirm(loss, point, strictly, strict)
+    products = radial_products(loss)
+    arrays, point = products(first_key)
+    sums = {
+        i: [radial_sums(array, axes) for axes in sets_of_axes(array.shape)]
+        for i, array in arrays.items()
+    }
+    passed = {i: [s for s in sums[i] if s.radial <= near] for i in sums}
+    enlarged = {i for i in passed if passed[i]}
+    if enlarged:
+        arrays, _ = products(second_key, enlarged)
+    strictly = {
+        i: [s for s in passed[i] if radial_sums(arrays[i], s.axes).radial <= strict]
+        for i in enlarged
+    }
+    confirmed, changes = confirm(loss, point, strictly, strict)
 
     nothing = RadialSums((), math.nan, 0.0, 0)
     rows = []
@@ -228,7 +227,9 @@ def scale_invariant_axes(
     Args:
       loss_fn: Called as `loss_fn(params)`; returns a real scalar, as in training: with
         the statistics of the batch, where batch norm is used. It is compiled twice,
-        and called twice with gradients and twice without for every array found.
+        and called twice with gradients and twice without for every array found. It
+        takes products of float32 matrices in full, also on a GPU, unless it names a
+        precision.
       params: Pytree of arrays. Only floating-point arrays are perturbed.
       key: Key for the random perturbations.
       rtol: Largest $|\langle w, \nabla_w L\rangle| / \|w \odot \nabla_w L\|$ of

@@ -22,6 +22,7 @@ import normax.paths.primitives.scan  # noqa: F401
 from normax._core.axes import PyTree
 from normax._core.checks import check_range
 from normax._core.norms import at_least_float32
+from normax._core.programs import full_precision
 from normax.paths.arithmetic import PathArithmetic, Scaled
 from normax.paths.lifting import PathTransform
 from normax.paths.one_example import Forward, trace_one_example
@@ -44,6 +45,7 @@ def _shapes_only(inputs: PyTree) -> PyTree:
     )
 
 
+@full_precision()
 def _lift(
     forward: Forward, params: PyTree, inputs: PyTree, p: jax.typing.ArrayLike
 ) -> tuple[PathTransform, list[Path], list[Weight]]:

@@ -20,6 +20,7 @@ import numpy as np
 from normax._core.axes import PyTree
 from normax._core.norms import at_least_float32
 from normax._core.powers_of_two import halves
+from normax._core.programs import full_precision
 from normax.paths import path_norm
 from normax.paths.feed_forward import Layer, feed_forward_layers
 from normax.paths.one_example import Forward
@@ -256,6 +257,7 @@ def _like(inputs: PyTree, seed: int) -> PyTree:
     return jax.tree.map(draw, inputs)
 
 
+@full_precision()
 def _require_same_function(
     params: PyTree,
     layers: tuple[Layer, ...],

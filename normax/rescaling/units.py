@@ -91,8 +91,10 @@ def rescale_units(
       factors: Positive factors $c$, for every hidden layer a number or an array that
         broadcasts to its units (to its channels, for convolutions).
       forward: The network, `forward(params, inputs) -> outputs`, to be checked at
-        random inputs; no check is made under `jax.jit`. With it, layers whose units
-        a residual connection adds may be rescaled by the same factors.
+        random inputs; no check is made under `jax.jit`. There it takes products of
+        float32 matrices in full, also on a GPU, unless it names a precision. With it,
+        layers whose units a residual connection adds may be rescaled by the same
+        factors.
       inputs: Inputs of the network or `jax.ShapeDtypeStruct`s of them; only shapes,
         and the values of integers, matter.
 

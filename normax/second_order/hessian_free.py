@@ -186,6 +186,10 @@ def hessian_free(
     norms go to 0 as $(1 - \eta)^t$ with undamped Gauss-Newton steps. In float32 they
     may be between $10^{-15}$ and $10^{15}$.
 
+    *Rounding.* A GPU or TPU rounds the factors of float32 products of matrices to 10
+    bits or 7 by default, also in the gradient, and steps end where that hides the
+    slope. Run the whole step under `jax.default_matmul_precision("highest")` to go on.
+
     Derivatives through `update` are those of the linear system, solved likewise;
     $\alpha$, the change of $\mu$ and the number of iterations count as constants.
 

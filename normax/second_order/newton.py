@@ -20,6 +20,7 @@ from jax.sharding import PartitionSpec as P
 from normax._core.axes import Axes, PyTree, check_axes, resolve_axes
 from normax._core.checks import check_range, requiring_params
 from normax._core.norms import at_least_float32, nonzero
+from normax._core.programs import full_precision
 from normax.spheres.projection import remove_radial_component
 
 
@@ -73,6 +74,7 @@ def _solve(
 
 
 @_solve.defjvp
+@full_precision()
 def _solve_jvp(saddle_free, primals, tangents):
     matrix, vector, damping, rtol = primals
     matrix_dot, vector_dot, damping_dot, _ = tangents
@@ -136,6 +138,8 @@ def newton(
     saddles and maxima. With `saddle_free` it leaves them: $|H + \lambda I| + \mu I$,
     with the absolute values of the eigenvalues, takes the place of the matrix. Damping,
     and absolute values of negative eigenvalues, depend on the units of parameters.
+    Products of float32 matrices are taken in full, also on a GPU: their rounding would
+    be curvature where there is none.
 
     *For scale-invariant weights* name the vectors in `axes`. Without it Newton's step
     is $+\eta w$ if nothing but $L$ is minimized, which changes no function: the
@@ -247,7 +251,7 @@ def newton(
 
         identity = jnp.eye(w.size, dtype=w.dtype)
         projection = jax.vmap(tangential)(identity)
-        with jax.default_matmul_precision("highest"):
+        with full_precision():
             hessian = jax.hessian(lambda flat: value_fn(place_like(flat, leaves)))(w)
             step = projection @ _solve(
                 projection @ hessian @ projection + decay * identity,

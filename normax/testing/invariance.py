@@ -20,7 +20,7 @@ from normax._core.comparisons import (
     named_leaves,
 )
 from normax._core.norms import at_least_float32, inner_product, nonzero, vector_norm
-from normax._core.programs import compiled
+from normax._core.programs import compiled, full_precision
 from normax.invariance.rescalings import rescalings
 
 # Below this fraction of the largest of its kind, a gradient in float32 may be the
@@ -115,7 +115,9 @@ def assert_scale_invariant(
     Every entry of an output must keep its value to within `rtol` of the largest.
 
     Args:
-      fn: Called as `fn(params)`; returns a pytree of arrays. It is compiled.
+      fn: Called as `fn(params)`; returns a pytree of arrays. It is compiled, and takes
+        products of float32 matrices in full, also on a GPU, unless it names a
+        precision.
       params: Pytree of arrays.
       axes: Which entries form one weight vector, as in `normax.weight_norm`.
       rtol: Tolerance relative to the largest entry of each output. The default lets
@@ -157,6 +159,7 @@ def assert_scale_invariant(
     check_all(claim, comparisons, custom_message)
 
 
+@full_precision()
 def assert_inverse_gradient_scaling(
     loss_fn: Callable[[PyTree], Any],
     params: PyTree,
@@ -175,7 +178,9 @@ def assert_inverse_gradient_scaling(
     $\nabla_w L(w)$.
 
     Args:
-      loss_fn: Called as `loss_fn(params)`; returns a scalar. It is compiled.
+      loss_fn: Called as `loss_fn(params)`; returns a scalar. It is compiled, and takes
+        products of float32 matrices in full, also on a GPU, unless it names a
+        precision.
       params: Pytree of arrays.
       axes: Which entries form one weight vector, as in `normax.weight_norm`.
       rtol: Tolerance relative to the largest entry of each array's gradient. A
@@ -228,6 +233,7 @@ def assert_inverse_gradient_scaling(
     check_all(claim, comparisons, custom_message)
 
 
+@full_precision()
 def assert_orthogonal_gradient(
     loss_fn: Callable[[PyTree], Any],
     params: PyTree,
@@ -245,7 +251,9 @@ def assert_orthogonal_gradient(
     scale-invariant loss.
 
     Args:
-      loss_fn: Called as `loss_fn(params)`; returns a scalar. It is compiled.
+      loss_fn: Called as `loss_fn(params)`; returns a scalar. It is compiled, and takes
+        products of float32 matrices in full, also on a GPU, unless it names a
+        precision.
       params: Pytree of arrays.
       axes: Which entries form one weight vector, as in `normax.weight_norm`.
       rtol: Largest cosine of the angle between a weight vector and its gradient.

@@ -19,7 +19,7 @@ from normax._core.comparisons import (
     named_leaves,
 )
 from normax._core.norms import nonzero
-from normax._core.programs import compiled
+from normax._core.programs import compiled, full_precision
 
 # What rounding may change in an output, in units of the precision of the largest
 # entry; and how much more runs must change it, lest rounding hides a difference.
@@ -45,6 +45,7 @@ def _check_same_structure(
         )
 
 
+@full_precision()
 def assert_rescaling_equivalent(
     params: PyTree,
     other: PyTree,
@@ -66,7 +67,8 @@ def assert_rescaling_equivalent(
       params: Pytree of arrays $w$.
       other: Pytree $\tilde w$ of the same structure and shapes.
       fn: Called as `fn(params)`; returns a pytree of arrays, for instance the
-        network's outputs on a batch. It is compiled.
+        network's outputs on a batch. It is compiled, and takes products of float32
+        matrices in full, also on a GPU, unless it names a precision.
       rtol: Tolerance relative to the largest entry of each output.
       atol: Absolute tolerance.
       custom_message: Added to the message of the error.
@@ -146,6 +148,7 @@ def _outputs(fn: Callable[[PyTree], PyTree], steps: int) -> Callable[..., PyTree
     return train
 
 
+@full_precision()
 def _check_runs(
     claim, first, second, fn, steps, batches, rtol, atol, custom_message
 ) -> None:
@@ -203,6 +206,9 @@ def assert_equivalent_trajectories(
     difference. Runs that change it by less than 20 times these prove nothing, and fail.
     Where the start differs by a share of the outputs, as by the epsilon of batch norm,
     ten times that share is added to `rtol`.
+
+    All of both runs takes products of float32 matrices in full, also on a GPU, unless
+    it names a precision: rounded ones would part the functions by more than `rtol`.
 
     Args:
       first: The transformation, the loss and the initial parameters,
@@ -269,7 +275,8 @@ def assert_rescaling_invariant(
     t = 0, 1, \dots, \text{steps}$$
 
     where $\tilde w \sim w$ are rescaling equivalent. Path-SGD is rescaling invariant;
-    gradient descent is not.
+    gradient descent is not. Products of matrices are taken as in
+    `assert_equivalent_trajectories`.
 
     Args:
       tx: The optimizer.

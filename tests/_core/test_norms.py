@@ -170,15 +170,21 @@ def test_waiting_changes_nothing():
     np.testing.assert_array_equal(gradient, 2 * x[:2])
 
 
-def test_waiting_couples_no_arrays():
-    # Under vmap and shard_map an array may vary where another must not.
-    def double(array, event):
-        return wait(array, event) * 2
+def wait_and_double(array, event):
+    return wait(array, event) * 2
 
-    batched = jax.vmap(double, in_axes=(None, 0), out_axes=None)
+
+# Under vmap and shard_map an array may vary where another must not.
+def test_waiting_couples_no_arrays_of_a_batch():
+    batched = jax.vmap(wait_and_double, in_axes=(None, 0), out_axes=None)
     np.testing.assert_array_equal(batched(jnp.ones(3), jnp.ones((4, 2))), 2)
+
+
+@pytest.mark.devices(2)
+def test_waiting_couples_no_arrays_of_several_devices():
     mesh = jax.make_mesh((2,), ("x",), (AxisType.Auto,), devices=jax.devices()[:2])
-    mapped = jax.shard_map(double, mesh=mesh, in_specs=(P(), P("x")), out_specs=P())
+    specs = dict(in_specs=(P(), P("x")), out_specs=P())
+    mapped = jax.shard_map(wait_and_double, mesh=mesh, **specs)
     np.testing.assert_array_equal(jax.jit(mapped)(jnp.ones(3), jnp.ones(4)), 2)
 
 
@@ -223,6 +229,7 @@ def test_memory_of_one_array_serves_all(tx):
     assert temporary_bytes(16) < temporary_bytes(4) + 4 * 256 * 256
 
 
+@pytest.mark.devices(8)
 @pytest.mark.parametrize("spec", [P(None, "x", "y"), P(None, None, "y"), P("y", "x")])
 def test_batches_on_an_explicit_mesh(spec):
     # Of a condition for each of a batch JAX makes a `select`, whose cases must be
@@ -247,6 +254,7 @@ def test_batches_on_an_explicit_mesh(spec):
         np.testing.assert_allclose(jax.device_get(x), y, rtol=1e-5, atol=1e-30)
 
 
+@pytest.mark.devices(2)
 def test_newton_of_tangent_steps_on_an_explicit_mesh():
     mesh = jax.make_mesh((2,), ("x",), (AxisType.Explicit,), devices=jax.devices()[:2])
     tx, w = normax.second_order.newton(axes="unit"), draw((4, 2), 1.0)

@@ -13,6 +13,7 @@ from flax import nnx
 
 import normax
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 KEY = jax.random.key(3)
 RNG = np.random.default_rng(0)
 X = RNG.normal(size=(32, 6)).astype(np.float32)
@@ -203,13 +204,6 @@ def words(axes):
         axes, is_leaf=lambda node: isinstance(node, tuple)
     )
     return {jax.tree_util.keystr(p): word for p, word in found if word != "none"}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def precision(quick_compilation):
-    # That of the detection, so that what it compiled serves the tests.
-    with jax.default_matmul_precision("highest"):
-        yield
 
 
 @pytest.fixture(scope="module")

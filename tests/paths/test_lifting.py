@@ -1034,6 +1034,7 @@ def test_examples_in_a_batch_are_told_from_steps_and_rows():
     )
 
 
+@pytest.mark.devices(4)
 def test_inputs_of_an_explicit_mesh():
     mesh = jax.make_mesh((4,), ("x",), axis_types=(AxisType.Explicit,))
     w = draw(4, 4)

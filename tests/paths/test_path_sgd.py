@@ -505,6 +505,7 @@ def test_gradients_that_are_not_finite_stay_where_they_are(bad):
     chex.assert_trees_all_equal(updates, expected)
 
 
+@pytest.mark.devices(2)
 def test_gradients_on_several_devices_do_not_vary_together():
     mesh = jax.make_mesh((2,), ("x",), (AxisType.Auto,), devices=jax.devices()[:2])
     params, tx = [draw(4, 5), draw(5, 2)], normax.scale_by_path_sgd()

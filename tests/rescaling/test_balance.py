@@ -89,6 +89,7 @@ def test_group_norms_at_any_scale(p):
     assert np.isnan(normax.rescaling.max_norm(broken, p))
 
 
+@pytest.mark.devices(4)
 def test_hidden_units_spread_over_an_explicit_mesh():
     params = [w["kernel"] for w in draw(0, (3, 4, 4, 2), False, jnp.float32)]
     expected = normax.rescaling.balance(params)

@@ -65,7 +65,13 @@ def test_the_grid_is_in_front(batch_size, expected):
 
 
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
-@pytest.mark.parametrize("shape", [(8,), (2, 2)])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        pytest.param((8,), marks=pytest.mark.devices(8)),
+        pytest.param((2, 2), marks=pytest.mark.devices(4)),
+    ],
+)
 @pytest.mark.parametrize("batch_size", [None, 16])
 def test_meshes(kind, shape, batch_size, expected):
     names = ("a", "b")[: len(shape)]
@@ -164,11 +170,11 @@ def test_contexts_reach_the_runs():
         seen.append(jax.config.jax_default_matmul_precision)
         return x - 1
 
-    with jax.enable_x64(True), jax.default_matmul_precision("highest"):
+    with jax.enable_x64(True), jax.default_matmul_precision("high"):
         results = normax.sweeps.sweep(run, {"x": np.array([1 + 1e-12, 1.0])})
         assert results.dtype == jnp.float64
     np.testing.assert_allclose(results, [1e-12, 0.0], rtol=1e-3)
-    assert seen == ["highest"]
+    assert seen == ["high"]
     assert normax.sweeps.sweep(run, {"x": np.ones(2)}).dtype == jnp.float32
 
 

@@ -9,6 +9,7 @@ from flax import nnx
 from jax import lax
 
 from normax._core.norms import at_least_float32
+from normax._core.programs import full_precision
 from normax.nn.batch_renorm import BatchRenorm
 from normax.nn.weight_norm import output_axes
 
@@ -117,12 +118,16 @@ def inference(model: Callable[..., Any]) -> Callable[..., Any]:
     return model
 
 
+@full_precision()
 def folding_error(
     model: Callable[..., Any], folded: Callable[..., Any], *args: Any, **kwargs: Any
 ) -> jax.Array:
     r"""Largest difference that folding made to the outputs at inference.
 
     $$\max_i |f(x)_i - f'(x)_i|$$
+
+    Products of float32 matrices are taken in full, also on a GPU, unless a function
+    names a precision: the rounding of others is not folding's.
 
     Args:
       model: What was folded: a module, such as `nnx.Sequential(layer, batch_norm)`, or
