@@ -97,6 +97,7 @@ def assert_unit_norm(
     check_all(claim, _named(map_vectors(compare, axes, params, radii)), custom_message)
 
 
+@full_precision()
 def assert_scale_invariant(
     fn: Callable[[PyTree], PyTree],
     params: PyTree,
