@@ -1,7 +1,9 @@
 """Eight CPU devices, no implicit change of rank, and no program compiled twice."""
 
 import atexit
+import importlib.metadata
 import os
+import pathlib
 import shutil
 import tempfile
 
@@ -10,6 +12,9 @@ import pytest
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 )
+if importlib.metadata.version("jaxlib").startswith(("0.8.", "0.9.", "0.10.")):
+    # They have a second code generator, which compiles three times as fast.
+    os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
 os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # One folder for all workers, which inherit the variable.
@@ -45,6 +50,8 @@ def numbers_do_not_depend_on_earlier_tests(request):
 def programs_are_freed():
     """Each takes memory maps, of which a process on Linux may have 65,530."""
     yield
-    import jax
+    maps = pathlib.Path("/proc/self/maps")
+    if not maps.exists() or maps.read_bytes().count(b"\n") > 20_000:
+        import jax
 
-    jax.clear_caches()
+        jax.clear_caches()
