@@ -147,7 +147,9 @@ def rescaling_check(name):
 def assertion(name, function):
     def prepare():
         params = stack()
-        return functools.partial(getattr(normax.testing, name), function(params), params)
+        return functools.partial(
+            getattr(normax.testing, name), function(params), params
+        )
 
     return prepare
 
