@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
 
 
@@ -126,6 +127,26 @@ def ranges_of_parts(
     return parts
 
 
+def inverse_permutation(equation: JaxprEqn) -> tuple[int, ...]:
+    """Return the permutation that undoes a transposition."""
+    return tuple(np.argsort(equation.params["permutation"]).tolist())
+
+
+def broadcast_axes(equation: JaxprEqn) -> tuple[int, ...]:
+    """Return where a broadcast puts the axes of its operand."""
+    return equation.params["broadcast_dimensions"]
+
+
+def fill_value(equation: JaxprEqn) -> Any:
+    """Return what a gather takes for entries outside of the array, None by default."""
+    return equation.params.get("fill_value")
+
+
+def bind(equation: JaxprEqn, *operands: Any, **changed: Any) -> Any:
+    """Evaluate the primitive of an equation, with some parameters changed."""
+    return equation.primitive.bind(*operands, **equation.params | changed)
+
+
 def may_collide(equation: JaxprEqn) -> bool:
     """Return whether an equation may write several entries to one place."""
     return (
@@ -133,25 +154,46 @@ def may_collide(equation: JaxprEqn) -> bool:
     )
 
 
-def mixed_lengths(equation: JaxprEqn) -> tuple[int, ...]:
-    """Return the lengths of the axes along which an equation mixes entries."""
-    if not equation.invars:
+# Lengths of the axes along which primitives mix entries.
+
+
+def _first_shape(equation: JaxprEqn) -> tuple[int, ...]:
+    operand: Any = equation.invars[0]
+    return operand.aval.shape
+
+
+def contracted_lengths(equation: JaxprEqn) -> tuple[int, ...]:
+    """Return the lengths of the axes that a `dot_general` sums over."""
+    shape = _first_shape(equation)
+    return tuple(shape[i] for i in contraction(equation)[0][0])
+
+
+def convolved_lengths(equation: JaxprEqn) -> tuple[int, ...]:
+    """Return the lengths of all axes of a convolution but that of the batch."""
+    batch = convolution(equation)["dimension_numbers"].lhs_spec[0]
+    shape = _first_shape(equation)
+    return tuple(n for i, n in enumerate(shape) if i != batch)
+
+
+def window_lengths(equation: JaxprEqn) -> tuple[int, ...]:
+    """Return the lengths of the axes that windows of a pooling extend along."""
+    sizes = window(equation)["window_dimensions"]
+    shape = _first_shape(equation)
+    return tuple(n for n, k in zip(shape, sizes, strict=True) if k > 1)
+
+
+def scanned_length(equation: JaxprEqn) -> tuple[int, ...]:
+    """Return the number of steps of a scan."""
+    return (equation.params["length"],)
+
+
+def reduced_lengths(equation: JaxprEqn) -> tuple[int, ...]:
+    """Return the lengths of the axes that any reduction goes over, and no others."""
+    reduces = equation.primitive.name.startswith(("reduce", "arg", "cum"))
+    if not (reduces and {"axes", "axis"} & equation.params.keys()):
         return ()
-    shape, name = getattr(equation.invars[0].aval, "shape", ()), equation.primitive.name
-    match name:
-        case "dot_general":
-            return tuple(shape[i] for i in contraction(equation)[0][0])
-        case "conv_general_dilated":
-            batch = convolution(equation)["dimension_numbers"].lhs_spec[0]
-            return tuple(n for i, n in enumerate(shape) if i != batch)
-        case "scan":
-            return (equation.params["length"],)
-    if "window_dimensions" in equation.params:
-        sizes = window(equation)["window_dimensions"]
-        return tuple(n for n, k in zip(shape, sizes, strict=True) if k > 1)
-    reduces = name.startswith(("reduce", "arg", "cum"))
-    known = reduces and {"axes", "axis"} & equation.params.keys()
-    return tuple(shape[i] for i in reduced_axes(equation)) if known else ()
+    shape = _first_shape(equation)
+    return tuple(shape[i] for i in reduced_axes(equation))
 
 
 # Functions among the parameters of a primitive that say nothing about its results: of

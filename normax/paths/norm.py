@@ -16,15 +16,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, PartitionSpec
 
-import normax.paths.primitives.elementwise
-import normax.paths.primitives.linear  # registers its rules
-import normax.paths.primitives.scan  # noqa: F401
+import normax.paths.primitives  # noqa: F401  # enters their specifications
 from normax._core.axes import PyTree
 from normax._core.checks import check_range
 from normax._core.norms import at_least_float32
 from normax._core.programs import full_precision
-from normax.paths.arithmetic import PathArithmetic, Scaled
+from normax.paths import numbers
+from normax.paths.arithmetic import PathArithmetic
 from normax.paths.lifting import PathTransform
+from normax.paths.numbers import Scaled
 from normax.paths.one_example import Forward, trace_one_example
 from normax.paths.values import Activation, Factors, Origin, Path, Unsupported, Weight
 
@@ -81,7 +81,7 @@ def _lift(
     floats = [jnp.asarray(leaf) for _, leaf in flat if _is_float(leaf)]
     (dtype,) = {array.dtype for array in at_least_float32(jnp.float32(0), *floats)}
     activations = [
-        Activation(Path(arithmetic.ones(np.shape(leaf), dtype)))
+        Activation(Path(numbers.ones(np.shape(leaf), dtype)))
         if _is_float(leaf)
         else Weight(leaf)
         for leaf in jax.tree.leaves(inputs)
@@ -152,16 +152,16 @@ def scale_factors(
     transform, outputs, weights = _lift(forward, params, inputs, p)
     dtype = outputs[0].value.root.dtype
     for path in outputs:
-        transform.accumulate(path, (transform.arithmetic.ones(path.shape, dtype),))
+        transform.accumulate(path, (numbers.ones(path.shape, dtype),))
     transform.run_backward()
     factors: list[Factors | None] = []
     for w in weights:
         if w.cotangent is not None and len(w.cotangent) > 2:
-            factors.append((transform.arithmetic.broadcast(w.cotangent, w.shape),))
+            factors.append((numbers.broadcast(w.cotangent, w.shape),))
         elif w.cotangent is not None:
             factors.append(w.cotangent)
         elif w.params:  # no path uses it
-            factors.append((transform.arithmetic.zeros(w.shape, dtype),))
+            factors.append((numbers.zeros(w.shape, dtype),))
         else:
             factors.append(None)
     return jax.tree.unflatten(jax.tree.structure(params), factors)
@@ -305,7 +305,7 @@ def path_scales(
                 logarithms = [arithmetic.log(factor) for factor in factors]
                 whole = functools.reduce(jnp.add, logarithms) * (2 / p)
             else:
-                whole = arithmetic.path_scale(arithmetic.multiply(*factors))
+                whole = arithmetic.path_scale(numbers.multiply(*factors))
             return jnp.broadcast_to(whole, jnp.shape(leaf))
 
         return jax.tree.map(finish, params, factors)

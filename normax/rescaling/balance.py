@@ -18,9 +18,12 @@ from normax._core.axes import PyTree
 from normax._core.checks import check_range
 from normax._core.norms import at_least_float32, nonzero, vector_norm
 from normax._core.powers_of_two import exp2, exponent_of
-from normax.paths.arithmetic import PathArithmetic, Scaled, of_rank
+from normax.paths import numbers
+from normax.paths.arithmetic import PathArithmetic
+from normax.paths.contraction import contract
 from normax.paths.feed_forward import Layer
 from normax.paths.norm import with_automatic_sharding
+from normax.paths.numbers import Scaled, of_rank
 from normax.rescaling.network import (
     Forward,
     UnitFactors,
@@ -174,15 +177,15 @@ def _balancing_factors(
         for position, layer in enumerate(layers):
             kernel = arrays[layer.kernel]
             if position == 0:
-                entering = arithmetic.ones((1,) * kernel.ndim, dtype)
+                entering = numbers.ones((1,) * kernel.ndim, dtype)
             else:
                 entering = spread(values[-1], position)
             axes = tuple(range(kernel.ndim - 1))
-            value = arithmetic.contract(kernel, entering, axes)
+            value = contract(arithmetic, kernel, entering, axes)
             value = Scaled(jnp.squeeze(value.root, axes), of_rank(value.exponent, 1))
             if layer.bias is not None:
                 value = arithmetic.add_weight(value, arrays[layer.bias])
-            values.append(arithmetic.multiply(value, share))
+            values.append(numbers.multiply(value, share))
         return values
 
     def excess(m: jax.Array) -> tuple[jax.Array, list[Scaled]]:
@@ -203,7 +206,7 @@ def _balancing_factors(
         )
 
     widths = [arrays[layer.kernel].shape[-1] for layer in layers]
-    nothing = [arithmetic.zeros((width,), dtype) for width in widths]
+    nothing = [numbers.zeros((width,), dtype) for width in widths]
     start = jnp.ones((), dtype), jnp.zeros((), dtype), 0, nothing
     m, _, _, values = lax.while_loop(unfinished, newton, start)
 
