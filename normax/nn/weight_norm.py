@@ -66,6 +66,7 @@ def _vector_axes(
                 "leave the array out with variable_filter."
             )
     counted = {axis % rank for axis in features}
+    # Negative axes stay right when `nnx.vmap` puts an axis of layers in front.
     axes = tuple(axis - rank for axis in range(rank) if axis not in counted)
     if not axes:
         raise ValueError(

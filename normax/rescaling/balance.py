@@ -221,8 +221,8 @@ def _balancing_factors(
         exponent = 2 * (exponent + shared)
         # A unit whose incoming weights are all 0 has the least scale 0, which has no
         # inverse. So it gets a small scale instead. At the scale `room` (logarithms
-        # here) one outgoing weight would fill the norm m of the next unit. A scale
-        # smaller by `eps` adds no more to that norm than rounding does.
+        # here) one outgoing weight would fill the norm m of the next unit. At `eps`
+        # times this scale, it adds no more to that norm than rounding does.
         kernel = arrays[layers[position + 1].kernel]
         room = expand_to(log_m + later, kernel.ndim) - jnp.log2(jnp.abs(kernel))
         room = jnp.min(room, axis=tuple(range(kernel.ndim - 2)))

@@ -27,10 +27,10 @@ MAKE_A_STACK = (
 
 
 class UnitFactors(NamedTuple):
-    r"""Factors of the units of a layer, $c = m \cdot 2^e$."""
+    r"""Factors $c = m \cdot 2^e$ of the units of a layer: floats m and int32 e."""
 
-    mantissa: jax.Array  # float
-    exponent: jax.Array  # int32, of the same shape
+    mantissa: jax.Array
+    exponent: jax.Array
 
 
 def parameter_layers(params: PyTree) -> tuple[Layer, ...]:

@@ -19,7 +19,7 @@ BATCH_NORMS = (nnx.BatchNorm, BatchRenorm)
 
 
 def misfit(layer: Any, batch_norm: Any) -> str | None:
-    """Say why a pair cannot be one layer; None if it can."""
+    """Return why a pair cannot become one layer, or None if it can."""
     if type(layer) not in LAYERS:
         names = ", ".join(kind.__name__ for kind in LAYERS)
         return f"the layer must be one of {names}, got {type(layer).__name__}"

@@ -46,12 +46,12 @@ class _Identity(nnx.Module):
 
 @dataclasses.dataclass(eq=False)
 class _Mark:
-    """The name under which a module's calls show in a jaxpr."""
+    """The name of a module's calls in a jaxpr, and whether the model reads it too."""
 
     # Marks compare by identity. JAX therefore finds no trace of an earlier fold in its
     # cache, and each fold records its own calls and reads.
     name: str
-    read: bool = False  # whether the model has read an attribute of the module
+    read: bool = False
 
 
 class _Marked(nnx.Module):
