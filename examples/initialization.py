@@ -1,8 +1,9 @@
 r"""Activations and gradients by depth, for four ways to draw the first weights.
 
-The lecture's network (Tripp, Optimization, "The importance of scale") has ten layers of
-100 units each, 100 inputs of mean 0 and variance 1, and no biases. Take a layer with
-$m$ inputs and $n$ outputs whose weights have variance $s^2$. It multiplies
+The network is that of a lecture (Tripp, Optimization, "The importance of scale"). It
+has ten layers of 100 units each, 100 inputs of mean 0 and variance 1, and no biases.
+Take a layer with $m$ inputs and $n$ outputs whose weights have variance $s^2$. It
+multiplies
 
 $$\mathrm{E}[z^2] \text{ by } c\, m s^2 \text{ on the way forward}, \qquad
 \mathrm{E}[(\partial L / \partial z)^2] \text{ by } c\, n s^2 \text{ on the way back}.$$

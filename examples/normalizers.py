@@ -1,12 +1,12 @@
 r"""The same small network with each normalizer: curves, norms and angles.
 
-The network learns the 8x8 digits by SGD with momentum. It has two 3x3 convolutions (8
-and 16 channels, the second of stride 2), each followed by a normalizer and a ReLU, and
-a linear head. It is trained four times with every normalizer: plainly; with weight
-decay of the kernels; with the norms of the kernels held at the initial ones
-(`normax.project_unit_norm`); and with both. One weight vector is what the normalizer is
-invariant to, by `normax.invariance.INVARIANCES`: the weights into a unit, or the whole
-layer.
+The network learns the 8x8 digits by SGD with momentum. It has two 3x3 convolutions of 8
+and 16 channels, the second with stride 2, and a linear head. A normalizer and a ReLU
+follow each convolution. The network is trained four times with every normalizer:
+plainly; with weight decay of the kernels; with the norms of the kernels held at the
+initial ones (`normax.project_unit_norm`); and with both. A normalizer is invariant to
+the scale of the weights into a unit, or of the whole layer. These are the weight
+vectors here, as listed in `normax.invariance.INVARIANCES`.
 
 Behind a normalizer, the norm of a kernel only divides the learning rate. Without decay
 the norm grows, and the angle by which a step turns the weights falls. With decay the

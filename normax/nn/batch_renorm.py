@@ -87,8 +87,8 @@ class BatchRenorm(nnx.BatchNorm):
         if use_running_average is None or use_running_average:
             return super().__call__(x, use_running_average, mask=mask)
         r, d = self._corrections(x, mask)
-        # (z r + d) gamma + beta = z (r gamma) + (d gamma + beta), so a BatchNorm can
-        # apply the corrections as its scale and bias. It shares our statistics.
+        # (z r + d) gamma + beta = z (r gamma) + (d gamma + beta). So a BatchNorm with
+        # another scale and bias applies the corrections. It shares our statistics.
         graphdef, state = nnx.split(self)
         corrected = nnx.merge(graphdef, state)
         scale = 1 if self.scale is None else self.scale[...]

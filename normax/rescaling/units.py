@@ -88,9 +88,9 @@ def rescale_units(
       Pytree like `params`, in the same dtypes.
 
     Raises:
-      ValueError: The parameters are no plain stack, the factors do not fit or are not
-        positive, `forward` computes another function afterwards, or a weight leaves
-        the range of its dtype.
+      ValueError: The parameters are no plain stack. Or the factors do not fit, or are
+        not positive. Or a weight leaves the range of its dtype, or `forward` computes
+        another function.
 
     Examples:
       >>> import jax.numpy as jnp

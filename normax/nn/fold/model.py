@@ -134,9 +134,9 @@ def fold_batch_norms(model: nnx.Module, *args: Any, **kwargs: Any) -> FoldedMode
     $$\text{BN}(w * x + b) \to w' * x + b'$$
 
     The pairs are found in the trace of one call of the model, whatever its code, and
-    merged by `fold_batch_norm`. A `BatchNorm` or `BatchRenorm` is left as it is unless
-    its input is the output of a `Linear`, `Conv` or `ConvTranspose`, and nothing else
-    uses that output or the two modules. Rules: docs/theory/normalizers.md.
+    merged by `fold_batch_norm`. In a pair, a `BatchNorm` or `BatchRenorm` follows a
+    `Linear`, `Conv` or `ConvTranspose`, and nothing else uses that layer or its output.
+    All others are left as they are. Rules: docs/theory/normalizers.md.
 
     Args:
       model: A Flax NNX module; it is not changed.
