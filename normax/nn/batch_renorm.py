@@ -81,7 +81,7 @@ class BatchRenorm(nnx.BatchNorm):
         *,
         mask: jax.Array | None = None,
     ) -> jax.Array:
-        """Normalize; arguments and results are those of `flax.nnx.BatchNorm`."""
+        """Normalize; in training mode, also update the running statistics."""
         if use_running_average is None:
             use_running_average = self.use_running_average
         if use_running_average is None or use_running_average:
