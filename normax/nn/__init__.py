@@ -1,13 +1,6 @@
 """Normalization layers for Flax NNX: Flax's own, and those it lacks or has wrong.
 
-A Linen module takes ours through Flax's bridge, given a function that builds the layer:
-
-    def dense(inputs, outputs, *, rngs):
-        return normax.nn.WeightNorm(nnx.Linear(inputs, outputs, rngs=rngs))
-
-    x = nnx.bridge.to_linen(dense, 784, 128)(x)
-    norm = nnx.bridge.to_linen(normax.nn.BatchRenorm, 128)
-    x = norm(x, use_running_average=not train)
+A Linen module uses them through Flax's bridge, see docs/theory/normalizers.md.
 """
 
 from flax.nnx import BatchNorm, GroupNorm, InstanceNorm, LayerNorm, RMSNorm

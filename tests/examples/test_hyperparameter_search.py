@@ -21,7 +21,7 @@ studies: Any = importlib.import_module("studies")
 
 SMALL = ["--epochs", "2", "--images", "40", "--channels", "2", "2", "2", "2"]
 SPACE = {"eta": (1e-3, 1e1), "lambda": (1e-2, 1e1)}
-# Waits in its first sweep until the other process, too, has asked for trials.
+# The process waits in its first sweep until the other one has asked for trials too.
 PROCESS = """
 import os, pathlib, sys, time
 examples, folder, *arguments = sys.argv[1:]
@@ -52,7 +52,7 @@ def small_run(
 
 
 def oracle(theta: Any, momentum: float) -> Any:
-    """Product of rate and decay for which SGD with momentum turns by an angle."""
+    """Return the product of rate and decay for which momentum turns by an angle."""
     return (1 + momentum) * (1 - np.cos(theta))
 
 

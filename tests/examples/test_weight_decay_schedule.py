@@ -56,7 +56,7 @@ def test_equal_runs_part_by_rounding_alone(
     np.testing.assert_array_equal(double["test_error"], decay["test_error"])
     np.testing.assert_allclose(double["training_loss"], decay["training_loss"], 1e-6)
     single = select(small_run, rule, name, "float32")
-    # Not zero: the runs do not share their arithmetic.
+    # The runs differ by rounding, because they do not share their arithmetic.
     assert 0 < single["difference"][0] < 1e-5
     assert 0 < single["logits"][0] < 1e-5
 

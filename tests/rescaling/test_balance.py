@@ -27,7 +27,8 @@ def draw(seed, widths, biases=False, dtype=jnp.float64):
 
 def conv_draw(seed, biases=True):
     rng = np.random.default_rng(seed)
-    shapes = [(3, 2, 4), (2, 2, 4), (8, 1)]  # the second in two groups, then a flatten
+    # The second convolution has two groups, and a flatten comes before the last layer.
+    shapes = [(3, 2, 4), (2, 2, 4), (8, 1)]
     return [
         {"kernel": jnp.asarray(rng.normal(size=shape))}
         | ({"bias": jnp.asarray(rng.normal(size=shape[-1]))} if biases else {})
@@ -116,7 +117,7 @@ def test_dtypes_and_refusals():
 
 
 def rescaled_norms(params, sources, logs, p):
-    """Log norm of what enters every unit, hidden units rescaled, in plain NumPy."""
+    """Rescale hidden units in NumPy; return the log norm of what enters each unit."""
     ends = np.cumsum([np.shape(layer["kernel"])[-1] for layer in params[:-1]])
     factors = [*np.split(np.exp(logs), ends)[:-1], None]
     scaled = []
@@ -156,7 +157,8 @@ def dense(index):
     return index[0]
 
 
-CASES = {  # parameters, the unit that an entry of a kernel comes from
+# Each case has parameters, and for each later kernel the unit that an entry comes from.
+CASES = {
     "one output": (lambda: draw(0, (2, 3, 2, 1)), [dense, dense]),
     "several outputs": (lambda: draw(1, (2, 3, 2, 3)), [dense, dense]),
     "biases": (lambda: draw(2, (2, 3, 2, 2), True), [dense, dense]),
@@ -187,7 +189,8 @@ def test_balance_attains_the_minimum_of_brute_force(case):
             )
             assert normax.rescaling.max_norm(params, p) > 1.05 * least
             outputs = np.shape(params[-1]["kernel"])[-1]
-            norms = unit_norms(balanced, p)  # of hidden units all the same
+            # All hidden units have the same norm.
+            norms = unit_norms(balanced, p)
             np.testing.assert_allclose(norms[:-outputs], least, 1e-7)
             np.testing.assert_allclose(max(norms[-outputs:]), least, 1e-7)
 
@@ -221,7 +224,8 @@ def test_lemma_3_1(p):
         divided = jax.tree.map(lambda w: w / m, biased)
         np.testing.assert_allclose(normax.path_norm(forward, divided, x, p), 1.0)
         plain = normax.path_norm(forward, biased, x, p) ** (1 / 3)
-        assert not np.isclose(m, plain, rtol=1e-3)  # as the lemma would have it
+        # The lemma does not hold with biases.
+        assert not np.isclose(m, plain, rtol=1e-3)
 
 
 def test_rescaled_networks_have_one_balanced_form():
@@ -239,14 +243,17 @@ def test_dead_units_are_out_of_the_way():
     params = draw(4, (3, 4, 4, 2), True, jnp.float32)
     kernel, bias = params[0]["kernel"], params[0]["bias"]
     kernel = kernel.at[:, :2].set(0)
-    params[0] = {"kernel": kernel, "bias": bias.at[:2].set(0)}  # nothing enters two
-    second = params[1]["kernel"].at[2:, 3].set(0)  # another hears of these alone
+    # Nothing enters units 0 and 1 of the first layer. Only these two enter unit 3 of
+    # the second layer, and nothing enters its unit 1.
+    params[0] = {"kernel": kernel, "bias": bias.at[:2].set(0)}
+    second = params[1]["kernel"].at[2:, 3].set(0)
     params[1] = {
         "kernel": second.at[0].multiply(1e20).at[:, 1].set(0),
         "bias": params[1]["bias"].at[3].set(0).at[1].set(0),
     }
-    params[2]["kernel"] = params[2]["kernel"].at[2].set(0)  # nothing leaves a third
-    params[2]["kernel"] = params[2]["kernel"].at[1].set(0)  # nor enters nor leaves
+    # Nothing leaves units 1 and 2 of the second layer.
+    params[2]["kernel"] = params[2]["kernel"].at[2].set(0)
+    params[2]["kernel"] = params[2]["kernel"].at[1].set(0)
     x = np.random.default_rng(0).normal(size=(8, 3)).astype(np.float32)
     for p in (1.0, 2.0):
         balanced = normax.rescaling.balance(params, p)
@@ -273,7 +280,8 @@ def test_dead_units_are_out_of_the_way():
 def test_depth_and_layers_of_any_scale():
     depth, width = 24, 4
     rng = np.random.default_rng(0)
-    scales = [1e20] * 8 + [1.0] * 8 + [1e-20] * 8  # the product overflows midway
+    # The product of these scales overflows midway.
+    scales = [1e20] * 8 + [1.0] * 8 + [1e-20] * 8
     params = [
         jnp.asarray(rng.normal(size=(width, width)) * scale, jnp.float32)
         for scale in scales
@@ -285,7 +293,8 @@ def test_depth_and_layers_of_any_scale():
     np.testing.assert_allclose(np.max(norms[-1]), m, 1e-4)
     v = np.ones(width)
     log_norm = 0.0
-    for w in params:  # the path norms of the outputs, in float64
+    # The loop computes the path norms of the outputs in float64.
+    for w in params:
         v = np.sqrt(np.float64(w).T ** 2 @ v**2)
         log_norm, v = log_norm + np.log(np.max(v)), v / np.max(v)
     np.testing.assert_allclose(depth * np.log(m), log_norm, 1e-4, 1e-3)

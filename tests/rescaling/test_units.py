@@ -210,7 +210,8 @@ def test_users_who_forbid_to_imply_dtypes():
 
 
 def test_factors_far_out_of_the_range_of_products():
-    # 3e38 is the largest float32: 1e27 times 1e27 is not, nor 1e20 times 1e27.
+    # The largest float32 is 3e38. So 1e27 times 1e27 overflows, and so does 1e20 times
+    # 1e27.
     params = [jnp.full((1, 2), 1e-20), jnp.full((2, 2), 1e-19), jnp.full((2, 1), 1e20)]
     params[1] = jnp.array([[1e-19, 1e-19], [1e-18, 1e17]])
     factors = [jnp.array([1e-17, 1e27]), jnp.array([1e27, 1e-17])]
@@ -270,9 +271,10 @@ REFUSED = [
     ([jnp.ones((3, 4)), jnp.ones((8, 2))], [1.0], "chain"),
     (conv_shapes((3, 3, 3, 8), (3, 3, 5, 8)), [1.0], "chain"),
     (conv_shapes((3, 3, 3, 8), (3, 3, 16, 8)), [1.0], "chain"),
-    (conv_shapes((3, 3, 3, 8), (3, 3, 2, 6)), [1.0], "chain"),  # 4 groups of 1.5
+    # The next would need 4 groups of 1.5 channels.
+    (conv_shapes((3, 3, 3, 8), (3, 3, 2, 6)), [1.0], "chain"),
     (conv_shapes((3, 3, 3, 8), (12, 6)), [1.0], "chain"),
-    (conv_shapes((3, 4), (3, 4, 5)), [1.0], "chain"),  # stacked by scan
+    (conv_shapes((3, 4), (3, 4, 5)), [1.0], "chain"),  # It was stacked by scan.
     (
         [jnp.ones((3, 4), jnp.complex64), jnp.ones((4, 2))],
         [1.0],
@@ -326,7 +328,7 @@ def test_forward_is_checked():
     normax.rescaling.random_rescaling(
         KEY, SQUARE, forward=lambda *a: jax.nn.softmax(stack(jax.nn.relu)(*a)), **given
     )
-    # However little the given factors change.
+    # A wrong activation is found however little the given factors change.
     for factors in ([1.0 + 1e-6, 1.0, 1.0, 1.0, 1.0], [1.0, 1.0, 100.0, 1.0, 1.0]):
         for breaks, primitive in ((jax.nn.silu, "logistic"), (jnp.tanh, "tanh")):
             match = rf"(?s)Dense_0.*Dense_4.*applies `{primitive}`"
@@ -334,7 +336,7 @@ def test_forward_is_checked():
                 normax.rescaling.rescale_units(
                     SQUARE, factors, forward=stack(breaks), **given
                 )
-    # Saturated by no input of moderate size.
+    # Inputs of moderate size do not reach the 6 of relu6 with these weights.
     small = jax.tree.map(lambda w: 0.2 * w, SQUARE)
     for change in (
         normax.rescaling.balance,
@@ -382,7 +384,7 @@ def test_forward_is_checked():
 
 
 def reference_log10_factors(rng, units, picks):
-    """The paper's section 5, one pick after the other."""
+    """Follow the paper's section 5, one pick after the other."""
     decades = np.zeros(units)
     for unit in rng.integers(0, units, picks):
         decades[unit] += rng.lognormal(0.0, 1.0)
@@ -397,9 +399,11 @@ def test_the_recipe_of_the_paper():
     ours = decades[decades > 0]
     reference = reference_log10_factors(np.random.default_rng(0), 8000, 2000)
     reference = reference[reference > 0]
-    assert abs(len(ours) - 8000 * (1 - (1 - 1 / 8000) ** 2000)) < 60  # with replacement
+    # This is the expected number of different units among picks with replacement.
+    assert abs(len(ours) - 8000 * (1 - (1 - 1 / 8000) ** 2000)) < 60
     share = np.mean(first > 1)
-    assert abs(share - np.mean(third > 1)) < 0.03  # of both layers alike
+    # Both layers get the same share of the picks.
+    assert abs(share - np.mean(third > 1)) < 0.03
     truncated = np.minimum(reference, np.max(ours))
     assert scipy.stats.ks_2samp(ours, truncated).pvalue > 0.01
     expected = 1e-3 * third[None] ** 1.0 / first[:, None]
@@ -415,7 +419,8 @@ def test_the_parameters_of_the_distribution():
     rescaled = normax.rescaling.random_rescaling(
         KEY, params, fraction=2.0, log_mean=np.log(0.5), log_std=0.0
     )
-    picks = np.log10(np.float64(rescaled[0])) / 0.5  # each counts half a decade
+    # Each pick multiplies by half a decade.
+    picks = np.log10(np.float64(rescaled[0])) / 0.5
     np.testing.assert_allclose(picks, np.round(picks), atol=1e-5)
     assert np.sum(np.round(picks)) == 80 and np.max(picks) > 2.5
     same = normax.rescaling.random_rescaling(KEY, params, fraction=jnp.float32(0))
