@@ -1,13 +1,8 @@
 """Weight vectors on spheres: measured, projected, turned.
 
 A network with normalization layers does not see the scale of a weight vector. So such
-a vector is a point of a sphere, and what a step does to it is an angle. Here are
-
-- measures of norms and angles, and a transformation that keeps them in its state;
-- projections onto the unit sphere, and of updates onto its tangent space;
-- update rules that move on the sphere, by a step or by a given angle.
-
-All take `axes`, which says which entries of an array form one weight vector.
+a vector is a point of a sphere, and a step turns it by an angle. All functions take
+`axes`, which says which entries of an array form one weight vector.
 """
 
 from normax.spheres.measures import (
