@@ -16,7 +16,7 @@ def test_a_missing_part_raises_when_the_entry_is_written(part):
 
 
 def test_an_unknown_part_raises():
-    with pytest.raises(TypeError, match="unexpected.*'joins'"):
+    with pytest.raises(TypeError, match=r"unexpected.*'joins'"):
         primitive("made_up", joins=True, **PARTS)(lambda *_: [])
 
 
