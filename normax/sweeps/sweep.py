@@ -23,11 +23,9 @@ from jax.sharding import PartitionSpec as P
 
 from normax._core.axes import PyTree
 from normax._core.checks import check_range
-from normax._core.programs import is_key
+from normax._core.programs import is_key, kept_with
 
 Points = Mapping[str, jax.Array]
-# By identity: functions that are equal may close over different data.
-_PROGRAMS: dict[int, dict[Any, Any]] = {}
 
 
 def _arrays(values: Mapping[str, jax.typing.ArrayLike]) -> dict[str, jax.Array]:
@@ -58,16 +56,10 @@ def _run(
     train_fn: Callable[..., PyTree],
 ) -> tuple[stages.Wrapped, dict[Any, stages.Wrapped]]:
     """Return the jitted function of one point, and the programs made of it so far."""
-    function: Any
-    try:
-        # A strong reference would keep the function, and so its programs, alive.
+    programs, function = kept_with(train_fn), cast(Any, lambda: train_fn)
+    with contextlib.suppress(TypeError):  # Some callables take no weak references.
+        # The program must not keep alive the function that it is kept with.
         function = weakref.ref(train_fn)
-        if id(train_fn) not in _PROGRAMS:
-            # Like the programs of `jax.jit`, these live as long as their function.
-            weakref.finalize(train_fn, _PROGRAMS.pop, id(train_fn)).atexit = False
-        programs = _PROGRAMS.setdefault(id(train_fn), {})
-    except TypeError:  # It has no weak references: programs are not kept.
-        programs, function = {}, lambda: train_fn
     if None not in programs:
         programs[None] = jax.jit(
             lambda point: jax.tree.map(jnp.asarray, function()(**point))
