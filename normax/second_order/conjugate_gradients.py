@@ -53,16 +53,15 @@ def conjugate_gradients(
     r"""Minimize $\phi(x) = \tfrac12\langle x, A x\rangle - \langle b, x\rangle$ from 0.
 
     The search stops when $\phi$ makes little progress, which the conjugate gradients
-    of JAX and lineax do not measure; when only rounding is left; or at the first
-    direction without positive curvature. Derivation: docs/theory/second_order.md.
+    of JAX and lineax do not measure. It also stops when only rounding is left, or at
+    the first direction without positive curvature: docs/theory/second_order.md.
 
     Args:
       product: The map $x \mapsto A x$, symmetric.
       vector: The right-hand side $b$.
       metric: Diagonal of the preconditioner $M$, positive.
-      start: $\phi(0) / \langle b, M^{-1} b\rangle$, not positive. It is not 0 if the
-        problem was shifted.
-      tolerance: Least relative progress $\epsilon$ of an iteration.
+      start: $\phi(0) / \langle b, M^{-1} b\rangle$, below 0 if the problem was shifted.
+      tolerance: Least relative progress of an iteration.
       limit: Largest number of iterations.
 
     Returns:

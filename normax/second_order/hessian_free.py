@@ -33,10 +33,9 @@ class HessianFreeState(NamedTuple):
     Attributes:
       count: Number of steps, int32.
       damping: Damping $\mu$ of the next step.
-      direction: Last solution $p$ of conjugate gradients, where the next ones start;
-        None for arrays of integers.
-      reduction_ratio: Ratio $\rho$ of the last step. It is 1 before the first step, and
-        where rounding hides the decrease of the loss.
+      direction: Last solution $p$, where the next search starts; None for integers.
+      reduction_ratio: Ratio $\rho$ of the last step; 1 if there is none, or if rounding
+        hides the decrease of the loss.
       iterations: Number of conjugate gradient iterations of the last step, int32.
     """
 
@@ -77,21 +76,20 @@ def hessian_free(
 
     The damping $\mu$ falls when the model predicts the loss well, and rises when it
     does not. The part $\alpha \le 1$ is halved until the loss decreases. Without
-    damping, the step has the units of the weights. The stopping rule of conjugate
-    gradients, rounding and derivatives are explained in docs/theory/second_order.md.
+    damping, the step has the units of the weights. Derivation, stopping rule, rounding
+    and derivatives: docs/theory/second_order.md.
 
-    The three functions close over the batch, so hand those of the batch at hand to
-    each `update`. Those of one batch may be given once, here.
+    The functions close over the batch, so hand those of its batch to each `update`.
 
     Args:
       learning_rate: Learning rate $\eta$, a number or a schedule.
       damping: Damping $\mu$ of the first step, in the units of $B$.
       weight_decay: Weight decay $\lambda$ of all parameters, coupled.
-      outputs_fn: The network's outputs, a pytree of arrays, as a function of the
-        parameters; an argument of `update` of this name goes before it.
-      loss_of_outputs: A convex function of the outputs; likewise.
+      outputs_fn: Outputs of the network, a pytree of arrays, as a function of the
+        parameters, unless `update` is given another.
+      loss_of_outputs: A convex function of the outputs, likewise.
       cg_iterations: Largest number of iterations in a step.
-      cg_tolerance: The $\epsilon$ of the stopping rule.
+      cg_tolerance: Least relative progress of an iteration.
       warm_start: Factor of the last solution; 0 for a start from 0.
       preconditioner_power: Exponent $\xi$ of the preconditioner
         $(c + \lambda + \mu)^\xi$, where `update` is given `curvature_diagonal`, a
@@ -100,39 +98,33 @@ def hessian_free(
     Returns:
       A gradient transformation that needs `params` and `value_fn`, with the state
       `HessianFreeState`. Under `optax.masked` or `partition`, the functions are called
-      with what is left of the parameters. An array whose gradient is None is a
-      constant. Under `optax.inject_hyperparams`, `outputs_fn` and `loss_of_outputs`
-      need `static_args`.
+      with what is left of the parameters; under `optax.inject_hyperparams`, they need
+      `static_args`. An array whose gradient is None is a constant.
 
     Raises:
-      ValueError: A number is out of range, only one of `outputs_fn` and
-        `loss_of_outputs` is given, or `update` is called without `params` or
-        `value_fn`.
+      ValueError: A number is out of range, only one of the two functions is given, or
+        `update` is called without `params` or `value_fn`.
 
     Examples:
       >>> import jax
       >>> import jax.numpy as jnp
       >>> import normax
-      >>> import optax
       >>> def outputs_fn(w):
       ...     return jnp.stack([10 * w[0] - 10, w[0] - w[1]])
-      >>> def loss_of_outputs(y):
-      ...     return jnp.sum(y**2)
+      >>> def loss(w):
+      ...     return jnp.sum(outputs_fn(w) ** 2)
+      >>> tx = normax.second_order.hessian_free(damping=0.0)
       >>> @jax.jit
-      ... def step(w, state):
-      ...     loss = lambda w: loss_of_outputs(outputs_fn(w))
-      ...     functions = dict(outputs_fn=outputs_fn, loss_of_outputs=loss_of_outputs)
-      ...     updates, state = tx.update(
-      ...         jax.grad(loss)(w), state, w, value_fn=loss, **functions
-      ...     )
-      ...     return optax.apply_updates(w, updates), state
-      >>> tx, w = normax.second_order.hessian_free(damping=0.0), jnp.zeros(2)
-      >>> step(w, tx.init(w))[0].round(4)
+      ... def step(w):
+      ...     curvature = dict(outputs_fn=outputs_fn, loss_of_outputs=lambda y: y @ y)
+      ...     extra = curvature | {"value_fn": loss}
+      ...     return w + tx.update(jax.grad(loss)(w), tx.init(w), w, **extra)[0]
+      >>> step(jnp.zeros(2)).round(4)
       Array([1., 1.], dtype=float32)
 
     References:
       Martens, Deep learning via Hessian-free optimization, 2010. van Laarhoven, L2
-      Regularization versus Batch and Weight Normalization, 2017, section 5.4.
+      Regularization versus Batch and Weight Normalization, 2017, §5.4.
     """
     numbers = dict(
         damping=damping,
@@ -212,7 +204,7 @@ def hessian_free(
         rate = learning_rate(state.count) if callable(learning_rate) else learning_rate
         step = optax.tree.scale(jnp.asarray(rate, dtype), direction)
         predicted, _ = undamped.evaluate(step)
-        # What is computed in a coarse dtype is the loss, not the weight decay.
+        # The loss may have a coarser dtype than the weight decay, and rounds with it.
         before = loss(w)
         rounding = 8 * jnp.finfo(before.dtype).eps * jnp.abs(before).astype(dtype)
         before = decayed(w)

@@ -54,13 +54,9 @@ def newton(
     H = \nabla^2 L(w)$$
 
     The gradient $g$ is the one that `update` is given, the Hessian that of `value_fn`
-    at `params`: `update(grads, state, params, value_fn=loss_of_params)`. The step has
-    the units of the weights. Weight decay belongs to the loss, as
-    $\tfrac{\lambda}{2}\|w\|^2$.
-
-    The inverse is a pseudo-inverse: directions without curvature do not move. Newton's
-    method also goes to saddles and maxima. `saddle_free` takes $|H + \lambda I| + \mu
-    I$, with the absolute values of the eigenvalues, and leaves them.
+    at `params`: `update(grads, state, params, value_fn=loss_of_params)`. Directions
+    without curvature do not move. The step has the units of the weights. Newton's
+    method also goes to saddles; with `saddle_free` it leaves them.
 
     Name scale-invariant vectors in `axes`. Otherwise the step of a scale-invariant
     loss is $+\eta w$, which changes no function. With `axes` the method is Newton's on
@@ -70,10 +66,10 @@ def newton(
     Args:
       learning_rate: Learning rate $\eta$, a number or a schedule.
       damping: Damping $\mu$, in the units of the Hessian.
-      weight_decay: Weight decay $\lambda$ of all parameters, coupled.
-      saddle_free: Whether to take the absolute values of the eigenvalues.
-      axes: Which entries form one scale-invariant vector, as in
-        `projection_unit_norm`.
+      weight_decay: Weight decay $\lambda$ of all parameters, as a part of the loss.
+      saddle_free: Whether to take the absolute values of all eigenvalues of
+        $H + \lambda I$.
+      axes: Which entries form one scale-invariant vector.
       rtol: Curvatures below this part of the largest count as 0; None for the number
         of parameters times the rounding of the dtype.
       max_parameters: Largest number of parameters; memory grows as its square.
@@ -84,30 +80,26 @@ def newton(
       parameters. An array whose gradient is None is a constant.
 
     Raises:
-      ValueError: There are more parameters than `max_parameters`, `axes` is malformed
-        or does not fit them, a number is out of range, or `update` is called without
-        `params` or `value_fn`.
+      ValueError: There are too many parameters, `axes` does not fit them, a number is
+        out of range, or `update` is called without `params` or `value_fn`.
 
     Examples:
       >>> import jax
       >>> import jax.numpy as jnp
       >>> import normax
-      >>> import optax
       >>> def loss(w):
       ...     return 50 * (w[0] - 1) ** 2 + (w[0] - w[1]) ** 2
+      >>> tx = normax.second_order.newton()
       >>> @jax.jit
-      ... def step(w, state):
-      ...     grads = jax.grad(loss)(w)
-      ...     updates, state = tx.update(grads, state, w, value_fn=loss)
-      ...     return optax.apply_updates(w, updates), state
-      >>> tx, w = normax.second_order.newton(), jnp.zeros(2)
-      >>> step(w, tx.init(w))[0].round(4)
+      ... def step(w):
+      ...     return w + tx.update(jax.grad(loss)(w), tx.init(w), w, value_fn=loss)[0]
+      >>> step(jnp.zeros(2)).round(4)
       Array([1., 1.], dtype=float32)
 
     References:
       van Laarhoven, L2 Regularization versus Batch and Weight Normalization, 2017,
-      section 5.4 and Table 1. Dauphin et al., Identifying and Attacking the Saddle
-      Point Problem in High-Dimensional Non-Convex Optimization, 2014.
+      §5.4 and Table 1.
+      Dauphin et al., Identifying and Attacking the Saddle Point Problem, 2014.
     """
     check_axes(axes)
     check_range("damping", damping, low=0)

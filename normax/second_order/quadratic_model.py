@@ -24,10 +24,8 @@ def curvature(
     loss_of_outputs: Callable[[PyTree], jax.Array] | None,
     w: Vector,
 ) -> Product:
-    """Return products with the Gauss-Newton matrix, or else with the Hessian.
-
-    All that does not depend on the vector is computed here, once for all products.
-    """
+    """Return products with the Gauss-Newton matrix, or else with the Hessian."""
+    # `linearize` computes once what all products share.
     if outputs_fn is None or loss_of_outputs is None:
         return jax.linearize(jax.grad(loss), w)[1]
     outputs, push = jax.linearize(outputs_fn, w)
@@ -63,7 +61,7 @@ class Start(NamedTuple):
 def start_from(model: QuadraticModel, point: Vector) -> Start:
     """Start at a point if the model is lower there than at 0, and otherwise at 0."""
     height, image = model.evaluate(point)
-    # A height that is no number is not below 0: such a point is forgotten.
+    # A NaN is not below 0. So a start that is not finite is forgotten.
     kept = height < 0
     return Start(*jax.tree.map(lambda x: jnp.where(kept, x, 0), (point, image, height)))
 
@@ -71,9 +69,9 @@ def start_from(model: QuadraticModel, point: Vector) -> Start:
 def unit_of(w: Vector) -> jax.Array:
     """Return the power of two in which the solution is measured: the weights' own.
 
-    The curvature of a scale-invariant loss is inverse to the square of the weights.
-    In their units it is about 1. Zeros and very small weights say nothing of it.
+    In units of the weights, the curvature of a scale-invariant loss is about 1.
     """
+    # Zeros and very small weights say nothing of the curvature.
     return jnp.clip(magnitude(w), 2.0**-50, 2.0**50)
 
 
@@ -93,18 +91,9 @@ def minimize(
     tolerance: jax.Array,
     limit: jax.typing.ArrayLike,
 ) -> tuple[Vector, jax.Array]:
-    """Minimize a model by conjugate gradients; derivatives are those of the minimum.
+    """Return the minimum of a model by conjugate gradients, and their iterations.
 
-    Args:
-      model: The model.
-      start: Where to start.
-      metric: Diagonal of the preconditioner, in units of the weights.
-      unit: The unit of the weights.
-      tolerance: As in `conjugate_gradients`.
-      limit: Largest number of iterations.
-
-    Returns:
-      The minimum, and the number of iterations.
+    Derivatives are those of the minimum. Metric and unit are as in `preconditioner`.
     """
     downhill = jax.tree.map(lambda g, a: -g - a, model.gradient, start.image)
     downhill = optax.tree.scale(unit, downhill)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 _SMALLEST_PART = 2.0**-20  # of a step
-_SLOPE = 1e-2  # part of the slope's decrease that a step must bring
+_SLOPE = 1e-2  # A step must bring this part of the decrease that the slope promises.
 
 
 class _Trial(NamedTuple):
@@ -22,13 +22,9 @@ def backtrack(
     slope: jax.Array,
     rounding: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-    """Halve the step until the loss decreases.
+    """Halve the step until the loss, a function of the part that is taken, decreases.
 
-    Args:
-      loss: The loss as a function of the part of the step that is taken.
-      before: Its value at 0.
-      slope: Its derivative there.
-      rounding: Increases up to this one are rounding.
+    Increases up to `rounding` do not count.
 
     Returns:
       The part of the step to take, which is 0 if no part decreases the loss, and the
@@ -56,7 +52,7 @@ def backtrack(
         halve,
         _Trial(2 * one, unknown, unknown),
     )
-    # `0 * before` is NaN if the loss was NaN before the step, which is so not hidden.
+    # If the loss was NaN before the step, `0 * before` is NaN too, and shows it.
     part = jnp.where(fails(last.part, last.after), 0 * before, last.part)
     return part, last.whole
 
@@ -66,11 +62,7 @@ def adapt_damping(
 ) -> tuple[jax.Array, jax.Array]:
     r"""Change the damping by how well the model predicts the change of the loss.
 
-    Args:
-      damping: Damping $\mu$ of this step.
-      change: What the loss changes by in the entire step.
-      predicted: What the model without damping predicts.
-      rounding: Predictions up to this size are rounding: damping stays as it is.
+    Damping stays as it is where the rounding of the loss hides the prediction.
 
     Returns:
       Damping of the next step, and the ratio $\rho$ of the two changes.
