@@ -12,6 +12,7 @@ here. Versions 0.8.1 to 0.12 differ so:
 import contextlib
 import functools
 import itertools
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -211,6 +212,42 @@ REDUNDANT_PARAMETERS = {
 def is_key(array: Any) -> bool:
     """Return whether an array holds random keys, which are no numbers."""
     return jax.dtypes.issubdtype(array.dtype, jax.dtypes.prng_key)
+
+
+def is_float(array: Any) -> bool:
+    """Return whether an array or a number is real and has derivatives.
+
+    Integers, complex numbers and random keys are not floats.
+    """
+    # JAX finds no common dtype of random keys, but they know their own.
+    dtype = getattr(array, "dtype", None)
+    dtype = jax.dtypes.result_type(array) if dtype is None else dtype
+    return jax.dtypes.issubdtype(dtype, np.floating)
+
+
+# By identity: functions that are equal may close over different data.
+_KEPT: dict[int, dict[Any, Any]] = {}
+
+
+def kept_with(function: Any) -> dict[Any, Any]:
+    """Return a dictionary for programs that lives as long as a function.
+
+    `jax.jit` compiles anew for every function that it is given. Programs that are made
+    of one function are kept here, and are forgotten with it. They must not hold the
+    function themselves, or it lives for ever.
+
+    Returns:
+      The same dictionary for the same object. A new one at every call for an object
+      that takes no weak references, since its end would not be noticed.
+    """
+    if id(function) not in _KEPT:
+        try:
+            # Another object can have this identity only after the dictionary has gone.
+            end = weakref.finalize(function, _KEPT.pop, id(function), None)
+        except TypeError:
+            return {}
+        end.atexit = False
+    return _KEPT.setdefault(id(function), {})
 
 
 def compiled(fn: Callable[..., Any]) -> Callable[..., Any]:

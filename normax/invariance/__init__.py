@@ -1,10 +1,8 @@
 """Which weights are scale-invariant, and what follows for weight decay.
 
 A weight vector is scale-invariant if the loss does not see its length. Then its
-gradient is orthogonal to it, and weight decay does not regularize: it sets the
-effective learning rate. Here such vectors are found from the loss alone, with the
-evidence, and made into a mask for weight decay. A table says what each kind of
-normalization layer is invariant to.
+gradient is orthogonal to it, and weight decay sets its effective learning rate. Such
+vectors are found from the loss alone. Derivation: docs/theory/invariance.md.
 """
 
 from normax.invariance.masks import weight_decay_mask

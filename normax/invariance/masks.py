@@ -9,18 +9,16 @@ def weight_decay_mask(axes: Axes, params: PyTree) -> PyTree:
     $$L(w) + \tfrac{\lambda}{2} \|w\|^2 \text{ has the functions of } L(w)
     \text{ if } L \text{ is scale-invariant}$$
 
-    Weight decay does two unrelated things. On scale-invariant arrays it does not
-    regularize; it balances the growth of the norm and so sets the effective learning
-    rate. On the others it is a penalty. The mask is True for the first and False for
-    the second, biases and gains included, so that each can have its own strength:
+    On the other arrays, biases and gains included, weight decay is a penalty. The mask
+    is True for the first and False for these, so each can have its own strength:
     `optax.adamw(rate, weight_decay=decay, mask=mask)` decays where that changes no
-    function, and `optax.add_decayed_weights` with the mask's opposite, from
-    `jax.tree.map(operator.not_, mask)`, is the penalty.
+    function. `optax.add_decayed_weights` is the penalty, with the mask's opposite,
+    `jax.tree.map(operator.not_, mask)`. Derivation: docs/theory/invariance.md.
 
     Args:
       axes: Which entries form one weight vector, as `scale_invariant_axes` finds them.
-      params: Pytree of arrays. `functools.partial(weight_decay_mask, axes)` is the
-        mask as a function of the parameters that optax takes too.
+      params: Pytree of arrays. `functools.partial(weight_decay_mask, axes)` is the mask
+        as a function of the parameters, which optax takes too.
 
     Returns:
       Pytree with the structure of `params` and a bool for every array: whether it holds
@@ -37,8 +35,7 @@ def weight_decay_mask(axes: Axes, params: PyTree) -> PyTree:
       {'bias': False, 'kernel': True}
 
     References:
-      van Laarhoven, L2 Regularization versus Batch and Weight Normalization,
-      2017, sections 2 and 3.
+      van Laarhoven, L2 Regularization versus Batch and Weight Normalization, 2017, §2.
     """
     return map_vectors(
         lambda vector_axes, w: True, axes, params, otherwise=lambda w: False

@@ -10,7 +10,7 @@ import numpy as np
 
 from normax._core.axes import Axes, PyTree, resolve_axes
 
-# Of the factors 1/2, 2, 4 and 8: rescaling by powers of two rounds nothing.
+# The factors are 1/2, 2, 4 and 8, since products with powers of two are not rounded.
 _EXPONENTS = np.array([-1, 1, 2, 3])
 
 
@@ -22,10 +22,10 @@ class Rescaling(NamedTuple):
 
 
 def _exponents(shape: tuple[int, ...]) -> Iterator[np.ndarray]:
-    """Draw exponents for vectors; each changes, and no two agree in all draws."""
+    """Draw exponents, none of them 0; no two vectors have the same in all draws."""
     base, count = len(_EXPONENTS), math.prod(shape)
-    # The digits of numbers in random order: a function may know of groups and
-    # neighbours, or of any one pair.
+    # The exponents are the digits of the vectors' numbers. The numbers are in random
+    # order, since a function may treat neighbours or groups of vectors alike.
     numbers = np.random.default_rng(0).permutation(count).reshape(shape)
     draw = 0
     while draw < 2 or base**draw < count:

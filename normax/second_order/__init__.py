@@ -1,8 +1,7 @@
 """Newton's method: with a dense Hessian, or by conjugate gradients without a matrix.
 
-A Newton step has the units of the weights. So training w and training a multiple of it
-visits the same functions, whatever the scale: the effective learning rate is the
-learning rate.
+A Newton step has the units of the weights. So w and a multiple of it visit the same
+functions, and the effective learning rate is the learning rate.
 """
 
 from normax.second_order.hessian_free import HessianFreeState, hessian_free

@@ -1,8 +1,11 @@
 """Assertions about invariance, in the manner of chex.
 
 Plain functions for tests and training scripts. Each raises an `AssertionError` that
-names the arrays at fault, their values and the tolerance. Those of one set of weights
-stand in `invariance`, those that compare networks or training runs in `trajectories`.
+names the arrays at fault, their values and the tolerance. They compare values, so
+inside `jax.jit` they need `chex.chexify`, as chex's own. What they call is compiled,
+and takes products of float32 matrices in full, also on a GPU, unless it names a
+precision.
+Tolerances: docs/theory/invariance.md.
 """
 
 from normax.testing.invariance import (

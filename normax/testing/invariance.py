@@ -1,9 +1,4 @@
-"""Assertions about invariance, in the manner of chex.
-
-Plain functions that raise an `AssertionError` naming the arrays at fault, their
-values and the tolerance. They compare values, so inside `jax.jit` they need
-`chex.chexify`, as chex's own value assertions do.
-"""
+"""Assertions about one set of weights: norms, invariance, gradients."""
 
 from collections.abc import Callable
 from typing import Any
@@ -23,8 +18,8 @@ from normax._core.norms import at_least_float32, inner_product, nonzero, vector_
 from normax._core.programs import compiled, full_precision
 from normax.invariance.rescalings import rescalings
 
-# Below this fraction of the largest of its kind, a gradient in float32 may be the
-# rounding of terms that cancel, and is held to the larger one's tolerance.
+# A gradient may be the rounding of terms that cancel. In float32 it may be so below
+# this fraction of the largest gradient, whose tolerance it then gets.
 _NOISE = 1e-3
 
 
@@ -60,9 +55,8 @@ def assert_unit_norm(
       params: Pytree of arrays.
       axes: Which entries form one weight vector, as in `normax.weight_norm`.
       radius: Norm $r$, as in `normax.projection_unit_norm`.
-      rtol: Relative tolerance; None for what `normax.project_unit_norm` keeps to in
-        the dtype of each array: 1e-6 in float32 and one unit in the last place of
-        coarser ones.
+      rtol: Relative tolerance. None for the precision of `normax.project_unit_norm`:
+        1e-6 in float32, and one unit in the last place of coarser dtypes.
       atol: Absolute tolerance.
       custom_message: Added to the message of the error.
 
@@ -80,8 +74,8 @@ def assert_unit_norm(
       >>> normax.testing.assert_unit_norm(jnp.array([[0.6, 0.0], [0.8, 1.0]]))
 
     References:
-      van Laarhoven, L2 Regularization versus Batch and Weight Normalization,
-      2017, section 5.5.
+      van Laarhoven, L2 Regularization versus Batch and Weight Normalization, 2017,
+      §5.5.
     """
 
     def compare(vector_axes, w, radius):
@@ -111,15 +105,9 @@ def assert_scale_invariant(
 
     $$f(\dots, \alpha w, \dots) = f(\dots, w, \dots), \qquad \alpha > 0$$
 
-    The vectors of one array after another are rescaled, by random factors out of 1/2,
-    2, 4 and 8, at least twice and until every two vectors have had different ones.
-    Every entry of an output must keep its value to within `rtol` of the largest.
-
     Args:
-      fn: Called as `fn(params)`; returns a pytree of arrays. It is compiled, and takes
-        products of float32 matrices in full, also on a GPU, unless it names a
-        precision.
-      params: Pytree of arrays.
+      fn: Called as `fn(params)`; returns a pytree of arrays.
+      params: Pytree of arrays. One array after another is rescaled, by random factors.
       axes: Which entries form one weight vector, as in `normax.weight_norm`.
       rtol: Tolerance relative to the largest entry of each output. The default lets
         the $\epsilon$ of batch norm pass where it is below 1e-3 of the variance.
@@ -142,8 +130,7 @@ def assert_scale_invariant(
       >>> normax.testing.assert_scale_invariant(fn, jnp.array([[3.0, 1.0], [4.0, 2.0]]))
 
     References:
-      van Laarhoven, L2 Regularization versus Batch and Weight Normalization,
-      2017, section 1.
+      van Laarhoven, L2 Regularization versus Batch and Weight Normalization, 2017, §1.
     """
     compiled_fn = compiled(fn)
     expected = named_leaves("outputs", compiled_fn(params))
@@ -174,19 +161,14 @@ def assert_inverse_gradient_scaling(
 
     $$\nabla_w L(\alpha w) = \tfrac{1}{\alpha} \nabla_w L(w), \qquad \alpha > 0$$
 
-    which holds for every scale-invariant loss. The vectors are rescaled as in
-    `assert_scale_invariant`, and $\alpha\,\nabla_w L(\alpha w)$ is compared with
-    $\nabla_w L(w)$.
+    This holds for every scale-invariant loss.
 
     Args:
-      loss_fn: Called as `loss_fn(params)`; returns a scalar. It is compiled, and takes
-        products of float32 matrices in full, also on a GPU, unless it names a
-        precision.
-      params: Pytree of arrays.
+      loss_fn: Called as `loss_fn(params)`; returns a scalar.
+      params: Pytree of arrays, rescaled as in `assert_scale_invariant`.
       axes: Which entries form one weight vector, as in `normax.weight_norm`.
-      rtol: Tolerance relative to the largest entry of each array's gradient. A
-        gradient that is, in units of the loss, a thousandth of the largest array's
-        or less may be rounding, and is held to that thousandth.
+      rtol: Tolerance relative to the largest entry of each array's gradient. Gradients
+        so small that they may be rounding have a larger one.
       atol: Absolute tolerance.
       custom_message: Added to the message of the error.
 
@@ -207,8 +189,7 @@ def assert_inverse_gradient_scaling(
       >>> normax.testing.assert_inverse_gradient_scaling(loss_fn, w)
 
     References:
-      van Laarhoven, L2 Regularization versus Batch and Weight Normalization,
-      2017, section 3.
+      van Laarhoven, L2 Regularization versus Batch and Weight Normalization, 2017, §3.
     """
     gradient = jax.grad(compiled(loss_fn), allow_int=True)
     gradients = jax.tree.leaves(gradient(params))
@@ -248,18 +229,15 @@ def assert_orthogonal_gradient(
 
     $$\langle w, \nabla_w L\rangle = 0$$
 
-    which is the derivative of $L(\alpha w)$ at $\alpha = 1$, and holds for every
+    This is the derivative of $L(\alpha w)$ at $\alpha = 1$, and holds for every
     scale-invariant loss.
 
     Args:
-      loss_fn: Called as `loss_fn(params)`; returns a scalar. It is compiled, and takes
-        products of float32 matrices in full, also on a GPU, unless it names a
-        precision.
+      loss_fn: Called as `loss_fn(params)`; returns a scalar.
       params: Pytree of arrays.
       axes: Which entries form one weight vector, as in `normax.weight_norm`.
       rtol: Largest cosine of the angle between a weight vector and its gradient.
-        Where $\|w\| \|\nabla_w L\|$ is a thousandth of the largest vector's or less,
-        it may be rounding, and the product is held to that thousandth.
+        Products so small that they may be rounding have a larger one.
       atol: Absolute tolerance of the product, in units of the loss.
       custom_message: Added to the message of the error.
 
@@ -280,8 +258,7 @@ def assert_orthogonal_gradient(
       >>> normax.testing.assert_orthogonal_gradient(loss_fn, w)
 
     References:
-      van Laarhoven, L2 Regularization versus Batch and Weight Normalization,
-      2017, section 3.
+      van Laarhoven, L2 Regularization versus Batch and Weight Normalization, 2017, §3.
     """
     gradients = jax.grad(compiled(loss_fn), allow_int=True)(params)
 

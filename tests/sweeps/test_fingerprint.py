@@ -183,7 +183,7 @@ def other_programs():
         "dtype": lambda rate: rate * jnp.sum(ones.astype(jnp.bfloat16)),
         "number of steps": lambda rate: lax.fori_loop(0, 3, lambda _, r: r + 1, rate),
         "more steps": lambda rate: lax.fori_loop(0, 4, lambda _, r: r + 1, rate),
-        "precision": lambda rate: rate * jnp.dot(ones, ones, precision="highest"),
+        "precision": lambda rate: rate * jnp.dot(ones, ones, precision="high"),
         "no precision": lambda rate: rate * jnp.dot(ones, ones),
         "sequence": lambda rate: (rate * 2, rate + 2),
         "other sequence": lambda rate: (rate + 2, rate * 2),
@@ -205,7 +205,7 @@ def test_every_program_has_a_digest_of_its_own():
     ("setting", "value"),
     [
         ("jax_threefry_partitionable", False),
-        ("jax_default_matmul_precision", "highest"),
+        ("jax_default_matmul_precision", "high"),
     ],
 )
 def test_settings_that_change_results_make_another_run(setting, value):
