@@ -27,6 +27,7 @@ from jax import lax
 
 from normax._core.norms import at_least_float32, nonzero
 from normax._core.powers_of_two import exp2, exponent_of, halves
+from normax._core.scheduling import in_one_pass
 
 DEAD = -(2**20)  # the exponent of zeros: never the largest of any sum
 _LARGE = 2**18  # weights for which a second pass takes longer than its compilation
@@ -297,8 +298,7 @@ class PathArithmetic:
             # At least 1, up to rounding, unless the scale is 0.
             return scale * arithmetic.root(jnp.maximum(total(arithmetic, scaled), 0.5))
 
-        @jax.custom_jvp
-        def in_one_pass(weight, root, *p):
+        def directly(weight, root, *p):
             arithmetic = PathArithmetic(*p) if p else self
             # In a vector of its own: weights are multiplied once. Its smallest numbers
             # become NaN, which no range holds.
@@ -306,18 +306,16 @@ class PathArithmetic:
             size = jnp.where((size > 2.0**-80) | (root == 0), size, jnp.nan)
             sums = total(arithmetic, weight * size)
             low, high = _range(sums, tuple(range(sums.ndim)))
-            return lax.cond(
-                (low > 2.0**-80) & (high < 2.0**80),
-                lambda: arithmetic.root(sums),
-                lambda: carefully(weight, root, *p),
-            )
+            return lambda: arithmetic.root(sums), (low > 2.0**-80) & (high < 2.0**80)
 
-        @in_one_pass.defjvp
+        quickly = jax.custom_jvp(in_one_pass(directly, carefully))
+
+        @quickly.defjvp
         def derivative(primals, tangents):
             # Where one pass does not do, what it overflows to has no derivative.
-            return in_one_pass(*primals), jax.jvp(carefully, primals, tangents)[1]
+            return quickly(*primals), jax.jvp(carefully, primals, tangents)[1]
 
-        root = (carefully if weight.size < _LARGE else in_one_pass)(weight, x.root, *p)
+        root = (carefully if weight.size < _LARGE else quickly)(weight, x.root, *p)
         sums = self.normalize(Scaled(root, of_rank(x.exponent, root.ndim)))
         return Scaled(
             lax.expand_dims(sums.root, axes), of_rank(sums.exponent, weight.ndim)
