@@ -1,7 +1,7 @@
 r"""Norms and angles of weight vectors, in float32 or better.
 
-Every function here works on one array, over `axes`, and keeps these axes with
-length one, so that its results broadcast against the array.
+Every function here sums one array over `axes`. It keeps these axes with length one,
+so the results broadcast against the array.
 """
 
 import functools
@@ -14,7 +14,7 @@ from normax._core.scheduling import in_one_pass, on_cpu
 
 
 def common_dtype(*arrays: Any) -> Any:
-    """Return the common dtype, also to users who forbid to imply one."""
+    """Return the common dtype, whatever `jax_numpy_dtype_promotion` says."""
     with jax.numpy_dtype_promotion("standard"):
         return jnp.result_type(*arrays)
 
@@ -28,7 +28,7 @@ def at_least_float32(*arrays: jax.typing.ArrayLike) -> tuple[jax.Array, ...]:
 
 def nonzero(norm: jax.Array) -> jax.Array:
     """Return `norm` with every 0 replaced by 1, to be divided by."""
-    # Not where(norm > 0, norm, 1), which would turn a NaN into 1 and so hide it.
+    # The condition is not norm > 0, since that would turn a NaN into 1 and hide it.
     return jnp.where(norm == 0, 1, norm)
 
 
@@ -48,7 +48,7 @@ def _direct_norm(x, *, axes):
 
 
 def _rescaled_norm(x: jax.Array, *, axes: tuple[int, ...]) -> jax.Array:
-    # All three sums in one pass over memory; powers of two round nothing.
+    # One pass over memory gives all three sums. Powers of two round nothing.
     scale = 2.0 ** (jnp.finfo(x.dtype).maxexp // 2)
     small, large = x * scale, x / scale
     square = inner_product(x, x, axes)
@@ -70,9 +70,8 @@ def vector_norm(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
 
     $$\|x\| = s^{-1} \Big(\sum_i (s\,x_i)^2\Big)^{1/2}$$
 
-    with the one of three powers of two $s$ that lets no square overflow or
-    underflow. Its derivative is $\langle \hat x, \dot x\rangle$, and 0 at
-    $x = 0$.
+    where $s$ is one of three powers of two, such that no square overflows or
+    underflows. The derivative is $\langle \hat x, \dot x\rangle$, and 0 at $x = 0$.
     """
     direct = functools.partial(_direct_norm, axes=axes)
     rescaled = functools.partial(_rescaled_norm, axes=axes)
@@ -110,7 +109,7 @@ def _unit_vector_jvp(axes, primals, tangents):
 
 @jax.custom_jvp
 def ratio(a: jax.Array, b: jax.Array) -> jax.Array:
-    """Return `a / b`, whose derivative does not square `b`; b is not 0."""
+    """Return `a / b` for b that is not 0; the derivative does not square b."""
     return a / b
 
 
@@ -133,7 +132,7 @@ def _rescaled_polar(w, u, *, axes):
 def _direct_polar(w, u, *, axes):
     w_square, u_square = inner_product(w, w, axes), inner_product(u, u, axes)
     radial = inner_product(u, w, axes) / jnp.sqrt(nonzero(w_square))
-    # Pythagoras, unless the difference would cancel more than two bits.
+    # Pythagoras' difference is exact enough if it cancels two bits at most.
     tangential_square = u_square - radial**2
     safe = _in_safe_range(w_square) & _in_safe_range(u_square)
 
