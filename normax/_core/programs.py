@@ -1,12 +1,12 @@
-"""Programs as JAX traces them, and all that differs by JAX's version.
+"""Programs as JAX traces them, and all that depends on the version of JAX.
 
-Whatever reads a primitive's parameters by name, or a class of JAX by its name, stands
-here. Versions 0.8.1 to 0.12 differ so:
+Code that reads a primitive's parameters by name stands here. The versions 0.8.1 to 0.12
+differ as follows.
 
-- Up to 0.11, `ClosedJaxpr` holds a `Jaxpr` and its constants; in 0.12 both names are
+- Up to 0.11, `ClosedJaxpr` holds a `Jaxpr` and its constants. In 0.12 both names are
   one class, and every jaxpr may have constants.
-- Since 0.11, a scan counts its arguments by trees, `ft_in` and `ft_out`; before, it has
-  `num_consts` and `num_carry`.
+- Before 0.11, a scan counts its arguments in `num_consts` and `num_carry`. Since then
+  it has trees, `ft_in` and `ft_out`.
 """
 
 import contextlib
@@ -23,7 +23,7 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
 
 def open_program(program: Jaxpr | ClosedJaxpr) -> tuple[Jaxpr, Sequence[Any]]:
     """Return a jaxpr and the arrays that it closes over."""
-    # In this order, since one class may bear both names.
+    # This test comes first, since one class may have both names.
     if isinstance(program, ClosedJaxpr):
         return program.jaxpr, program.consts
     return program, ()
@@ -39,7 +39,8 @@ def called_programs(equation: JaxprEqn) -> Iterator[Jaxpr]:
 def scan_counts(equation: JaxprEqn) -> tuple[int, int]:
     """Return how many arguments of a scan are constants, and how many are carried.
 
-    Ranks tell: the body sees an array that is scanned over without its first axis.
+    Their ranks show it. The body sees those arrays that are scanned over without
+    their first axis.
     """
     body, _ = open_program(equation.params["jaxpr"])
 
@@ -58,10 +59,10 @@ _CALLS = {
 
 
 def program_in_place(equation: JaxprEqn) -> tuple[Jaxpr, Sequence[Any]] | None:
-    """Return the program that an equation stands for, with what it closes over.
+    """Return the program that an equation calls in its place, and its constants.
 
     Returns:
-      The program, or None for a primitive of its own, or one with a rule of its own.
+      The program, or None if the equation is no mere call.
     """
     if equation.primitive.name not in _CALLS:
         return None
@@ -70,7 +71,7 @@ def program_in_place(equation: JaxprEqn) -> tuple[Jaxpr, Sequence[Any]] | None:
     return open_program(next(found))
 
 
-# Parameters of primitives, which have these names in all versions.
+# The functions from here on read parameters that have one name in all versions.
 
 
 def contraction(equation: JaxprEqn) -> Any:
@@ -197,9 +198,8 @@ def reduced_lengths(equation: JaxprEqn) -> tuple[int, ...]:
     return tuple(shape[i] for i in reduced_axes(equation))
 
 
-# Functions among the parameters of a primitive that say nothing about its results: of
-# rules for derivatives that are not taken, of what to keep in memory, and those that a
-# jaxpr beside them describes.
+# Some parameters of primitives are functions that say nothing about the results. They
+# are rules for derivatives, say what to keep in memory, or repeat a jaxpr beside them.
 REDUNDANT_PARAMETERS = {
     "custom_jvp_call": {"jvp_jaxpr_fun"},
     "custom_vjp_call": {"fwd_jaxpr_thunk", "bwd", "out_trees"},
@@ -210,7 +210,7 @@ REDUNDANT_PARAMETERS = {
 
 
 def is_key(array: Any) -> bool:
-    """Return whether an array holds random keys, which are no numbers."""
+    """Return whether an array holds random keys."""
     return jax.dtypes.issubdtype(array.dtype, jax.dtypes.prng_key)
 
 
@@ -252,7 +252,8 @@ def kept_with(function: Any) -> dict[Any, Any]:
 
 def compiled(fn: Callable[..., Any]) -> Callable[..., Any]:
     """Return the function compiled anew, unless the user has compiled it."""
-    # Of the same function `jax.jit` would keep what it closed over at its first call.
+    # `jax.jit` traces a function object once, and then keeps what it closed over. So
+    # the function is wrapped in a new object.
     if isinstance(fn, jax.stages.Wrapped):
         return fn
     return jax.jit(functools.partial(fn))
@@ -260,12 +261,12 @@ def compiled(fn: Callable[..., Any]) -> Callable[..., Any]:
 
 @contextlib.contextmanager
 def full_precision() -> Iterator[None]:
-    """Have all programs that are traced meanwhile take float32 products in full.
+    """Make programs that are traced meanwhile multiply matrices in full float32.
 
-    By default a GPU or TPU rounds the factors of matrix products, to 10 bits or 7. A
-    comparison with float32 tolerances takes that for a difference of functions. JAX
-    traces again what it had compiled for the default; a precision that a function
-    names itself stays.
+    By default a GPU or TPU rounds the factors of matrix products to 10 or 7 bits. A
+    comparison with float32 tolerances would take that for a difference of functions.
+    JAX traces compiled functions again for the new precision. A precision that a
+    function itself asks for stays.
     """
     with jax.default_matmul_precision("highest"):
         yield

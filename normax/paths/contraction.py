@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from normax._core.norms import nonzero
+from normax._core.scheduling import in_one_pass
 from normax.paths import numbers
 from normax.paths.arithmetic import PathArithmetic
 from normax.paths.numbers import Scaled, of_rank, range_of
@@ -83,17 +84,18 @@ def _in_one_pass(
 ) -> jax.Array:
     """Return roots of the sums, in a second pass only if one did not do."""
     arithmetic = _arithmetic(p, traced_p)
-    # In a vector of its own, so that weights are multiplied once. Its smallest numbers
-    # become NaN, which no range holds.
-    size = root * root
-    size = jnp.where((size > 2.0**-80) | (root == 0), size, jnp.nan)
-    sums = _sums(arithmetic, weight * size, axes)
-    low, high = range_of(sums, tuple(range(sums.ndim)))
-    return lax.cond(
-        (low > 2.0**-80) & (high < 2.0**80),
-        lambda: arithmetic.root(sums),
-        lambda: _in_two_passes(arithmetic, axes, weight, root),
-    )
+
+    def directly(weight, root):
+        # In a vector of its own, so that weights are multiplied once. Its smallest
+        # numbers become NaN, which no range holds.
+        size = root * root
+        size = jnp.where((size > 2.0**-80) | (root == 0), size, jnp.nan)
+        sums = _sums(arithmetic, weight * size, axes)
+        low, high = range_of(sums, tuple(range(sums.ndim)))
+        return lambda: arithmetic.root(sums), (low > 2.0**-80) & (high < 2.0**80)
+
+    carefully = functools.partial(_in_two_passes, arithmetic, axes)
+    return in_one_pass(directly, carefully)(weight, root)
 
 
 @_in_one_pass.defjvp

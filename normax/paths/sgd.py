@@ -7,17 +7,16 @@ norm, and is rescaled as the weights are.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax import lax
-from jax.sharding import AxisType
 
 from normax._core.axes import PyTree
 from normax._core.checks import check_range, require_params
+from normax._core.scheduling import event_of, one_after
 from normax.paths.arithmetic import PathArithmetic, divide_by_path_scale
 from normax.paths.feed_forward import dense_stack, require_whole_network
 from normax.paths.norm import Forward, scale_factors, with_automatic_sharding
@@ -41,36 +40,6 @@ def _inverse_roots(
         factors,
     )
     return jax.tree.map(pick(0), params, pairs), jax.tree.map(pick(1), params, pairs)
-
-
-def _event(arrays: Iterable[jax.Array]) -> jax.Array:
-    """Return a number, not negative, that is known when some arrays are."""
-    entries = (
-        lax.slice(x, (0,) * x.ndim, (1,) * x.ndim).reshape(()) for x in arrays if x.size
-    )
-    return sum((jnp.abs(x.astype(jnp.float32)) for x in entries), jnp.float32(0))
-
-
-def _one_after(event: jax.Array, updates: PyTree) -> jax.Array:
-    """Return the number one, on a CPU not before an event and the updates are known.
-
-    XLA:CPU updates a parameter in place if all that reads it is known to come before,
-    and a copy of it otherwise. Copies take as long as the path scales do; when the
-    gradients and scales of all parameters are known, nothing reads them any more.
-    """
-    axis_types = jax.sharding.get_abstract_mesh().axis_types
-    if AxisType.Manual in axis_types or AxisType.Explicit in axis_types:
-        return jnp.float32(1)  # an entry is not on all devices, or differs on them
-    arrays = map(jnp.asarray, jax.tree.leaves(updates))
-    event += _event(x for x in arrays if jnp.issubdtype(x.dtype, jnp.inexact))
-    # A root, which XLA holds to be too dear to be computed for each parameter.
-    event = lax.stop_gradient(jnp.sqrt(event))
-    return lax.platform_dependent(
-        event,
-        # Never negative, which XLA does not know; a NaN compares false.
-        cpu=lambda event: jnp.where(event < 0, event, 1),
-        default=jnp.ones_like,
-    )
 
 
 class ScaleByPathSGDState(NamedTuple):
@@ -161,7 +130,7 @@ def scale_by_path_sgd(
         factors = scale_factors(network[0], params, network[1], p)
         # Of the largest entries of sums, so that these are known when exponents are.
         exponents = (x for x in jax.tree.leaves(factors) if x.dtype == jnp.int32)
-        return _inverse_roots(params, factors, p), _event(exponents)
+        return _inverse_roots(params, factors, p), event_of(exponents)
 
     def inverse_roots(params):
         if jax.tree.leaves(params):
@@ -190,7 +159,7 @@ def scale_by_path_sgd(
                 lambda params: (state.inverse_roots, jnp.float32(0)),
                 params,
             )
-        one = _one_after(event, updates)
+        one = one_after(event, updates)
 
         def divide(param, update, first, second):
             del param

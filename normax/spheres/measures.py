@@ -10,13 +10,12 @@ from normax._core.axes import Axes, PyTree, check_axes, map_vectors
 from normax._core.checks import check_range, require_params
 from normax._core.norms import (
     at_least_float32,
-    in_turn,
     nonzero,
     polar_decomposition,
     ratio,
     vector_norm,
-    wait,
 )
+from normax._core.scheduling import in_turn, wait
 
 
 def weight_norm(params: PyTree, axes: Axes = "unit") -> PyTree:

@@ -18,11 +18,11 @@ from normax._core.checks import check_range, require_params, requiring_params
 from normax._core.norms import (
     at_least_float32,
     common_dtype,
-    in_turn,
     nonzero,
     polar_decomposition,
     unit_vector,
 )
+from normax._core.scheduling import in_turn
 from normax.spheres.measures import weight_norm
 
 
