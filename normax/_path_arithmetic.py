@@ -45,13 +45,17 @@ class Scaled(NamedTuple):
     exponent: jax.Array
 
 
+# One function: JAX remembers each that a reduction is given, and never forgets it.
+def _bounds_of_two(a, b):
+    return lax.min(a[0], b[0]), lax.max(a[1], b[1])
+
+
 def _range(x: jax.Array, axes: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
     """Return the smallest and the largest of non-negative numbers."""
     # Together, since XLA:CPU compiles each reduction of one array as three.
     x = lax.stop_gradient(x)
     bounds = jnp.asarray(jnp.inf, x.dtype), jnp.zeros((), x.dtype)
-    both = lambda a, b: (lax.min(a[0], b[0]), lax.max(a[1], b[1]))  # noqa: E731
-    return lax.reduce((x, x), bounds, both, axes)
+    return lax.reduce((x, x), bounds, _bounds_of_two, axes)
 
 
 def where_live(fn: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:

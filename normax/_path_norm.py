@@ -28,7 +28,8 @@ from normax._path_lifting import PathTransform
 from normax._path_values import Activation, Factors, Origin, Path, Unsupported, Weight
 
 
-def _is_float(leaf: Any) -> bool:
+def is_float(leaf: Any) -> bool:
+    """Return whether an array, or its shape, is of floats."""
     # Keys of random numbers, which NNX states hold, have no numeric dtype.
     dtype = getattr(leaf, "dtype", None) or jax.dtypes.result_type(leaf)
     return jnp.issubdtype(dtype, jnp.inexact)
@@ -38,7 +39,7 @@ def _shapes_only(inputs: PyTree) -> PyTree:
     """Return the shapes of inputs, but integers and random keys as they are."""
     return jax.tree.map(
         lambda x: (
-            jax.ShapeDtypeStruct(np.shape(x), jnp.result_type(x)) if _is_float(x) else x
+            jax.ShapeDtypeStruct(np.shape(x), jnp.result_type(x)) if is_float(x) else x
         ),
         inputs,
     )
@@ -61,7 +62,7 @@ def _lift(
     flat = jax.tree_util.tree_leaves_with_path(params)
     names = [f"params{jax.tree_util.keystr(path)}" for path, _ in flat]
     for name, (_, leaf) in zip(names, flat, strict=True):
-        if _is_float(leaf) and jnp.iscomplexobj(leaf):
+        if is_float(leaf) and jnp.iscomplexobj(leaf):
             raise ValueError(
                 f"the weights of a path norm must be real, but {name} is complex; hold "
                 "real and imaginary parts as two arrays."
@@ -72,15 +73,15 @@ def _lift(
     weights = [
         Weight(
             jnp.asarray(leaf),
-            frozenset([Origin(frozenset([name]))] if _is_float(leaf) else []),
+            frozenset([Origin(frozenset([name]))] if is_float(leaf) else []),
         )
         for name, (_, leaf) in zip(names, flat, strict=True)
     ]
-    floats = [jnp.asarray(leaf) for _, leaf in flat if _is_float(leaf)]
+    floats = [jnp.asarray(leaf) for _, leaf in flat if is_float(leaf)]
     (dtype,) = {array.dtype for array in at_least_float32(jnp.float32(0), *floats)}
     activations = [
         Activation(Path(arithmetic.ones(np.shape(leaf), dtype)))
-        if _is_float(leaf)
+        if is_float(leaf)
         else Weight(leaf)
         for leaf in jax.tree.leaves(inputs)
     ]
