@@ -130,8 +130,10 @@ def _repeats(name: str, inputs: Sequence[Weight], size: int) -> bool:
     """Return whether entries of parameters may be in several entries of a result."""
     if any(x.repeats for x in inputs) or name in ("gather", "tile"):
         return True
+    if name == "pad":  # one number is all of the padding
+        return bool(inputs[1].params)
     stretched = any(x.params and math.prod(x.shape) < size for x in inputs)
-    return stretched and name != "pad" and name not in JOINING
+    return stretched and name not in JOINING
 
 
 def _rounded(number: float, dtype: Any) -> float | None:

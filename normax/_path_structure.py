@@ -68,7 +68,7 @@ _MOVING |= set(_WRITING)
 UNIFORM.update({"neg", "reshape", "squeeze", "expand_dims", "broadcast_in_dim"})
 UNIFORM.update(_RENAMING - {"reduce_precision"})
 SLICES.update({"slice", "dynamic_slice", "gather", "split", "unstack"})
-JOINING.update({"concatenate", "stack", *_WRITING})
+JOINING.update({"concatenate", "stack", "pad", *_WRITING})
 
 
 def _data(name: str, count: int) -> list[int]:
@@ -216,6 +216,19 @@ def _pull_moved_weight(transform, eqn, inputs, cotangents):
     data = _data(eqn.primitive.name, len(inputs))
     operands, nodes = [x.value for x in inputs], [inputs[i] for i in data]
     _pull_moved(transform, eqn, operands, data, nodes, cotangents)
+    if eqn.primitive.name == "pad" and inputs[1].params:
+        _pull_padding(transform, eqn, inputs, cotangents[0])
+
+
+def _pull_padding(transform, eqn, inputs, cotangent) -> None:
+    """Send the cotangents of all padding to the number that it holds."""
+    arithmetic, (array, number) = transform.arithmetic, inputs
+    root, exponent = arithmetic.broadcast(cotangent, eqn.outvars[0].aval.shape)
+    inside, outside = np.zeros(array.shape, bool), np.ones((), bool)
+    padding = eqn.primitive.bind(inside, outside, **eqn.params)
+    copies = Scaled(jnp.where(padding, root, 0), exponent)
+    total = arithmetic.sum(copies, tuple(range(root.ndim)))
+    transform.accumulate(number, (arithmetic.normalize(total),))
 
 
 @rule(*_RENAMING)
