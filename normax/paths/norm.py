@@ -20,7 +20,7 @@ import normax.paths.primitives  # noqa: F401  # enters their specifications
 from normax._core.axes import PyTree
 from normax._core.checks import check_range
 from normax._core.norms import at_least_float32
-from normax._core.programs import full_precision
+from normax._core.programs import full_precision, is_float
 from normax.paths import numbers
 from normax.paths.arithmetic import PathArithmetic
 from normax.paths.lifting import PathTransform
@@ -29,17 +29,11 @@ from normax.paths.one_example import Forward, trace_one_example
 from normax.paths.values import Activation, Factors, Origin, Path, Unsupported, Weight
 
 
-def _is_float(leaf: Any) -> bool:
-    # Keys of random numbers, which NNX states hold, have no numeric dtype.
-    dtype = getattr(leaf, "dtype", None) or jax.dtypes.result_type(leaf)
-    return jnp.issubdtype(dtype, jnp.inexact)
-
-
 def _shapes_only(inputs: PyTree) -> PyTree:
     """Return the shapes of inputs, but integers and random keys as they are."""
     return jax.tree.map(
         lambda x: (
-            jax.ShapeDtypeStruct(np.shape(x), jnp.result_type(x)) if _is_float(x) else x
+            jax.ShapeDtypeStruct(np.shape(x), jnp.result_type(x)) if is_float(x) else x
         ),
         inputs,
     )
@@ -63,7 +57,7 @@ def _lift(
     flat = jax.tree_util.tree_leaves_with_path(params)
     names = [f"params{jax.tree_util.keystr(path)}" for path, _ in flat]
     for name, (_, leaf) in zip(names, flat, strict=True):
-        if _is_float(leaf) and jnp.iscomplexobj(leaf):
+        if jnp.iscomplexobj(leaf):
             raise ValueError(
                 f"the weights of a path norm must be real, but {name} is complex; hold "
                 "real and imaginary parts as two arrays."
@@ -74,15 +68,15 @@ def _lift(
     weights = [
         Weight(
             jnp.asarray(leaf),
-            frozenset([Origin(frozenset([name]))] if _is_float(leaf) else []),
+            frozenset([Origin(frozenset([name]))] if is_float(leaf) else []),
         )
         for name, (_, leaf) in zip(names, flat, strict=True)
     ]
-    floats = [jnp.asarray(leaf) for _, leaf in flat if _is_float(leaf)]
+    floats = [jnp.asarray(leaf) for _, leaf in flat if is_float(leaf)]
     (dtype,) = {array.dtype for array in at_least_float32(jnp.float32(0), *floats)}
     activations = [
         Activation(Path(numbers.ones(np.shape(leaf), dtype)))
-        if _is_float(leaf)
+        if is_float(leaf)
         else Weight(leaf)
         for leaf in jax.tree.leaves(inputs)
     ]

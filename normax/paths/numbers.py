@@ -50,13 +50,17 @@ def of_rank(exponent: jax.Array, rank: int) -> jax.Array:
     return jnp.reshape(exponent, (1,) * rank)
 
 
+# One function, since JAX remembers for ever each one that a reduction is given.
+def _wider(a, b):
+    return lax.min(a[0], b[0]), lax.max(a[1], b[1])
+
+
 def range_of(x: jax.Array, axes: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
     """Return the smallest and the largest of non-negative numbers."""
     # Together, since XLA:CPU compiles each reduction of one array as three.
     x = lax.stop_gradient(x)
     bounds = jnp.asarray(jnp.inf, x.dtype), jnp.zeros((), x.dtype)
-    both = lambda a, b: (lax.min(a[0], b[0]), lax.max(a[1], b[1]))  # noqa: E731
-    return lax.reduce((x, x), bounds, both, axes)
+    return lax.reduce((x, x), bounds, _wider, axes)
 
 
 def ones(shape: tuple[int, ...], dtype) -> Scaled:

@@ -34,8 +34,8 @@ class Entries(enum.Flag):
     Attributes:
       COMPUTED: By arithmetic, each from one entry of every operand.
       PARTS: Results are parts of one array; each is a parameter of its own.
-      JOINED: Operands lie beside each other. They may be parts of one parameter, and a
-        result that is larger than one of them repeats nothing.
+      JOINED: Operands lie beside each other. They may be parts of one parameter. A
+        result that is larger than one of them repeats nothing but a single number.
       COPIES: An entry may be taken several times.
     """
 

@@ -36,8 +36,9 @@ def _repeats(entries: Entries, inputs: Sequence[Weight], size: int) -> bool:
     """Return whether entries of parameters may be in several entries of a result."""
     if any(x.repeats for x in inputs) or Entries.COPIES in entries:
         return True
-    stretched = any(x.params and math.prod(x.shape) < size for x in inputs)
-    return stretched and Entries.JOINED not in entries
+    if Entries.JOINED in entries:  # what a single number pads, it fills
+        return any(x.params and x.shape == () and size > 1 for x in inputs)
+    return any(x.params and math.prod(x.shape) < size for x in inputs)
 
 
 def _name_parts(eqn: JaxprEqn, array: Weight, results: Sequence[Weight]) -> None:

@@ -560,6 +560,48 @@ def test_concatenated_weights_are_edges_of_their_own():
     check(forward, {"w": draw(2, 3), "v": draw(6, 1)}, shape(1, 2), 1.5, twin)
 
 
+PADDINGS = {
+    "all sides": lambda w, s: jnp.pad(w, ((1, 0), (2, 1)), constant_values=s),
+    "one axis": lambda w, s: jnp.pad(w, ((0, 0), (0, 3)), constant_values=s),
+    "inside": lambda w, s: jax.lax.pad(w, s, ((1, 0, 1), (0, 0, 2))),
+    "cut": lambda w, s: jax.lax.pad(w, s, ((-1, 2, 0), (1, 0, 0))),
+    "part of the array": lambda w, s: jnp.pad(w, 1, constant_values=w[0, 1]),
+    "twice": lambda w, s: jnp.pad(
+        jnp.pad(w, ((0, 1), (0, 0)), constant_values=s), 1, constant_values=2 * s
+    ),
+}
+
+
+@pytest.mark.parametrize("p", [1.0, 2.0])
+@pytest.mark.parametrize("name", PADDINGS)
+def test_learned_padding_of_weights(name, p):
+    pad = PADDINGS[name]
+    params = {"w": draw(2, 2), "s": draw(1)[0]}
+    rows, columns = jax.eval_shape(pad, params["w"], params["s"]).shape
+    params |= {"a": draw(1, rows), "v": draw(columns, 1)}
+
+    def forward(params, x):
+        return relu(x @ params["a"]) @ pad(params["w"], params["s"]) @ params["v"]
+
+    # Every entry of the padded array is an edge, and F is linear in it.
+    w, s, a, v = (np.asarray(params[k], np.float64) for k in "wsav")
+    edges = np.outer(np.abs(a.ravel()) ** p, np.abs(v.ravel()) ** p)
+    numbers = [*w.ravel(), float(s)]
+    total, derivatives = 0.0, np.zeros(5)
+    for k in range(5):
+        # Which entries hold this number, and how often: padding with nothing but it.
+        one = [float(k == j) for j in range(5)]
+        held = pad(jnp.array(one[:4]).reshape(2, 2), jnp.float32(one[4]))
+        held = np.abs(np.asarray(held, np.float64)) ** p
+        derivatives[k] = np.sum(held * edges)
+        total += derivatives[k] * abs(numbers[k]) ** p
+    norm = normax.path_norm(forward, params, shape(1, 1), p)
+    np.testing.assert_allclose(norm, total ** (1 / p), rtol=3e-6)
+    scales = normax.path_scales(forward, params, shape(1, 1), p)
+    got = [*scales["w"].ravel(), scales["s"]]
+    np.testing.assert_allclose(got, derivatives ** (2 / p), rtol=3e-6)
+
+
 def test_parts_of_a_parameter_are_combined():
     def forward(params, x):
         first, second = jnp.split(params["split"], 2, axis=1)

@@ -270,6 +270,13 @@ def stacked(x, kernels, *more):
             "add",
         ),
         (lambda params, x: halves(x, params["w"][:, TWICE], 1), "w", "add"),
+        (
+            lambda params, x: halves(
+                x, jnp.pad(X.T, ((0, 0), (0, 7)), constant_values=params["w"][0, 0]), 1
+            ),
+            "w",
+            "add",
+        ),
         (lambda params, x: scanned_halves(x, params["w"]), "w", "add"),
         (lambda params, x: carried(x, params["w"]), "w", "add"),
         (lambda params, x: stacked(x, (params["w"][None],) * 2), "w", "mul"),

@@ -78,6 +78,18 @@ def pull_moved(transform, eqn, inputs, cotangents):
     data = _data(eqn.primitive.name, len(inputs))
     operands, nodes = [x.value for x in inputs], [inputs[i] for i in data]
     _pull_moved(transform, eqn, operands, data, nodes, cotangents)
+    if eqn.primitive.name == "pad" and inputs[1].params:
+        _pull_padding(transform, eqn, inputs, cotangents[0])
+
+
+def _pull_padding(transform, eqn, inputs, cotangent) -> None:
+    """Send the cotangents of all padding to the number that it holds."""
+    array, number = inputs
+    root, exponent = numbers.broadcast(cotangent, eqn.outvars[0].aval.shape)
+    padding = bind(eqn, np.zeros(array.shape, bool), np.ones((), bool))
+    copies = Scaled(jnp.where(padding, root, 0), exponent)
+    total = transform.arithmetic.sum(copies, tuple(range(root.ndim)))
+    transform.accumulate(number, (numbers.normalize(total),))
 
 
 def _pull_renamed(transform, eqn, inputs, cotangents):
