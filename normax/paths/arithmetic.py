@@ -283,25 +283,23 @@ class PathArithmetic:
         # number is none, since it would be traced.
         p = (self.p,) if isinstance(self.p, jax.Array) else ()
 
-        # Vectors, whatever `axes`: XLA compiles the same operation on two shapes twice.
         def total(arithmetic, scaled):
-            return jnp.sum(arithmetic.power(scaled), axis=axes)
+            return jnp.sum(arithmetic.power(scaled), axis=axes, keepdims=True)
 
         def carefully(weight, root, *p):
             arithmetic = PathArithmetic(*p) if p else self
             scaled, scale = arithmetic.weigh(
                 weight,
                 root,
-                lambda half: jnp.max(half, axis=axes, initial=0),
-                lambda scale: lax.expand_dims(scale, axes),
+                lambda half: jnp.max(half, axis=axes, initial=0, keepdims=True),
+                lambda scale: scale,
             )
             # At least 1, up to rounding, unless the scale is 0.
             return scale * arithmetic.root(jnp.maximum(total(arithmetic, scaled), 0.5))
 
         def directly(weight, root, *p):
             arithmetic = PathArithmetic(*p) if p else self
-            # In a vector of its own: weights are multiplied once. Its smallest numbers
-            # become NaN, which no range holds.
+            # The smallest squares become NaN, which fails the test of the range below.
             size = root * root
             size = jnp.where((size > 2.0**-80) | (root == 0), size, jnp.nan)
             sums = total(arithmetic, weight * size)
@@ -316,10 +314,7 @@ class PathArithmetic:
             return quickly(*primals), jax.jvp(carefully, primals, tangents)[1]
 
         root = (carefully if weight.size < _LARGE else quickly)(weight, x.root, *p)
-        sums = self.normalize(Scaled(root, of_rank(x.exponent, root.ndim)))
-        return Scaled(
-            lax.expand_dims(sums.root, axes), of_rank(sums.exponent, weight.ndim)
-        )
+        return self.normalize(Scaled(root, of_rank(x.exponent, weight.ndim)))
 
     def log(self, x: Scaled) -> jax.Array:
         r"""Return $\log x$, $-\infty$ for 0."""
