@@ -64,8 +64,8 @@ def _lift(
             )
     if any(map(jnp.iscomplexobj, jax.tree.leaves(inputs))):
         raise ValueError(
-            "the inputs of a path norm must be real, but `inputs` holds complex numbers; "
-            "pass real and imaginary parts as two arrays."
+            "the inputs of a path norm must be real, but `inputs` holds complex "
+            "numbers; pass real and imaginary parts as two arrays."
         )
     inputs, closed = trace_one_example(forward, params, _shapes_only(inputs))
     arithmetic = PathArithmetic(p)
