@@ -19,9 +19,11 @@ def draw(seed, widths, biases=False, dtype=jnp.float64):
     rng = np.random.default_rng(seed)
     layers = []
     for n_in, n_out in itertools.pairwise(widths):
-        layers.append({"kernel": jnp.asarray(rng.normal(size=(n_in, n_out)), dtype)})
+        layers.append(
+            {"kernel": jax.device_put(rng.normal(size=(n_in, n_out)).astype(dtype))}
+        )
         if biases:
-            layers[-1]["bias"] = jnp.asarray(rng.normal(size=n_out), dtype)
+            layers[-1]["bias"] = jax.device_put(rng.normal(size=n_out).astype(dtype))
     return layers
 
 

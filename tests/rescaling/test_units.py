@@ -16,7 +16,9 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 def normal(seed, shapes, dtype=jnp.float32):
     rng = np.random.default_rng(seed)
-    return {k: jnp.asarray(rng.normal(size=s), dtype) for k, s in shapes.items()}
+    return {
+        k: jax.device_put(rng.normal(size=s).astype(dtype)) for k, s in shapes.items()
+    }
 
 
 MLP_SHAPES = {
@@ -125,7 +127,7 @@ def test_the_function_and_the_path_norm_stay(network):
 def test_any_layout_of_the_parameters():
     kernels = [(3, 4), (4, 1)]
     w = [
-        jnp.asarray(np.random.default_rng(0).normal(size=s), jnp.float32)
+        jax.device_put(np.random.default_rng(0).normal(size=s).astype(jnp.float32))
         for s in kernels
     ]
     b = jnp.ones(4)
