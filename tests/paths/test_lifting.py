@@ -741,6 +741,7 @@ def test_folding_batch_norm_changes_nothing():
         np.testing.assert_allclose(shift, expected, rtol=3e-6)
 
 
+@pytest.mark.slow
 def test_resnet_18():
     forward, params, twin, folded_params, _, x = resnet((2, 3, 4, 5), 8)
     with jax.enable_x64(True):
@@ -765,6 +766,7 @@ class VGG(nn.Module):
         return nn.Dense(3)(x)
 
 
+@pytest.mark.slow
 def test_vgg_11():
     forward, params, x = linen(VGG(), 1, 32, 32, 3)
     twin = VGG(lambda x, *args: 4 * nn.avg_pool(x, *args))

@@ -31,8 +31,8 @@ def conv_draw(seed, biases=True):
     rng = np.random.default_rng(seed)
     shapes = [(3, 2, 4), (2, 2, 4), (8, 1)]  # the second in two groups, then a flatten
     return [
-        {"kernel": jnp.asarray(rng.normal(size=shape))}
-        | ({"bias": jnp.asarray(rng.normal(size=shape[-1]))} if biases else {})
+        {"kernel": jax.device_put(rng.normal(size=shape))}
+        | ({"bias": jax.device_put(rng.normal(size=shape[-1]))} if biases else {})
         for shape in shapes
     ]
 
@@ -239,9 +239,10 @@ def test_dead_units_are_out_of_the_way():
     params[2]["kernel"] = params[2]["kernel"].at[2].set(0)  # nothing leaves a third
     params[2]["kernel"] = params[2]["kernel"].at[1].set(0)  # nor enters nor leaves
     x = np.random.default_rng(0).normal(size=(8, 3)).astype(np.float32)
+    outputs = jax.jit(forward)
     for p in (1.0, 2.0):
         balanced = normax.balance(params, p)
-        np.testing.assert_allclose(forward(balanced, x), forward(params, x), 1e-4, 1e-5)
+        np.testing.assert_allclose(outputs(balanced, x), outputs(params, x), 1e-4, 1e-5)
         alive = [
             {"kernel": params[0]["kernel"][:, 2:], "bias": params[0]["bias"][2:]},
             {
@@ -264,7 +265,7 @@ def test_depth_and_layers_of_any_scale():
     rng = np.random.default_rng(0)
     scales = [1e20] * 8 + [1.0] * 8 + [1e-20] * 8  # the product overflows midway
     params = [
-        jnp.asarray(rng.normal(size=(width, width)) * scale, jnp.float32)
+        jax.device_put((rng.normal(size=(width, width)) * scale).astype(np.float32))
         for scale in scales
     ]
     balanced = jax.tree.leaves(normax.balance(params))
