@@ -1,10 +1,12 @@
 """A small convolutional network with batch norm, and its training run.
 
-The network of van Laarhoven (2017, section 6): four convolutions, each followed by
-batch norm and relu. The loss does not depend on the norm of their kernels; only the
-kernels are decayed and projected, not the linear head. The learning rate falls to a
-tenth after half of the epochs and again after four fifths. With `augment`, images are
-moved and flipped on the device, which holds all of them as bytes.
+The network is that of van Laarhoven (2017, section 6): four convolutions, each followed
+by batch norm and relu, and a linear head. The loss does not depend on the norms of the
+kernels of the convolutions. Only these kernels are decayed and projected.
+
+The learning rate falls to a tenth after half of the epochs, and again after four
+fifths. With `augment`, the device moves and flips the images of every batch. It holds
+all images as bytes.
 """
 
 import argparse
@@ -43,7 +45,7 @@ SETTINGS = {
 }
 
 
-# What may be left of the initial norm, `memory`, where it counts as settled.
+# A norm counts as settled once its `memory` of the initial norm is below this.
 SETTLED_MEMORY = 0.1
 
 
@@ -61,7 +63,7 @@ def make_setting(
     options: argparse.Namespace,
     settings: Mapping[str, Setting] = SETTINGS,
 ) -> Setting:
-    """Return the setting that suits the data set, but for what the user chose."""
+    """Return the setting of the data set, changed as the user chose."""
     setting = settings[options.dataset]
     given = {name: getattr(options, name) for name in ("channels", "strides", "epochs")}
     setting = setting._replace(**{k: v for k, v in given.items() if v is not None})
@@ -71,7 +73,7 @@ def make_setting(
 
 
 def conv_as_matmul(x: Any, kernel: Any, strides: Any, *_: Any, **__: Any) -> jax.Array:
-    """3x3 convolution with padding 1: on a CPU several times faster than XLA's own."""
+    """Return a 3x3 convolution with padding 1; on a CPU, XLA's own is slower."""
     height, width = x.shape[1:3]
     x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
     shifts = [
@@ -115,7 +117,7 @@ class ConvNet(nnx.Module):
 
 
 def kernel_axes(params: Any) -> Any:
-    """Mark the kernels of the convolutions: what the loss is scale-invariant in."""
+    """Mark the kernels of the convolutions, whose scale does not change the loss."""
     return jax.tree.map(lambda w: "unit" if w.ndim == 4 else "none", params)
 
 
@@ -136,8 +138,8 @@ def make_optimizer(
     kernels = make(learning_rate, weight_decay=weight_decay)
     if projected:
         kernels = optax.chain(kernels, normax.project_unit_norm())
-    # Decay of head, gains and biases would change the function that is learned; so
-    # lambda acts through the effective learning rate alone.
+    # Decay of head, gains and biases would change the function that is learned. They
+    # are not decayed, so lambda acts through the effective learning rate alone.
     return optax.partition({"unit": kernels, "none": make(other_rate)}, kernel_axes)
 
 
@@ -176,7 +178,7 @@ class Course(NamedTuple):
 
 
 def make_course(data: datasets.Dataset, setting: Setting, seed: int) -> Course:
-    """Draw the start of a training run, and what it will see."""
+    """Draw the initial network of a training run, and the data that it will see."""
     init_key, order_key, augment_key = jax.random.split(jax.random.key(seed), 3)
     classes = int(max(data.y_train.max(), data.y_test.max())) + 1
     model = ConvNet(setting, data.x_train.shape[-1], classes, nnx.Rngs(init_key))
@@ -185,14 +187,14 @@ def make_course(data: datasets.Dataset, setting: Setting, seed: int) -> Course:
 
 
 def take(data: datasets.Dataset, setting: Setting, batch: Any) -> Any:
-    """Return the images and classes of a batch, indices and a key."""
+    """Return the images and classes of a batch, given as indices and a key."""
     indices, key = batch
     x, y = data.x_train[indices], data.y_train[indices]
     return (shift_and_flip(key, x) if setting.augment else x), y
 
 
 def test_logits(model: ConvNet, data: datasets.Dataset) -> jax.Array:
-    """Return the logits of the test images, by the running statistics."""
+    """Return the logits of the test images, normalized by running statistics."""
     model.eval()
     return jax.lax.map(lambda x: model(x[None])[0], data.x_test, batch_size=500)
 
@@ -215,8 +217,8 @@ def make_train(
 ) -> Callable[..., dict[str, jax.Array]]:
     """Return the training run, a function of learning rate and weight decay.
 
-    Head, gains and biases, of which the loss is not scale-invariant, are trained with
-    the learning rate `other_rate`, by default that of the kernels.
+    The loss depends on the scale of head, gains and biases. They are trained with the
+    learning rate `other_rate`, by default that of the kernels.
     """
     model, order, keys = make_course(data, setting, seed)
     graph, *variables = nnx.split(model, nnx.Param, ...)

@@ -1,8 +1,9 @@
 """Small image classification data sets as arrays of bytes.
 
-`load` returns the digits of scikit-learn, which need no network, or one of the
-sets below from the file `<folder>/<name>.npz`. An absent file is made from the
-OpenML copy of the set; a file of your own serves as well. It holds
+`load` returns a data set by its name. The digits of scikit-learn are part of that
+package and need no network. MNIST, CIFAR-10, CIFAR-100 and SVHN are read from the file
+`<folder>/<name>.npz`. If the file is absent, it is made from the OpenML copy of the
+set. A file of your own serves as well. It holds
 
 =================== ======== ==========================================
 array               dtype    shape
@@ -53,7 +54,7 @@ _DIGITS_TRAIN_SIZE = 1297
 def _digits() -> Dataset:
     digits = load_digits()
     images = np.rint(digits.images * (255 / 16)).astype(np.uint8)[..., None]
-    # One split for every seed: only then are the test errors of seeds comparable.
+    # All seeds share one split, so that their test errors are comparable.
     order = np.random.default_rng(0).permutation(len(images))
     train, test = np.split(order, [_DIGITS_TRAIN_SIZE])
     classes = digits.target.astype(np.int32)
@@ -71,14 +72,14 @@ def _images(rows: np.ndarray, shape: tuple[int, int, int]) -> np.ndarray:
     height, width, channels = shape
     rows = rows.astype(np.uint8)
     planes = rows.reshape(-1, channels, height, width).transpose(0, 2, 3, 1)
-    # Some uploads hold the colour planes one after the other and some the pixels;
-    # in the right layout neighbouring pixels are alike.
+    # Some uploads store one colour plane after the other, and some store one pixel
+    # after the other. In the right layout, neighbouring pixels are alike.
     return min(planes, rows.reshape(-1, *shape), key=_roughness)
 
 
 def _fetch(name: str) -> Dataset:
     source = _OPENML[name]
-    # This parser is slow, but does not need pandas.
+    # The other parser is faster, but needs pandas.
     rows, labels = fetch_openml(
         data_id=source.data_id,
         return_X_y=True,
@@ -131,7 +132,7 @@ def load(name: str, folder: str | Path | None = None) -> Dataset:
 
     Args:
       name: One of `NAMES`.
-      folder: Where `<name>.npz` lies, or is put after it was fetched.
+      folder: Where `<name>.npz` lies, or is written after it was fetched.
 
     Returns:
       The training and the test set.
@@ -160,7 +161,8 @@ def load(name: str, folder: str | Path | None = None) -> Dataset:
                 "environment variable NORMAX_DATA."
             ) from error
         path.parent.mkdir(parents=True, exist_ok=True)
-        # Whole or not at all: an interrupted write must not be read next time.
+        # An interrupted write must not be read next time. So the file gets its name
+        # only once it is whole.
         partial = path.with_name(f"{name}.partial.npz")
         np.savez_compressed(partial, **dataset._asdict())
         partial.replace(path)

@@ -1,12 +1,12 @@
 r"""Weight decay under batch normalization: a learning rate in disguise.
 
-Van Laarhoven (2017, section 6, figures 1 to 3) trains a network whose convolutions
-are all followed by batch norm over a grid of learning rates $\eta$ and weight decays
-$\lambda$. The loss does not depend on the norm of the kernels $w$, so decay cannot
-regularize them: it sets the norm, and the norm sets the rate. A rule of power $p$ (2
+Van Laarhoven (2017, section 6, figures 1 to 3) trains a network over a grid of learning
+rates $\eta$ and weight decays $\lambda$. Batch norm follows all of its convolutions.
+The loss then does not depend on the norm of the kernels $w$, so decay cannot regularize
+them. Instead, decay sets the norm, and the norm sets the rate. A rule of power $p$ (2
 for SGD and its kin, 1 for Adam and RMSProp) trains with the effective learning rate
-$\eta_\mathrm{eff} = \eta / \|w\|^p$. Its steps, of relative length $\propto
-\eta_\mathrm{eff}$ and orthogonal to $w$, lengthen $w$; decay shortens it:
+$\eta_\mathrm{eff} = \eta / \|w\|^p$. Its steps are orthogonal to $w$ and of relative
+length $\propto \eta_\mathrm{eff}$, so they lengthen $w$. Decay shortens it:
 
 $$\frac{d \log \|w\|}{dt} = a\,\eta_\mathrm{eff}^2 - \kappa, \qquad
 \kappa \propto \eta\lambda\,\|w\|^{2-p}.$$
@@ -14,29 +14,30 @@ $$\frac{d \log \|w\|}{dt} = a\,\eta_\mathrm{eff}^2 - \kappa, \qquad
 The two balance at
 
 $$\|w\| \propto (\eta/\lambda)^{1/(p+2)}, \qquad
-\eta_\mathrm{eff} \propto (\eta^2\lambda^p)^{1/(p+2)},$$
+\eta_\mathrm{eff} \propto (\eta^2\lambda^p)^{1/(p+2)}.$$
 
-and, linearized there, the norm relaxes as $e^{-(p+2)\kappa t}$. Since $w_t$ is
-$e^{-\kappa t} w_0$ plus steps orthogonal to it, $\kappa t$ can be read off:
+Near this point the norm relaxes as $e^{-(p+2)\kappa t}$. The weights $w_t$ are
+$e^{-\kappa t} w_0$ plus steps orthogonal to it. So $\kappa t$ can be measured, and
 
 $$m = \bigg(\frac{\langle w_0, w_t\rangle}
 {\|w_0\| \min(\|w_0\|, \|w_t\|)}\bigg)^{p+2}$$
 
 is what is left of the initial norm. A grid point is *settled* if $m < 0.1$ at the end
-of the phase of constant rate. With the unit-norm projection $\eta_\mathrm{eff} = \eta$,
-and $\lambda$ ceases to matter, unless $\lambda w$ is a large part of the step.
+of the phase of constant rate. With the unit-norm projection $\eta_\mathrm{eff} = \eta$.
+Then $\lambda$ does not matter, unless $\lambda w$ is a large part of the step.
 
-Written to `--out`: a picture (norm of the first kernel, averaged over the last epoch
-of the constant rate; final test error; the same with the projection; and the lines
-along which they should not change) and all numbers as CSV. Printed: the exponent of
-the norm, fitted with an intercept for each line of constant effective rate, because
-the size of the gradient depends on that rate; and the spread of the test error.
+The program writes a picture and all numbers as CSV to `--out`. The picture shows the
+norm of the first kernel, averaged over the last epoch of the constant rate; the final
+test error; the same error with the projection; and the lines along which theory says
+that they do not change. The program prints the exponent of the norm and the spread of
+the test error. The gradient depends on the effective rate, so the fit of the exponent
+has an intercept for each line of constant effective rate.
 
-What differs from the paper: by default the data are 8x8 digits, which take a minute
-and not days, and the network is as narrow as they allow; only the kernels are
-decayed, not the linear head; and the steps of the grid follow the lines of constant
-effective rate. `--dataset cifar10` has the paper's data, augmentation, batch size,
-epochs and schedule; the widths and strides, which it does not give, are ours.
+Three things differ from the paper. By default the data are 8x8 digits and the network
+is narrow, so that a run takes a minute and not days. Only the kernels are decayed, not
+the linear head. The steps of the grid follow the lines of constant effective rate.
+`--dataset cifar10` has the paper's data, augmentation, batch size, epochs and schedule.
+The paper does not give widths and strides, so these are ours.
 """
 
 import itertools
@@ -75,8 +76,9 @@ import normax
 Results = dict[str, np.ndarray]
 
 
-# Smallest and largest learning rate, and largest weight decay. The smallest decay
-# follows, so that the diagonals of the grid are the lines of constant effective rate.
+# Each rule has the smallest and largest learning rate, and the largest weight decay.
+# The smallest decay follows from the condition that the diagonals of the grid are the
+# lines of constant effective rate.
 GRIDS = {
     "sgd": (2e-3, 1e0, 1e0),
     "momentum": (5e-4, 2.5e-1, 1e0),
@@ -107,7 +109,7 @@ def run(
         train = make_train(rule, data, setting, projected=projected, seed=seed)
         eta, lam = grid(rule, size)
         axes = {"lam": lam, "eta": eta}
-        numbers = normax.grid_sweep(
+        numbers = normax.sweeps.grid_sweep(
             train, axes, progress=True, checkpoint_dir=checkpoint_dir
         )
         lam, eta = np.meshgrid(lam, eta, indexing="ij")
@@ -128,14 +130,14 @@ def select(results: Results, rule: str, projected: bool) -> Results:
 
 
 def along_lines(points: Results, power: int, values: np.ndarray) -> np.ndarray:
-    """Return values less their mean over the line of constant effective rate."""
+    """Subtract from values their mean over each line of constant effective rate."""
     level = np.log(points["eta"] ** 2 * points["lambda"] ** power)
     _, line = np.unique(level.round(3), return_inverse=True)
     return values - (np.bincount(line, values) / np.bincount(line))[line]
 
 
 def summarize(results: Results, rule: str) -> dict[str, float]:
-    """Return the columns of the table: what was measured and what was predicted."""
+    """Return the measured and the predicted columns of the table."""
     power = normax.UPDATE_RULES[rule].norm_power
     free, projected = (select(results, rule, flag) for flag in (False, True))
     settled = (free["memory"] < SETTLED_MEMORY) & ~free["diverged"]

@@ -1,4 +1,4 @@
-"""What the experiments share: options, data, and the numbers as a CSV file."""
+"""What the experiments share: options, data, and CSV files."""
 
 import argparse
 import csv
@@ -19,7 +19,7 @@ ERROR_TICKS: dict[str, Any] = {
 
 
 def make_parser(docstring: str | None) -> argparse.ArgumentParser:
-    """Return a parser that has the option of every experiment, where to write."""
+    """Return a parser with the option that every experiment has, `--out`."""
     parser = argparse.ArgumentParser(description=(docstring or "").split("\n")[0])
     parser.add_argument(
         "--out", type=Path, default=Path("out"), help="folder of the results"
@@ -46,7 +46,7 @@ def make_folder(parser: argparse.ArgumentParser, options: argparse.Namespace) ->
 def load_data(
     parser: argparse.ArgumentParser, options: argparse.Namespace, batch_size: int
 ) -> datasets.Dataset:
-    """Load the chosen data, of which there must be a batch to train on."""
+    """Load the chosen data, and require at least one batch to train on."""
     try:
         data = datasets.load(options.dataset, options.data)
     except (OSError, ValueError) as error:
@@ -68,12 +68,12 @@ def load_data(
 
 
 def file_name(stem: str, options: argparse.Namespace) -> str:
-    """Return how the results are called, which names the data other than digits."""
+    """Return the name of the results' files, with the data set if it is not digits."""
     return stem if options.dataset == "digits" else f"{stem}_{options.dataset}"
 
 
 def error_colours(errors: np.ndarray) -> LogNorm:
-    """Return the colours of a map of errors, up to half or twice the smallest."""
+    """Return colours for errors from the smallest to 50%, or to twice the smallest."""
     low = np.nanmin(errors[errors > 0], initial=0.5)
     return LogNorm(low, max(0.5, 2 * low))
 

@@ -1,33 +1,38 @@
 r"""Search of learning rate and weight decay: the coordinates that make it easy.
 
-Once weight decay $\lambda$ has settled the norm of weights whose scale does not matter,
-they turn by a constant angle $\theta$ per step. For SGD, momentum and AdamW it depends
-on $\eta\lambda$ alone; for SGD $\cos\theta = 1 - \eta\lambda$. Until then the initial
-effective learning rate $\eta / \|w_0\|^p$ counts. It is $\eta$, because Flax draws
-kernels with $\mathbb E\,\|w_0\|^2 = 1$ per unit. So what is too much or too little for
-the settled norm lies beyond a diagonal of the plane of $\log\eta$ and $\log\lambda$,
-but beyond a horizontal line of that of $\log\eta$ and $\log\theta$.
+Consider weights whose scale does not matter. Weight decay $\lambda$ settles their norm,
+and then they turn by a constant angle $\theta$ per step. For SGD, momentum and AdamW
+the angle depends on $\eta\lambda$ alone; for SGD $\cos\theta = 1 - \eta\lambda$.
+
+Before the norm has settled, the initial effective learning rate $\eta / \|w_0\|^p$
+counts. It is $\eta$, because Flax draws kernels with $\mathbb E\,\|w_0\|^2 = 1$ per
+unit. So one condition on $\eta$ holds before the norm has settled, and one on $\theta$
+afterwards. In the plane of $\log\eta$ and $\log\theta$, what is too much or too little
+lies beyond vertical and horizontal lines. In the plane of $\log\eta$ and $\log\lambda$,
+too large or small $\theta$ lie beyond diagonals.
 
 Grid search, random search and TPE, by Optuna, minimize the validation error of a
-convolutional network with batch norm, over $(\eta, \lambda)$ and over $(\eta, \theta)$,
-with as many log-uniform trials. $\lambda$ follows from $\theta$ by
-`normax.UPDATE_RULES[rule].equilibrium_rotation`. Both boxes have the same centre and
-range of $\eta$; where one has a range of $\lambda$, the other has an equally large one
-of $\eta\lambda$, so that their areas are the same. Every seed has another network,
-order of the data, and position of the grid within its cells. The error of a run that
-diverges is 100%. Regret is the validation error of the best trial so far, less that of
-the best trial of this seed in all six searches.
+convolutional network with batch norm. Each searches over $(\eta, \lambda)$ and over
+$(\eta, \theta)$ with as many log-uniform trials, and
+`normax.UPDATE_RULES[rule].equilibrium_rotation` gives $\lambda$ for $\theta$. Both
+boxes have the same centre and the same range of $\eta$. The range of $\lambda$ in one
+is as large as that of $\eta\lambda$ in the other, so their areas are equal.
+
+Every seed has another network, order of the data, and position of the grid within its
+cells. A run that diverges has an error of 100%. Regret is the validation error of the
+best trial so far, less that of the best trial of this seed in all six searches.
 
 Half of the training images are held out for validation. The setting that a search has
 found is trained anew on all of them, and only then tested.
 
-Batches of trials, of all searches at once, are one call of `normax.sweep`. With
-`--storage` any number of processes, on one machine or several, share the trials: start
-each with the same database and options. Since each draws on its own, the numbers then
-depend on chance. The process that finishes last writes the results.
+Batches of trials, of all searches at once, are one call of `normax.sweeps.sweep`. With
+`--storage`, any number of processes share the trials, on one machine or several. Start
+each with the same database and options. Each process draws on its own, so the numbers
+then depend on chance. The process that finishes last writes the results.
 
-Written to `--out`: a picture (median validation error in both planes; regret) and all
-trials as CSV, with the test errors of those chosen; no rotation if $\eta\lambda \ge 1$.
+The program writes a picture and all trials as CSV to `--out`. The picture shows the
+median validation error in both planes, and regret. The CSV file has the test errors of
+the chosen trials; it has no rotation where $\eta\lambda \ge 1$.
 """
 
 import itertools
@@ -68,23 +73,25 @@ Results = dict[str, np.ndarray]
 KEY = ("sampler", "coordinates", "seed")
 Key = tuple[str, str, int]
 Studies = dict[Key, optuna.Study]
-Errors = Callable[[Results], np.ndarray]  # of training runs
+# A function of this type trains at the given points and returns the errors.
+Errors = Callable[[Results], np.ndarray]
 
-# What runs short and small enough for a thousand of them.
+# A search needs about a thousand runs, so these are short and their network is small.
 DIGITS = SETTINGS["digits"]._replace(strides=(2, 2, 2, 1), batch_size=16, epochs=10)
-# Learning rates and weight decays. The decays are large because the runs are short.
+# These are the ranges of learning rate and weight decay. The decays are large because
+# the runs are short.
 BOXES = {
     "sgd": ((1e-3, 1e2), (1e-5, 1e0)),
     "momentum": ((1e-4, 1e1), (1e-4, 1e1)),
     "nesterov": ((1e-4, 1e1), (1e-4, 1e1)),
     "adamw": ((1e-5, 1e0), (1e-3, 1e2)),
 }
-# The second coordinate, beside the learning rate.
+# The keys name the coordinate that is searched beside the learning rate.
 COORDINATES = {"lambda": r"$(\eta, \lambda)$", "rotation": r"$(\eta, \theta)$"}
 
 
 def equilibrium_rotation(rule: str, product: np.ndarray) -> np.ndarray:
-    """Return the angle for products of rate and decay; NaN from 1 on."""
+    """Return the angle for products of rate and decay; NaN for products from 1 on."""
     angle = normax.UPDATE_RULES[rule].equilibrium_rotation
     angles = np.asarray(angle(1.0, np.minimum(product, 1)), np.float64)
     return np.where(product < 1, angles, np.nan)
@@ -113,7 +120,7 @@ def make_spaces(rule: str) -> dict[str, Space]:
 
 
 def make_studies(parser: Any, options: Any, spaces: dict[str, Space]) -> Studies:
-    """Return a study for each sampler, coordinates and seed."""
+    """Return a study for each combination of sampler, coordinates and seed."""
     storage = open_storage(parser, options.storage)
     names = ("rule", "dataset", "images", "channels", "strides", "epochs", "grid")
     setting = json.dumps([spaces, *[getattr(options, name) for name in names]])
@@ -141,13 +148,15 @@ def concatenate(rule: str, asked: Mapping[Key, Sequence[Any]]) -> Results:
 def train_at(rule: str, data: datasets.Dataset, setting: Setting) -> Errors:
     """Return the errors as a function of the points."""
 
-    # The seed is an argument too, so that all seeds share the compiled program.
+    # The seed is an argument too, so that all seeds share one compiled program.
     def train(eta: jax.Array, lam: jax.Array, seed: Any) -> dict[str, jax.Array]:
         return make_train(rule, data, setting, seed=seed)(eta, lam)
 
     def errors(points: Results) -> np.ndarray:
         arguments = {"eta": "eta", "lam": "lambda", "seed": "seed"}
-        runs = normax.sweep(train, {k: points[name] for k, name in arguments.items()})
+        runs = normax.sweeps.sweep(
+            train, {k: points[name] for k, name in arguments.items()}
+        )
         return np.where(runs["diverged"], 1.0, runs["test_error"])
 
     return errors
@@ -156,7 +165,7 @@ def train_at(rule: str, data: datasets.Dataset, setting: Setting) -> Errors:
 def run_trials(
     options: Any, errors: Errors, studies: Studies, spaces: dict[str, Space]
 ) -> Results:
-    """Run what trials are left, in batches; return all that are complete."""
+    """Run the remaining trials in batches; return all trials that are complete."""
     budget = options.grid**2
     with tqdm(total=len(studies) * budget, unit="trial") as bar:
         while True:
@@ -191,7 +200,7 @@ def regret(results: Results, sampler: str, coordinates: str) -> np.ndarray:
 
 
 def add_test_errors(results: Results, errors: Errors) -> None:
-    """Train with the best setting of each search; NaN stands at the other trials."""
+    """Add test errors: those of the best trial of each search, NaN for the others."""
     searches = len(SAMPLERS) * len(COORDINATES) * (results["seed"].max() + 1)
     best = results["validation_error"].reshape(searches, -1).argmin(1)
     best += np.arange(searches) * (len(results["trial"]) // searches)
@@ -200,7 +209,7 @@ def add_test_errors(results: Results, errors: Errors) -> None:
 
 
 def table(results: Results) -> str:
-    """Return means over seeds, and of the difference with its standard error."""
+    """Return means over seeds as text, and their difference with its standard error."""
     text = (
         "mean over seeds of a search over lambda, over rotation, and the difference\n"
     )

@@ -1,19 +1,24 @@
 r"""Activations and gradients by depth, for four ways to draw the first weights.
 
-The lecture's network (Tripp, Optimization, "The importance of scale"): ten layers of
-100 units each, 100 inputs of mean 0 and variance 1, no biases. A layer of $m$ inputs
-and $n$ outputs whose weights have variance $s^2$ multiplies
+The network is that of a lecture (Tripp, Optimization, "The importance of scale"). It
+has ten layers of 100 units each, 100 inputs of mean 0 and variance 1, and no biases.
+Take a layer with $m$ inputs and $n$ outputs whose weights have variance $s^2$. It
+multiplies
 
 $$\mathrm{E}[z^2] \text{ by } c\, m s^2 \text{ on the way forward}, \qquad
-\mathrm{E}[(\partial L / \partial z)^2] \text{ by } c\, n s^2 \text{ on the way back},$$
+\mathrm{E}[(\partial L / \partial z)^2] \text{ by } c\, n s^2 \text{ on the way back}.$$
 
-$c = 1$ for linear units and $1/2$ for ReLUs, half of whose inputs are cut off.
-Standard normal weights give $10^{20}$ after ten linear layers, weights of variance
-$10^{-4}$ give $10^{-20}$; Glorot's choice keeps both for linear units and halves them
-for ReLUs; Kaiming's keeps them for ReLUs and doubles them for linear units.
+Here $c = 1$ for linear units. For ReLUs $c = 1/2$, because half of their inputs are cut
+off. Four choices of the weights are compared:
 
-Written to `--out`: a picture (points: measured over `--networks` random networks;
-lines: the products above) and all numbers as CSV. Printed: both ends of the network.
+- Standard normal weights give $10^{20}$ after ten linear layers.
+- Weights of variance $10^{-4}$ give $10^{-20}$.
+- Glorot's choice keeps both moments for linear units and halves them for ReLUs.
+- Kaiming's choice keeps both moments for ReLUs and doubles them for linear units.
+
+The program writes a picture and all numbers as CSV to `--out`. Points are measured over
+`--networks` random networks, and lines are the products above. The program prints the
+numbers at both ends of the network.
 """
 
 import functools
@@ -31,14 +36,14 @@ from matplotlib.figure import Figure
 Results = dict[str, np.ndarray]
 
 DEPTH, WIDTH, INPUTS = 10, 100, 100
-# Name: the initializer, and the variance of its weights.
+# Each scheme has an initializer and the variance of its weights.
 SCHEMES: dict[str, tuple[Callable[..., jax.Array], float]] = {
     "standard normal": (initializers.normal(1.0), 1.0),
     "small": (initializers.normal(0.01), 1e-4),
     "Glorot": (initializers.glorot_uniform(), 1 / WIDTH),
     "Kaiming": (initializers.he_normal(), 2 / WIDTH),
 }
-# Name: the function, and which part of the second moment it passes on.
+# Each activation has a function and the part of the second moment that it passes on.
 ACTIVATIONS: dict[str, tuple[Callable[[jax.Array], jax.Array], float]] = {
     "linear": (lambda z: z, 1.0),
     "ReLU": (jax.nn.relu, 0.5),
@@ -50,7 +55,8 @@ def draw(
     initializer: Callable[..., jax.Array], key: jax.Array, networks: int
 ) -> jax.Array:
     """Draw the kernels of all networks."""
-    # One by one: XLA takes long to compile random numbers into a larger program.
+    # XLA takes long to compile random numbers into a larger program. So the kernels are
+    # drawn one by one.
     keys = jax.random.split(key, networks * DEPTH)
     kernels = jnp.stack([initializer(key, (WIDTH, WIDTH)) for key in keys])
     return kernels.reshape(networks, DEPTH, WIDTH, WIDTH)
@@ -60,8 +66,8 @@ def draw(
 def moments(
     activation: Callable[[jax.Array], jax.Array], key: jax.Array, kernels: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Return mean squares of the weighted sums, and of the gradient in them."""
-    # Inputs, and a loss whose gradient in the last sums has variance 1.
+    """Return mean squares of the weighted sums, and of the gradients at them."""
+    # These weights make a loss whose gradient at the last sums has variance 1.
     x, weights = jax.random.normal(key, (2, INPUTS, WIDTH))
 
     def layer(a: jax.Array, parameters: Any) -> tuple[jax.Array, jax.Array]:
@@ -82,7 +88,7 @@ def moments(
 
 
 def predicted(scheme: str, activation: str) -> tuple[np.ndarray, np.ndarray]:
-    """Return what the means are expected to be, by layer."""
+    """Return the expected means of both, by layer."""
     factor = WIDTH * SCHEMES[scheme][1]
     part = ACTIVATIONS[activation][1]
     layers = np.arange(DEPTH)
@@ -118,7 +124,7 @@ def select(results: Results, scheme: str, activation: str) -> Results:
 
 
 def table(results: Results) -> str:
-    """Return the ends of the networks as text."""
+    """Return the numbers at the ends of the networks as text."""
     row = "{:18}{:8}{:>12}{:>12}{:>16}{:>12}"
     lines = [
         row.format("", "", "sums in the", "last layer", "gradient in", "the first")

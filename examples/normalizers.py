@@ -1,26 +1,28 @@
 r"""The same small network with each normalizer: curves, norms and angles.
 
-Two 3x3 convolutions (8 and 16 channels, the second of stride 2), each followed by a
-normalizer and a ReLU, and a linear head learn the 8x8 digits by SGD with momentum.
-Every normalizer is trained four times: plainly; with weight decay of the kernels; with
-their norms held at the initial ones (`normax.project_unit_norm`); and with both. What
-counts as one weight vector is what the normalizer is invariant to,
-`normax.nn.INVARIANCES`: the weights into a unit, or the whole layer.
+The network learns the 8x8 digits by SGD with momentum. It has two 3x3 convolutions of 8
+and 16 channels, the second with stride 2, and a linear head. A normalizer and a ReLU
+follow each convolution. The network is trained four times with every normalizer:
+plainly; with weight decay of the kernels; with the norms of the kernels held at the
+initial ones (`normax.project_unit_norm`); and with both. A normalizer is invariant to
+the scale of the weights into a unit, or of the whole layer. These are the weight
+vectors here, as listed in `normax.invariance.INVARIANCES`.
 
-Behind a normalizer the norm of a kernel does nothing but divide the learning rate. It
-grows without decay, and the angle by which a step turns the weights falls; decay
-shrinks it, and the angle settles; on the sphere the angle follows the gradient alone,
-and decay no longer matters.
+Behind a normalizer, the norm of a kernel only divides the learning rate. Without decay
+the norm grows, and the angle by which a step turns the weights falls. With decay the
+norm shrinks, and the angle settles. On the sphere the angle follows the gradient alone,
+and decay does not matter.
 
-The second experiment trains with batches of 2 to 128 images, for the same number of
-epochs, and compares batch normalization with batch renormalization, whose limits open
-up after a tenth of the run. Its network has two fully connected hidden layers of 64
-units: a convolution takes its statistics over the pixels too, and feels small batches
-less. Learning rates are proportional to the batch size; running statistics average over
-the same number of images at every batch size.
+The second experiment compares batch normalization with batch renormalization. Both are
+trained with batches of 2 to 128 images, for the same number of epochs. The limits of
+batch renormalization open up after a tenth of the run. The network has two fully
+connected hidden layers of 64 units. A convolution would suffer less from small batches,
+because it takes statistics over pixels too. Learning rates are proportional to the
+batch size. Running statistics average over the same number of images at every batch
+size.
 
-Written to `--out`: a picture (means over seeds) and all numbers as CSV. Printed: test
-errors, norms and angles at the end, and test errors by batch size.
+The program writes a picture of means over seeds and all numbers as CSV to `--out`. It
+prints test errors, norms and angles at the end, and test errors by batch size.
 """
 
 import functools
@@ -60,7 +62,7 @@ NORMALIZERS = (
     "InstanceNorm",
     "WeightNorm",
 )
-# Name: weight decay, and whether the norms are kept.
+# Each condition has a weight decay, and says whether the norms are kept.
 CONDITIONS = {
     "plain": (0.0, False),
     "decay": (WEIGHT_DECAY, False),
@@ -71,14 +73,14 @@ MEASURES = ("training_loss", "test_error", "norm", "angle")
 
 
 class Experiment(NamedTuple):
-    """The numbers of both experiments, one entry per run and epoch, and per run."""
+    """The numbers: `curves` by run and epoch, and `batch_sizes` by run."""
 
     curves: Results
     batch_sizes: Results
 
 
 class Training(NamedTuple):
-    """What is the same in all runs that are compiled as one."""
+    """The settings that all runs of one compiled program share."""
 
     normalizer: str
     batch_size: int
@@ -124,7 +126,8 @@ class Network(nnx.Module):
             )
             hidden = [conv(1, 8), conv(8, 16, strides=(2, 2))]
         self.layers = nnx.List(normalized(training, layer, rngs) for layer in hidden)
-        # Not of means over the image, which instance normalization fixes.
+        # Instance normalization fixes the means over the image, so the head gets all
+        # pixels and not the means.
         self.head = nnx.Linear(64 if self.dense else 4 * 4 * 16, 10, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -140,7 +143,7 @@ def make_optimizer(
     params: Any, normalizer: str, rate: float, decay: jax.Array, projected: jax.Array
 ) -> optax.GradientTransformation:
     """Return SGD with momentum; decay and projection concern the kernels."""
-    row = normax.nn.INVARIANCES.get(normalizer)
+    row = normax.invariance.INVARIANCES.get(normalizer)
     word = row.orthogonal_gradient if row else "unit"
     kernels = jax.tree_util.tree_map_with_path(
         lambda path, p: p.ndim > 1 and "layers" in jax.tree_util.keystr(path), params
@@ -221,13 +224,14 @@ def standardized(data: datasets.Dataset) -> tuple[jax.Array, jax.Array]:
 def train_all(
     training: Training, rate: float, conditions: Sequence[str], seeds: int
 ) -> Results:
-    """Train them at once; return arrays (condition, seed, epoch)."""
+    """Train under all conditions at once; return arrays (condition, seed, epoch)."""
     data = datasets.load("digits")
     run = make_run(training, rate)
     across_seeds = jax.vmap(run, (None, None, 0, 0, None, None))
     runs = jax.jit(jax.vmap(across_seeds, (None, None, None, None, 0, 0)))
     decays, projected = zip(*(CONDITIONS[name] for name in conditions), strict=True)
-    # Drawn one by one: XLA takes long to compile random numbers into the program.
+    # XLA takes long to compile random numbers into a larger program. So the networks
+    # are drawn one by one.
     networks = [Network(training, nnx.Rngs(seed)) for seed in range(seeds)]
     starts = [nnx.split(network, nnx.Param, ...)[1:] for network in networks]
     found = runs(
@@ -278,8 +282,8 @@ def run(epochs: int, seeds: int, batch_sizes: Sequence[int]) -> Experiment:
         return {name: values[last] for name, values in found.items()}
 
     points = list(itertools.product(("BatchNorm", "BatchRenorm"), batch_sizes))
-    # A small run does not fill the cores of a CPU; several at once do. Other devices
-    # are filled by one.
+    # One small run leaves cores of a CPU idle, so several run at once. Any other device
+    # is filled by one run.
     workers = os.cpu_count() if jax.default_backend() == "cpu" else 1
     total = len(NORMALIZERS) + len(points)
     with ThreadPoolExecutor(workers) as pool, tqdm(total=total, unit="run") as progress:

@@ -2,29 +2,30 @@ r"""The best learning rate for every weight decay, under batch normalization.
 
 Van Laarhoven (2017, figure 4) asks which learning rate $\eta^*$ is best for a given
 weight decay $\lambda$. Once the norm of the weights has settled, decay acts through the
-effective learning rate alone, a function of $\eta^2 \lambda^p$ for a rule of power $p$
-(see `effective_learning_rate.py`). Where one effective rate is the best, then,
+effective learning rate alone. This is a function of $\eta^2 \lambda^p$ for a rule of
+power $p$ (see `effective_learning_rate.py`). If one effective rate is the best, then
 
-$$\eta^* \propto \lambda^{-p/2},$$
+$$\eta^* \propto \lambda^{-p/2}.$$
 
-a slope of -1 in logarithms for SGD and Nesterov momentum, and of -1/2 for RMSProp and
-Adam.
+In logarithms this is a slope of -1 for SGD and Nesterov momentum, and of -1/2 for
+RMSProp and Adam.
 
-Networks are trained over a grid of $\eta$ and $\lambda$ for several seeds; a fifth of
-the training images is held out. For each $\lambda$ the validation error, averaged over
-seeds, is smallest at some $\eta$ of the grid; $\eta^*$ is the minimum of the parabola
-in $\log \eta$ through the errors there and up to two steps to both sides, at most one
-step away. The slope is a least-squares fit, with its 95 % confidence interval, to all
-decays for which that $\eta$ is not the first or last of the grid. Where training is too
-short for the norm to settle, the effective rate depends less on decay, and so does
-$\eta^*$.
+Networks are trained over a grid of $\eta$ and $\lambda$ for several seeds. A fifth of
+the training images is held out for validation. For each $\lambda$, some $\eta$ of the
+grid has the smallest validation error, averaged over seeds. A parabola in $\log \eta$
+is fitted to the errors at this $\eta$ and up to two steps to both sides. Its minimum is
+$\eta^*$, but at most one step away. The slope is a least-squares fit, with its 95 %
+confidence interval. Decays whose smallest error lies at the first or last $\eta$ of the
+grid are left out. If training is too short for the norm to settle, the effective rate
+depends less on decay, and so does $\eta^*$.
 
-Head, gains and biases have no effective rate; theirs is $\eta$ itself, which pulls
-$\eta^*$ towards what is best for them. With `--fixed-head` they are trained with the
-rate in the middle of the grid, so that $\eta$ acts through the effective rate alone.
+Head, gains and biases have no effective rate. They are trained with $\eta$ itself,
+which pulls $\eta^*$ towards what is best for them. With `--fixed-head` they are trained
+with the rate in the middle of the grid, so that $\eta$ acts through the effective rate
+alone.
 
-Written to `--out`: a picture (maps of the validation error, the best learning rates and
-the fits) and all numbers as CSV. Printed: the slopes.
+The program writes a picture and all numbers as CSV to `--out`, and prints the slopes.
+The picture shows maps of the validation error, the best learning rates and the fits.
 """
 
 from collections.abc import Sequence
@@ -61,19 +62,19 @@ import normax
 
 Results = dict[str, np.ndarray]
 
-# Smallest and largest learning rate, smallest and largest weight decay.
+# Each rule has the smallest and largest learning rate, then those of weight decay.
 GRIDS = {
     "sgd": (3e-3, 3e0, 1e-2, 1e0),
     "nesterov": (3e-4, 3e-1, 1e-2, 1e0),
     "rmsprop": (2e-4, 2e-2, 1e-2, 1e0),
     "adam": (2e-4, 2e-2, 1e-2, 1e0),
 }
-# Norms settle later than networks of digits learn.
+# A network learns digits before its norms have settled, so these runs are longer.
 LONG = SETTINGS | {"digits": SETTINGS["digits"]._replace(epochs=48)}
 
 
 class Fit(NamedTuple):
-    """The best learning rates, and the line through those inside of the grid."""
+    """The best learning rates, and the line through those inside the grid."""
 
     best: np.ndarray
     inside: np.ndarray
@@ -111,7 +112,7 @@ def run(
         other_rate = float(np.sqrt(low * high)) if fixed_head else None
         for seed in range(seeds):
             train = make_train(rule, data, setting, seed=seed, other_rate=other_rate)
-            numbers = normax.grid_sweep(
+            numbers = normax.sweeps.grid_sweep(
                 train, axes, progress=True, checkpoint_dir=checkpoint_dir
             )
             named: dict[str, Any] = {"rule": rule, "seed": seed}
@@ -184,7 +185,8 @@ def draw(axes: Axes, results: Results, rule: str, colours: LogNorm) -> Any:
         axes.plot(lam[mask], found.best[mask], "ko", fillstyle=fill)
     axes.plot(lam[~found.inside], found.best[~found.inside], "kx")
     axes.plot(lam, np.exp(found.intercept) * lam**found.slope, "k-", lw=1.5)
-    # Through the middle of the fit, and of the map where there is none.
+    # The dashed line has the predicted slope. It meets the fit in the middle, or the
+    # middle of the map if there is no fit.
     middle = np.exp(found.intercept) * np.sqrt(lam[0] * lam[-1]) ** found.slope
     theory = np.nan_to_num(middle, nan=np.sqrt(eta[0] * eta[-1]))
     theory *= (lam / np.sqrt(lam[0] * lam[-1])) ** (-power / 2)

@@ -1,25 +1,25 @@
 r"""Optimizers in a ravine, at a saddle, on logistic regression; phases of momentum.
 
-*Ravine*: a quadratic with curvatures 1 and 50, whose axes are not the coordinates'.
-*Saddle*: $(x^2 - y^2) / 2 + y^4 / 4$ from a point that is nearly on the ridge, from
-which gradient descent first goes to the saddle. *Logistic regression*: all 569 tumors
-of scikit-learn's breast cancer data, standardized, with an $\ell_2$ penalty of 0.001.
+*Ravine*: a quadratic with curvatures 1 and 50, whose axes are not those of the
+coordinates. *Saddle*: $(x^2 - y^2) / 2 + y^4 / 4$. The start is nearly on the ridge, so
+gradient descent first goes to the saddle. *Logistic regression*: all 569 tumors of
+scikit-learn's breast cancer data, standardized, with an $\ell_2$ penalty of 0.001.
 
-Every rule runs with each of a grid of learning rates, of which the one counts that
-brings the loss fastest to within 0.1% of the way to its minimum. L-BFGS chooses its
-rates itself, by a line search; Hessian-free optimization has rate 1 and adapts its
-damping; on logistic regression its curvature is the Gauss-Newton matrix.
+Every rule runs with each learning rate of a grid. The rate that counts is the one that
+brings the loss fastest to within 0.1% of the way to its minimum. Two rules need no
+grid. L-BFGS chooses its rates by a line search. Hessian-free optimization has rate 1
+and adapts its damping; on logistic regression it uses the Gauss-Newton matrix.
 
-*Momentum* on a quadratic with curvatures $\mu$ and $L$: the factor by which the error
-shrinks in a step, for every learning rate and momentum. Measured is the growth of
-weights and velocity, rescaled after every step. In closed form it is the largest
-absolute root, over both curvatures $c$, of
+*Momentum* on a quadratic with curvatures $\mu$ and $L$: the program measures the factor
+by which the error shrinks in a step, for every learning rate and momentum. This is the
+growth of weights and velocity, which are rescaled after every step. In closed form it
+is the largest absolute root, over both curvatures $c$, of
 
 $$z^2 - (1 + \rho - \eta c)\,z + \rho = 0.$$
 
-It is smallest at the point that `normax.optimal_momentum` gives.
+It is smallest at the point that `normax.theory.optimal_momentum` gives.
 
-Written to `--out`: a picture, and all losses and measured factors as CSV.
+The program writes a picture, and all losses and measured factors as CSV, to `--out`.
 """
 
 import csv
@@ -51,16 +51,16 @@ RULES: dict[str, tuple[Callable[..., optax.GradientTransformation], np.ndarray]]
     "RMSProp": (normax.UPDATE_RULES["rmsprop"].make, RATES),
     "AdaDelta": (normax.UPDATE_RULES["adadelta"].make, RATES),
     "Adam": (normax.UPDATE_RULES["adam"].make, RATES),
-    "Newton": (normax.newton, RATES),
+    "Newton": (normax.second_order.newton, RATES),
     "L-BFGS": (lambda rate: optax.lbfgs(), np.ones(1)),
-    "Hessian-free": (normax.hessian_free, np.ones(1)),
+    "Hessian-free": (normax.second_order.hessian_free, np.ones(1)),
 }
 TOLERANCE = 1e-3
 CURVATURES = (1.0, 25.0)
 
 
 class Problem(NamedTuple):
-    """A loss with its smallest value, and the network that it is the loss of."""
+    """A loss, its start and minimum, and the functions that compose it, if any."""
 
     loss: Callable[[jax.Array], jax.Array]
     start: np.ndarray
@@ -86,7 +86,7 @@ def logistic_regression() -> Problem:
     inputs = jnp.asarray(np.column_stack([x, np.ones(len(x))]), jnp.float32)
     signs = jnp.asarray(2 * data.target - 1, jnp.float32)
 
-    # The weights are outputs too, so that the penalty has its part in the curvature.
+    # The weights are outputs too, so that the curvature includes the penalty.
     def outputs_fn(w: jax.Array) -> jax.Array:
         return jnp.concatenate([inputs @ w, w])
 
@@ -98,7 +98,9 @@ def logistic_regression() -> Problem:
         return loss_of_outputs(outputs_fn(w))
 
     start = np.zeros(inputs.shape[1], np.float32)
-    _, losses = descend(normax.newton(damping=1e-4), Problem(loss, start, 0, {}), 20)
+    _, losses = descend(
+        normax.second_order.newton(damping=1e-4), Problem(loss, start, 0, {}), 20
+    )
     functions = dict(outputs_fn=outputs_fn, loss_of_outputs=loss_of_outputs)
     return Problem(loss, start, float(jnp.min(losses)), functions)
 
@@ -106,7 +108,7 @@ def logistic_regression() -> Problem:
 def descend(
     tx: optax.GradientTransformation, problem: Problem, steps: int
 ) -> tuple[jax.Array, jax.Array]:
-    """Return the weights and the losses before, and after each of, some steps."""
+    """Return the weights and the losses at the start and after every step."""
     tx = optax.with_extra_args_support(tx)
     loss = problem.loss
 
@@ -125,7 +127,7 @@ def descend(
 
 
 def steps_needed(losses: np.ndarray, minimum: float) -> np.ndarray:
-    """Return after how many steps the loss stays within the tolerance; or one more."""
+    """Count the steps until the loss stays within the tolerance; if never, all + 1."""
     gaps = losses - minimum
     inside = gaps <= TOLERANCE * gaps[..., :1]
     stays = np.flip(np.logical_and.accumulate(np.flip(inside, -1), -1), -1)
@@ -133,7 +135,7 @@ def steps_needed(losses: np.ndarray, minimum: float) -> np.ndarray:
 
 
 def run(problem: Problem, rule: str, steps: int) -> Results:
-    """Return what the best learning rate does."""
+    """Return the path and the losses of the best learning rate."""
     make, rates = RULES[rule]
     functions = problem.functions if rule == "Hessian-free" else {}
 
@@ -155,7 +157,7 @@ def run(problem: Problem, rule: str, steps: int) -> Results:
 
 
 def closed_form(eta: np.ndarray, rho: np.ndarray) -> np.ndarray:
-    """Return the factor by which heavy ball shrinks errors in a step."""
+    """Return the factor by which momentum shrinks errors in a step."""
     roots = []
     for curvature in CURVATURES:
         half = (1 + rho - eta * curvature) / 2
@@ -166,7 +168,7 @@ def closed_form(eta: np.ndarray, rho: np.ndarray) -> np.ndarray:
 
 @functools.partial(jax.jit, static_argnums=2)
 def measured_factor(eta: jax.Array, rho: jax.Array, steps: int) -> jax.Array:
-    """Measure it, for arrays of learning rates and momenta."""
+    """Measure the factor for arrays of learning rates and momenta."""
 
     def factor(eta: jax.Array, rho: jax.Array) -> jax.Array:
         tx = normax.UPDATE_RULES["momentum"].make(eta, momentum=rho)
@@ -190,7 +192,7 @@ def phase_diagram(size: int, steps: int) -> Results:
     eta, rho = np.meshgrid(
         np.linspace(0, 4 / CURVATURES[1], size + 1)[1:], np.linspace(0, 1, size)
     )
-    best = [float(x) for x in normax.optimal_momentum(*CURVATURES)]
+    best = [float(x) for x in normax.theory.optimal_momentum(*CURVATURES)]
     return {
         "eta": eta,
         "rho": rho,

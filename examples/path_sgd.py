@@ -1,33 +1,37 @@
 r"""Path-SGD, SGD and AdaGrad from balanced and from unbalanced weights.
 
 Neyshabur, Salakhutdinov and Srebro (2015, section 5, figures 2 and 3) train networks
-of two hidden layers of ReLUs from two starts. *Balanced*: kernels are Gaussian with
-standard deviation $1/\sqrt{\text{inputs}}$. *Unbalanced*: the same network, but hidden
-units, a quarter of their number, are picked with replacement; the incoming weights of
-each are multiplied by $10^c$ and its outgoing ones divided, $c$ log-normal. Both starts
-compute the same function. The steps of Path-SGD,
+of two hidden layers of ReLUs from two starts:
+
+- *Balanced*: kernels are Gaussian with standard deviation $1/\sqrt{\text{inputs}}$.
+- *Unbalanced*: hidden units of the same network, a quarter of their number, are picked
+  with replacement. The incoming weights of each are multiplied by $10^c$ and its
+  outgoing ones divided by it, with log-normal $c$.
+
+Both starts compute the same function. The steps of Path-SGD keep the functions equal,
 
 $$w_e \leftarrow w_e - \frac{\eta}{\gamma_p(w, e)} \frac{\partial L}{\partial w_e},$$
 
-keep it so; those of SGD and AdaGrad do not. With `--dropout`, half of the hidden units,
-drawn anew for every example, are left out of the loss, but not of the path scales
+and those of SGD and AdaGrad do not. With `--dropout`, half of the hidden units are left
+out of the loss, drawn anew for every example. They are not left out of the path scales
 $\gamma_p$.
 
-Step sizes are $\eta = 10^{-\alpha}$, $\alpha = 0, \dots, 10$. For every rule and start
-(once for Path-SGD, from the balanced one) the one is taken that reaches the smallest
-validation error, and of several that reach it the fastest; the network is then trained
-anew on all training data. Every seed is an experiment of its own: weights, factors,
-validation set, batches and step sizes.
+Step sizes are $\eta = 10^{-\alpha}$, $\alpha = 0, \dots, 10$. One is chosen for every
+rule and start, but for Path-SGD only once, from the balanced start. It is the step size
+that reaches the smallest validation error, and the fastest one if several do. The
+network is then trained anew on all training data. Every seed is an experiment of its
+own: weights, factors, validation set, batches and step sizes.
 
-Written to `--out`: a picture (cross-entropy, training error and test error by epoch;
-median, smallest and largest over seeds) and all numbers as CSV. Printed: the final
-numbers; when a rule first reaches the cross-entropy with which balanced SGD ends; and
-how far apart the two starts of Path-SGD came.
+The program writes a picture and all numbers as CSV to `--out`. The picture shows
+cross-entropy, training error and test error by epoch, as median, minimum and maximum
+over seeds. The program prints three results: the final numbers; when a rule first
+reaches the cross-entropy with which balanced SGD ends; and how far apart the two starts
+of Path-SGD came.
 
-What differs from the paper: by default the data are 8x8 digits and the layers have 128
-units, which takes a minute; `--dataset cifar10` has the paper's data, widths, batches
-and epochs. Step sizes are chosen in runs of a quarter of the epochs. What the paper
-does not say: inputs have mean 0 and variance 1 over all pixels, the log-normal
+By default the data are 8x8 digits and the layers have 128 units, which takes a minute.
+`--dataset cifar10` has the paper's data, widths, batches and epochs. Unlike in the
+paper, step sizes are chosen in runs of a quarter of the epochs. The paper leaves three
+choices open. Here inputs have mean 0 and variance 1 over all pixels, the log-normal
 distribution is the standard one, and dropout spares the inputs.
 """
 
@@ -82,12 +86,12 @@ MEASURES = ("cross_entropy", "training_error", "test_error")
 
 
 def matmul(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """Multiply in float32: elsewhere than on a CPU the default has fewer digits."""
+    """Multiply in full float32; the default of GPUs and TPUs has fewer digits."""
     return jnp.matmul(x, kernel, precision="highest")
 
 
 def network(params: Params, x: jax.Array, key: jax.Array | None = None) -> jax.Array:
-    """Return the logits; with a key, those of a network with dropout."""
+    """Return the logits; with a key, hidden units are dropped."""
     for layer, kernel in enumerate(params[:-1]):
         x = jax.nn.relu(matmul(x, kernel))
         if key is not None:
@@ -106,14 +110,14 @@ def balanced(key: jax.Array, widths: Sequence[int]) -> Params:
 
 
 class Split(NamedTuple):
-    """Indices to train on, and weights that average over those and over the test."""
+    """Indices to train on, and weights of all images for both averages."""
 
     train: np.ndarray
     shares: tuple[np.ndarray, np.ndarray]
 
 
 def make_split(count: int, train: np.ndarray, test: np.ndarray) -> Split:
-    """Return the split of all images, of which some may be in neither set."""
+    """Return the split of all images; some may be in neither set."""
     one, other = (np.bincount(x, minlength=count) / len(x) for x in (train, test))
     return Split(train, (one.astype(np.float32), other.astype(np.float32)))
 
@@ -149,7 +153,7 @@ def measure(
         return loss, logits.argmax() != example[1]
 
     losses, errors = jax.lax.map(one, examples, batch_size=1000)
-    # The class that is largest among NaNs is no answer.
+    # If the logits are NaN, the class with the largest one means nothing.
     errors = jnp.where(jnp.isfinite(losses), errors, jnp.nan)
     train, test = shares
     pairs = (train, losses), (train, errors), (test, errors)
@@ -174,7 +178,7 @@ def make_run(
         map(jnp.stack, zip(*(split.shares for split in chosen), strict=True))
     )
     epochs = max(setting.epochs // 4, 1) if validate else setting.epochs
-    # An epoch has as many steps with images held out as without.
+    # The number of steps per epoch does not depend on the images held out.
     steps = len(data.x_train) // BATCH_SIZE
 
     def batches(seed: int, epoch: int) -> np.ndarray:
@@ -210,7 +214,7 @@ def make_run(
         key = jax.random.key(seed)
         init_key, factor_key = jax.random.split(key)
         one = balanced(init_key, widths)
-        other = normax.random_rescaling(factor_key, one)
+        other = normax.rescaling.random_rescaling(factor_key, one)
         params = [jnp.where(start == 0, *pair) for pair in zip(one, other, strict=True)]
         before = measure(examples, own, params)
         carry = params, optimizer.init(params)
@@ -234,8 +238,8 @@ def run(
     checkpoint_dir: Path | None = None,
 ) -> Results:
     """Choose the step sizes and train; return one array entry per run and epoch."""
-    # A small run does not fill the cores of a CPU; several at once do. Other devices
-    # are filled by one.
+    # One small run leaves cores of a CPU idle, so several run at once. Any other device
+    # is filled by one run.
     sweep_options: dict[str, Any] = {
         "batch_size": None if jax.default_backend() == "cpu" else 1,
         "checkpoint_dir": checkpoint_dir,
@@ -245,18 +249,20 @@ def run(
     for rule in RULES:
         experiment = data, examples, rule, setting, dropout, seeds
         make = functools.partial(make_run, *experiment)
-        # The starts of Path-SGD train alike up to rounding, but a validation error that
-        # is nearly the same at two step sizes could part them.
+        # The starts of Path-SGD train alike up to rounding. Yet rounding could decide
+        # between two step sizes with nearly the same error. So one start decides.
         deciding = STARTS[:1] if rule == "Path-SGD" else STARTS
         grid: dict[str, np.ndarray] = {"start": np.arange(len(deciding))}
         grid |= {"seed": np.arange(seeds), "step_size": STEP_SIZES}
-        errors = normax.grid_sweep(make(True), grid, **sweep_options)["test_error"]
+        errors = normax.sweeps.grid_sweep(make(True), grid, **sweep_options)[
+            "test_error"
+        ]
         runs = np.concatenate(np.asarray(errors)[..., 1:])
         chosen = [STEP_SIZES[fastest(curves)] for curves in runs]
         starts, numbers = np.divmod(np.arange(len(STARTS) * seeds), seeds)
         points = {"start": starts, "seed": numbers}
         points |= {"step_size": np.resize(chosen, starts.size)}
-        curves = normax.sweep(make(False), points, **sweep_options)
+        curves = normax.sweeps.sweep(make(False), points, **sweep_options)
         points = {"rule": np.full(starts.size, rule), **points}
         points |= {"start": np.take(STARTS, starts)}
         epochs = np.arange(setting.epochs + 1)
@@ -274,20 +280,20 @@ def select(results: Results, rule: str, start: str) -> Results:
 
 
 def diverged(curves: Results) -> np.ndarray:
-    """Return which runs end above the cross-entropy they started at, or at none."""
+    """Return which runs end with a larger cross-entropy than at the start, or NaN."""
     loss = curves["cross_entropy"]
     return ~(loss[:, -1] <= loss[:, 0])
 
 
 def first_epoch(curves: Results, targets: np.ndarray) -> str:
-    """Return when the cross-entropy reaches the targets, the median, or a dash."""
+    """Return the median epoch that reaches the targets, or a dash if there is none."""
     reached = curves["cross_entropy"] <= targets[:, None]
     epoch = np.median(np.where(reached.any(1), reached.argmax(1), np.inf))
     return f"{epoch:.0f}" if np.isfinite(epoch) else "-"
 
 
 def difference(results: Results) -> dict[str, float]:
-    """Return how far apart the two starts of Path-SGD come, the loss relatively."""
+    """Return the largest gaps between the starts of Path-SGD, relative for the loss."""
     one, other = (select(results, "Path-SGD", start) for start in STARTS)
     gaps = {name: np.abs(one[name] - other[name]) for name in MEASURES}
     gaps["cross_entropy"] /= one["cross_entropy"]
@@ -332,7 +338,7 @@ def picture(results: Results, dataset: str, dropout: bool) -> Figure:
             style: dict[str, Any] = {"color": f"C{colour}", "linewidth": 1.5}
             if start == "unbalanced":
                 style |= {"linestyle": (0, (4, 3)), "zorder": 3}
-            # Both starts of Path-SGD are to be seen, though they coincide.
+            # The lines of the two starts of Path-SGD coincide, so one is drawn wide.
             if rule == "Path-SGD":
                 wide = {"linewidth": 5, "alpha": 0.4}
                 style |= {"color": "black"} if start == "unbalanced" else wide
@@ -352,7 +358,7 @@ def picture(results: Results, dataset: str, dropout: bool) -> Figure:
     panels[0].set_ylim(low["cross_entropy"], 5 * results["cross_entropy"][0])
     for axes, name in zip(panels[1:], MEASURES[1:], strict=True):
         ticks = TENTHS if low[name] > 0.1 else PERCENT_TICKS
-        # Linear below the first tick, because training errors become 0.
+        # Training errors become 0, so the axis is linear below the first tick.
         axes.set_yscale("symlog", linthresh=1e-3)
         axes.set_yticks(ticks)
         axes.set_yticklabels([f"{100 * tick:g}%" for tick in ticks])

@@ -1,8 +1,8 @@
 """Training of the convolutional network in which every step is recorded.
 
-Batch norm is without its epsilon, so that the loss does not depend on the norms of the
-kernels, but for rounding; and without running averages, which mix several steps: tests
-use the statistics of training images at the present weights.
+Batch norm has no epsilon here, so that the loss does not depend on the norms of the
+kernels, except by rounding. It has no running averages either, because they would mix
+several steps. Tests use the statistics of training images at the present weights.
 """
 
 from collections.abc import Callable
@@ -21,7 +21,7 @@ STATISTICS_IMAGES = 2048
 
 
 class Run(NamedTuple):
-    """Losses (epoch, step), norms (epoch, step, vector), test logits by epoch."""
+    """Losses (epoch, step), norms (epoch, step, vector) and test logits by epoch."""
 
     losses: jax.Array
     norms: jax.Array

@@ -1,8 +1,8 @@
 """Optuna studies that are asked for batches of trials and shared by processes.
 
-Optuna's storage is what processes and machines have in common. Each asks it for trials
-and tells it the values; it numbers the trials, so that none is run in excess of the
-budget. The trials of a process that was killed are lost.
+Processes and machines have Optuna's storage in common. Each asks it for trials and
+tells it their values. The storage numbers the trials, so that none is run beyond the
+budget. If a process is killed, its trials are lost.
 """
 
 import argparse
@@ -28,7 +28,7 @@ class Grid(optuna.samplers.BaseSampler):
 
     def __init__(self, space: Space, size: int, seed: int) -> None:
         rng = np.random.default_rng(seed)
-        # Where the grid lies within its cells is a matter of luck: draw it.
+        # The result depends on where the grid lies within its cells, so that is drawn.
         axes = [(np.arange(size) + rng.random()) / size for _ in space]
         points = rng.permutation(list(itertools.product(*axes)))
         self.columns = dict(zip(space, points.T, strict=True))
@@ -50,8 +50,8 @@ class Grid(optuna.samplers.BaseSampler):
         param_name: str,
         param_distribution: Any,
     ) -> float:
-        # Processes share the grid by the numbers of the trials. One in excess, which
-        # will not be run, has a point nevertheless.
+        # Processes share the grid by the numbers of the trials. A trial beyond the grid
+        # will not be run, but Optuna needs a point for it too.
         units = self.columns[param_name]
         low, high = param_distribution.low, param_distribution.high
         return float(low * (high / low) ** units[trial.number % len(units)])
@@ -78,11 +78,11 @@ def open_storage(
     waits = [0.1, 0.3, 1.0, 3.0]
     while True:
         try:
-            # Connections of a pool would stay open after the last use.
+            # A pool would keep its connections open after the last use.
             kwargs = {"poolclass": sqlalchemy.pool.NullPool}
             return optuna.storages.RDBStorage(url, engine_kwargs=kwargs)
         except (ImportError, sqlalchemy.exc.SQLAlchemyError) as error:
-            # Of two processes that make the same table one fails; it succeeds later.
+            # If two processes make the same table, one fails. Later it finds the table.
             if not waits or not isinstance(error, sqlalchemy.exc.DBAPIError):
                 parser.error(f"--storage {url} cannot be used: {error}")
         time.sleep(waits.pop(0))

@@ -1,21 +1,24 @@
 r"""Table 1 of van Laarhoven (2017): derived, measured, and as it is printed.
 
-The table says, for each update rule, how the norm of scale-invariant weights and their
-effective learning rate settle with the learning rate $\eta$ and the weight decay
-$\lambda$. As printed, its last column cannot be right: $\eta_\mathrm{eff} = \eta /
-\|w\|^2$ and $\|w\| \sim (\eta/\lambda)^{1/4}$ make $\sqrt{\eta\lambda}$, not
-$\sqrt{\eta/\lambda}$; $\eta / \|w\|$ and $(\eta/\lambda)^{1/3}$ make
-$(\eta^2\lambda)^{1/3}$, not $(\eta^2/\lambda)^{1/3}$.
+For each update rule, the table says how two quantities settle with the learning rate
+$\eta$ and the weight decay $\lambda$: the norm of scale-invariant weights, and their
+effective learning rate. Its last column is misprinted:
 
-Here the rules themselves are run in the paper's model of converged training (section
-4): the gradient is a random vector orthogonal to $w$, of length $1 / \|w\|$, drawn anew
-at each step. All runs of a rule start at the same norm. *Measured* are the exponents of
-the settled norm, and of the settled angle between $w_t$ and $w_{t+1}$, which is
-proportional to the effective learning rate but does not presume its formula. *Derived*
-are the logarithmic derivatives of `equilibrium_norm` and of the effective rate at that
-norm, at small $\eta\lambda$.
+- $\eta_\mathrm{eff} = \eta / \|w\|^2$ and $\|w\| \sim (\eta/\lambda)^{1/4}$ give
+  $\sqrt{\eta\lambda}$, not $\sqrt{\eta/\lambda}$.
+- $\eta_\mathrm{eff} = \eta / \|w\|$ and $\|w\| \sim (\eta/\lambda)^{1/3}$ give
+  $(\eta^2\lambda)^{1/3}$, not $(\eta^2/\lambda)^{1/3}$.
 
-Written to `--out`: a picture, and the settled norms and angles as CSV.
+Here the rules run in the paper's model of converged training (section 4). The gradient
+is a random vector orthogonal to $w$, of length $1 / \|w\|$, drawn anew at each step.
+All runs of a rule start at the same norm.
+
+*Measured* are the exponents of the settled norm and of the settled angle between $w_t$
+and $w_{t+1}$. The angle is proportional to the effective learning rate, but does not
+presume its formula. *Derived* are the logarithmic derivatives of `equilibrium_norm` and
+of the effective rate at that norm, at small $\eta\lambda$.
+
+The program writes a picture, and the settled norms and angles as CSV, to `--out`.
 """
 
 import functools
@@ -38,8 +41,9 @@ Exponents = tuple[float, float]
 
 DIMENSION, CHAINS = 128, 8
 
-# Middle of the grids of learning rates and weight decays: decay takes about 1% of the
-# norm per step, AdamW's less, because it is the furthest from its leading order.
+# These are the middles of the grids of learning rates and weight decays. Decay takes
+# about 1% of the norm per step. AdamW has less decay, because it would deviate the most
+# from its leading order.
 GRIDS = {
     "sgd": (0.1, 0.1),
     "momentum": (0.03, 0.03),
@@ -50,7 +54,7 @@ GRIDS = {
     "normalized_sgd": (0.05, 0.1),
 }
 
-# Exponents of (eta, lambda) in the norm and in the effective rate, as printed.
+# The table prints these exponents of (eta, lambda), in the norm and in the rate.
 FOURTH_ROOT = ((1 / 4, -1 / 4), (1 / 2, -1 / 2))
 CUBE_ROOT = ((1 / 3, -1 / 3), (2 / 3, -1 / 3))
 PRINTED: dict[str, tuple[Exponents, Exponents]] = {

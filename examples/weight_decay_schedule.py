@@ -1,13 +1,13 @@
 r"""Weight decay without weight decay: a growing rate, or a matched effective rate.
 
-Where the loss does not depend on the norms of the weight vectors $w$, its gradient is
+Let the loss not depend on the norms of the weight vectors $w$. Then its gradient is
 $g(w) = g(u) / \|w\|$ with $u = w / \|w\|$, and weight decay $\lambda$ acts through the
 learning rate alone (van Laarhoven, 2017, section 3.1). Two ways to compute the same
-without it are tried on the kernels of a ConvNet with batch norm.
+without decay are tried on the kernels of a ConvNet with batch norm.
 
-*Growing rate.* SGD with decay and momentum is SGD with this momentum and no decay at
-the rate $\eta_t = \eta / (a_t a_{t+1})$, where $a_t$ is what $t$ steps of decay alone
-would leave of the weights (`normax.exponential_equivalent_schedule`).
+*Growing rate.* SGD with decay and momentum equals SGD with the same momentum, no decay
+and the rate $\eta_t = \eta / (a_t a_{t+1})$. Here $a_t$ is what $t$ steps of decay
+alone would leave of the weights (`normax.theory.exponential_equivalent_schedule`).
 
 *Unit norm.* A rule $U$ with decoupled decay, $w_{t+1} = (1 - \eta\lambda)\,w_t -
 \eta\,U(g_0, \dots, g_t)$, moves the direction to
@@ -16,26 +16,30 @@ $$u_{t+1} = \Pi\Big(u_t - \frac{\eta}{(1 - \eta\lambda)\,\|w_t\|}\,
 U\Big(\frac{g(u_0)}{\|w_0\|}, \dots, \frac{g(u_t)}{\|w_t\|}\Big)\Big), \qquad
 \Pi(x) = x / \|x\|,$$
 
-as $\Pi$ forgets the factor $(1 - \eta\lambda)\,\|w_t\|$. The projected run needs the
-norms of each vector from the run with decay, and no more. For SGD, $U = g_t$, they make
-one effective rate $\eta / \big((1 - \eta\lambda)\,\|w_t\|^2\big)$. AdamW's $U$ does not
-see the scale of all gradients, which leaves $\eta / \big((1 - \eta\lambda)\,\|w_t\|
-\big)$; but its averages weigh gradients of different steps, and to be exact need their
-scales $1 / \|w_t\|$ too. Tried as well are this rate alone; its geometric mean over all
-vectors, an ordinary schedule; and the constant $\eta$.
+because $\Pi$ forgets the factor $(1 - \eta\lambda)\,\|w_t\|$. The projected run needs
+only the norms of each vector from the run with decay. For SGD, $U = g_t$, they make one
+effective rate $\eta / \big((1 - \eta\lambda)\,\|w_t\|^2\big)$. AdamW's $U$ does not see
+a common scale of the gradients, so its rate is
+$\eta / \big((1 - \eta\lambda)\,\|w_t\|\big)$. But its averages weigh gradients of
+different steps, so an exact run needs their scales $1 / \|w_t\|$ too.
+
+Three inexact runs are compared: AdamW with its rate alone; the geometric mean of the
+rates over all vectors, which is an ordinary schedule; and the constant $\eta$.
 
 The equality is exact, but training is chaotic: it amplifies rounding errors until they
-are as large as the loss. So all is done in float32 and float64, where equal runs part
-later; others part at once. Batch norm's $\epsilon$ would break the invariance, and is
-0. Its running averages mix the scales of several steps, so the test takes statistics
-of training images at the present weights. `--shrinkage` $s$ sets $\lambda$: decay alone
-would leave $e^{-s}$ of the kernels. The growing rate ends near $e^{2s}\eta$, and its
-weights, near $e^s$, cube in the gradient of batch norm, which float32 holds up to
-$e^{28}$, but not at $e^{30}$.
+are as large as the loss. So everything runs in float32 and in float64. Equal runs part
+later in float64, and others part at once. Batch norm's $\epsilon$ is 0, because it
+would break the invariance. Running averages would mix the scales of several steps, so
+the test uses statistics of training images at the present weights.
 
-Written to `--out`: a picture and, as CSV, a row per run and epoch. `difference` is the
-largest of a step's loss from that with decay, over the epoch's mean loss; `logits` the
-largest of a test logit, over the largest logit; rates are geometric means.
+`--shrinkage` $s$ sets $\lambda$: decay alone would leave $e^{-s}$ of the kernels. The
+growing rate ends near $e^{2s}\eta$, and its weights near $e^s$. Their cube enters the
+gradient of batch norm, and float32 can hold it up to $s = 28$, but not at $s = 30$.
+
+The program writes a picture and, as CSV, a row per run and epoch to `--out`. Both
+differences are from the run with decay. `difference` is the largest of a step's loss,
+divided by the epoch's mean loss. `logits` is the largest of a test logit, divided by
+the largest logit. Rates are geometric means.
 """
 
 import functools
@@ -80,12 +84,14 @@ COLOURS = {
     "mean rate": "C1",
     "constant rate": "C3",
 }
-# Decay that no growing rate replaces: it alone would change the signs of weights.
+# From this decay on, decay alone would change the signs of weights, and no growing rate
+# can replace it.
 LARGEST_DECAY = (1 - MOMENTUM**0.5) / (1 + MOMENTUM**0.5)
 LARGEST_SHRINKAGE = 25.0
 
 
-# Names, what was found, and rates (epoch, step, vector or 1); first, that with decay.
+# Each run has a name, what was recorded, and rates (epoch, step, vector or 1). The run
+# with decay comes first.
 Runs = Iterator[tuple[str, Run, jax.Array]]
 
 
@@ -113,9 +119,9 @@ def momentum_runs(
     """Train with decay, at the growing rate without it, and without both."""
     rate, steps = RATES[rule], math.prod(shape)
     decay = shrinkage * (1 - MOMENTUM) / (steps * rate)
-    make_schedule = normax.exponential_equivalent_schedule
+    make_schedule = normax.theory.exponential_equivalent_schedule
 
-    # Without decay to replace, the schedule is constant: all runs are one program.
+    # If no decay is replaced, the schedule is constant. So all runs share one program.
     @jax.jit
     def run(decay: float, replaced: float) -> Run:
         schedule = make_schedule(rate, replaced, MOMENTUM)
@@ -213,7 +219,7 @@ def run(
                 progress.update()
         return columns
 
-    # One run does not fill the cores of a CPU.
+    # One run leaves cores of a CPU idle, so several run at once.
     workers = os.cpu_count() if jax.default_backend() == "cpu" else 1
     with ThreadPoolExecutor(workers) as pool, tqdm(total=24, unit="run") as progress:
         parts = pool.map(compare, itertools.product(PRECISIONS, RATES))

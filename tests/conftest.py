@@ -1,4 +1,8 @@
-"""Eight CPU devices, no implicit change of rank, and no program compiled twice."""
+"""Eight CPU devices, float32 products, no implicit change of rank, no program twice.
+
+On a GPU, with `JAX_PLATFORMS=cuda`, tests marked with `devices(n)` are skipped where
+there are fewer; so they are on a CPU of fewer devices, as `XLA_FLAGS` may ask for.
+"""
 
 import atexit
 import importlib.metadata
@@ -9,12 +13,15 @@ import tempfile
 
 import pytest
 
-os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+# First, since the last of two flags of one name holds.
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8 " + os.environ.get(
+    "XLA_FLAGS", ""
 )
 if importlib.metadata.version("jaxlib").startswith(("0.8.", "0.9.", "0.10.")):
     # They have a second code generator, which compiles three times as fast.
     os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
+# The tolerances are those of float32. A GPU takes products of matrices in TF32.
+os.environ["JAX_DEFAULT_MATMUL_PRECISION"] = "highest"
 os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # One folder for all workers, which inherit the variable.
@@ -23,6 +30,16 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], True)
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "0")
+
+
+def pytest_runtest_setup(item):
+    """Skip what wants more devices than there are."""
+    import jax
+
+    for marker in item.iter_markers("devices"):
+        (wanted,) = marker.args
+        if jax.device_count() < wanted:
+            pytest.skip(f"wants {wanted} devices, and there are {jax.device_count()}")
 
 
 @pytest.fixture(scope="module")

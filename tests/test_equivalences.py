@@ -148,9 +148,9 @@ def test_scale_of_the_weights_is_a_factor_of_the_penalty():
 
 
 def test_gradient_is_inverse_to_the_scale_and_orthogonal_to_each_unit():
-    normax.assert_scale_invariant(loss, START, rtol=1e-12)
-    normax.assert_inverse_gradient_scaling(loss, START, rtol=1e-9)
-    normax.assert_orthogonal_gradient(loss, START, rtol=1e-12)
+    normax.testing.assert_scale_invariant(loss, START, rtol=1e-12)
+    normax.testing.assert_inverse_gradient_scaling(loss, START, rtol=1e-9)
+    normax.testing.assert_orthogonal_gradient(loss, START, rtol=1e-12)
     slope = jax.jit(jax.grad(loss))
     hessian = jax.jit(jax.jacfwd(slope))
     gradient = slope(START)

@@ -2,6 +2,8 @@
 
 import functools
 import inspect
+import pathlib
+import re
 import subprocess
 import sys
 
@@ -13,15 +15,19 @@ from flax import nnx
 
 import normax
 
-PUBLIC = {name: getattr(normax, name) for name in dir(normax) if name[0] != "_"}
-LAYERS = {
-    f"nn.{name}": getattr(normax.nn, name) for name in dir(normax.nn) if name[0] != "_"
+TOPICS = {name: value for name, value in vars(normax).items() if name in normax.__all__}
+TOPICS = {name: value for name, value in TOPICS.items() if inspect.ismodule(value)}
+PACKAGES = {"normax": normax} | {f"normax.{n}": topic for n, topic in TOPICS.items()}
+PUBLIC = {
+    f"{package}.{name}": getattr(module, name)
+    for package, module in PACKAGES.items()
+    for name in module.__all__
 }
 # Modules of our own are documented like functions, those of Flax by Flax.
-MODULES = {"nn.WeightNorm", "nn.BatchRenorm"}
+MODULES = {"normax.nn.WeightNorm", "normax.nn.BatchRenorm"}
 FUNCTIONS = {
     name: value
-    for name, value in (PUBLIC | LAYERS).items()
+    for name, value in PUBLIC.items()
     if inspect.isfunction(value) or name in MODULES
 }
 
@@ -36,18 +42,31 @@ def signatures(name):
 
 
 def test_public_names():
-    modules = [n for n, value in (PUBLIC | LAYERS).items() if inspect.ismodule(value)]
-    assert modules == ["nn"]
+    topics = "invariance nn paths rescaling second_order spheres sweeps testing theory"
+    assert set(TOPICS) == set(topics.split())
+    # What is flat stands in a topic too, and all that is defined in a topic there only.
+    flat = {name for name in normax.__all__ if name not in TOPICS}
+    homes = [name for topic in TOPICS.values() for name in topic.__all__]
+    assert flat < set(homes) and len(homes) == len(set(homes))
     assert all(value.__module__.startswith("normax.") for value in FUNCTIONS.values())
     assert FUNCTIONS.keys() >= MODULES
 
 
+@pytest.mark.parametrize("package", PACKAGES)
+def test_nothing_else_looks_public(package):
+    module = PACKAGES[package]
+    folder = pathlib.Path(module.__file__).parent
+    files = {path.stem for path in [*folder.glob("*.py"), *folder.glob("*/")]}
+    named = {name for name in vars(module) if not name.startswith("_")}
+    assert named - files <= set(module.__all__)
+
+
 def test_layers_are_flax_or_ours():
-    for name, value in LAYERS.items():
+    for name, value in PUBLIC.items():
         if inspect.isclass(value) and issubclass(value, nnx.Module):
             ours = value.__module__.startswith("normax.nn.")
             assert ours == (name in MODULES)
-            assert ours or value is getattr(nnx, name.removeprefix("nn."))
+            assert ours or value is getattr(nnx, name.removeprefix("normax.nn."))
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
@@ -55,9 +74,14 @@ def test_docstrings_are_complete(name):
     doc = inspect.getdoc(FUNCTIONS[name])
     assert doc is not None
     returns = "Attributes:" if name in MODULES else "Returns:"
-    for section in ("Args:", returns, "Raises:", "Examples:", "References:", "$$"):
+    sections = [returns, "Examples:", "References:", "$$"]
+    parameters = signatures(name)[0].parameters.values()
+    # What takes nothing, and what raises nothing, does not say so.
+    sections += ["Args:"] if parameters else []
+    for section in sections:
         assert section in doc, section
-    for parameter in signatures(name)[0].parameters.values():
+    assert not re.search(r"(Args|Raises): *(None|Nothing)", doc)
+    for parameter in parameters:
         stars = {parameter.VAR_POSITIONAL: "*", parameter.VAR_KEYWORD: "**"}
         assert f"\n  {stars.get(parameter.kind, '')}{parameter.name}: " in doc
     assert doc.splitlines()[0].endswith(".")

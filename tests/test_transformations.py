@@ -303,7 +303,7 @@ def test_masked_with_axes_of_the_whole_tree():
     axes = {"dense": {"kernel": (1,), "bias": "none"}, "conv": "layer"}
     tx = optax.masked(normax.project_unit_norm(axes), {"dense": False, "conv": True})
     after, _ = run(tx, draw())
-    normax.assert_unit_norm(after["conv"], "layer")
+    normax.testing.assert_unit_norm(after["conv"], "layer")
 
 
 @every_row
@@ -445,6 +445,7 @@ def test_no_implicit_promotion(row, dtype):
         jax.eval_shape(tx.update, params, state, params)
 
 
+@pytest.mark.devices(4)
 @representative_rows
 @pytest.mark.parametrize(
     "axis_type, spec",
@@ -479,6 +480,7 @@ def test_sharding(row, axis_type, spec):
     chex.assert_trees_all_close(got, jax.device_get(expected), rtol=2e-5, atol=1e-6)
 
 
+@pytest.mark.devices(2)
 @representative_rows
 def test_shard_map_over_the_units(row):
     if row.kwargs.get("axes") == "layer":
@@ -579,7 +581,7 @@ def test_nnx_optimizer_loop(row):
     if "unit_norm" in row.name and "axes" not in row.kwargs:
         radius = row.kwargs.get("radius", 1.0)
         if radius != "initial":
-            normax.assert_unit_norm(nnx.state(model, nnx.Param), radius=radius)
+            normax.testing.assert_unit_norm(nnx.state(model, nnx.Param), radius=radius)
 
 
 @representative_rows

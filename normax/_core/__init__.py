@@ -1,1 +1,1 @@
-"""What all topics share: axes, norms, checks, programs. Private; it knows no topic."""
+"""What all topics share. It is private, and knows no topic."""

@@ -1,8 +1,8 @@
 """Which entries of a parameter array form one weight vector: the `axes` argument.
 
-A parameter array holds many weight vectors. The `axes` argument, which every
-function of normax that speaks of weight vectors takes, names the array axes
-that a norm is summed over; the other axes count the vectors.
+A parameter array holds many weight vectors. Every function of normax that speaks of
+them takes the argument `axes`. It names the array axes that a norm is summed over; the
+other axes count the vectors.
 
 =========== ===================================================================
 value       one weight vector is
@@ -15,10 +15,10 @@ tuple       exactly these axes: `(1,)` for embedding rows or for a stack of
 `"none"`    nothing: the array is left alone
 =========== ===================================================================
 
-or a pytree *prefix* of the parameters with such values at its leaves. A word
-that stands for the whole tree or a part of it concerns arrays of rank two and
-higher only, so that biases and gains are left alone (stacks of them need a
-`"none"`); `"layer"` on one array inside a tree means that array, whatever its rank.
+A pytree *prefix* of the parameters with such values at its leaves is allowed, too. A
+word that stands for several arrays leaves those of rank one alone, since they are
+biases and gains; stacks of them need a `"none"`. A `"layer"` that stands for one array
+inside a tree means that array, whatever its rank.
 """
 
 import numbers
@@ -48,9 +48,9 @@ def _has_no_leaves(node: Any) -> bool:
 
 def names_of(path: tuple[Any, ...]) -> tuple[str, ...]:
     """Return the names on the way to a leaf, the same for all kinds of nodes."""
-    # Names, not key objects: a plain dict of axes then fits the attributes of
-    # a dataclass. An NNX variable is a node whose only child, the array, is called
-    # "value"; an optimizer sees the array without it.
+    # Names are compared, not key objects, so a plain dict of axes fits the attributes
+    # of a dataclass. An NNX variable is a node whose only child, the array, is called
+    # "value"; an optimizer sees the array without that node.
     if path and path[-1] == jax.tree_util.GetAttrKey("value"):
         path = path[:-1]
     return tuple(jax.tree_util.keystr((key,), simple=True) for key in path)
@@ -68,19 +68,18 @@ def _match_prefix(
 ) -> list[_Match]:
     """Find, for every array, the leaf of a pytree prefix that stands for it.
 
+    Parts of `params` without arrays, such as None and optax's `MaskedNode`, are passed
+    over, whatever the prefix says of them.
+
     Args:
       what: What the user calls the prefix.
       prefix: Pytree prefix of `params`.
-      params: Pytree of arrays. Parts without arrays (None, optax's `MaskedNode`)
-        are passed over, whatever the prefix says of them.
-      is_leaf: What counts as a leaf of the prefix.
+      params: Pytree of arrays.
+      is_leaf: Tells which nodes are leaves of the prefix.
 
     Returns:
-      For each leaf of `params`, in the order of `jax.tree.leaves`, its name, itself,
-      the prefix's leaf, and whether that leaf stands for this array alone.
-
-    Raises:
-      ValueError: `prefix` is no prefix of `params`.
+      A match for each array, in the order of `jax.tree.leaves`. It is explicit if the
+      prefix's leaf stands for this array alone.
     """
     flat = jax.tree_util.tree_leaves_with_path(prefix, is_leaf=is_leaf)
     values = {names_of(path): value for path, value in flat}
@@ -113,17 +112,7 @@ def _match_prefix(
 
 
 def check_axes(axes: Axes) -> Axes:
-    """Return `axes` if all its leaves are words or tuples of ints.
-
-    Args:
-      axes: The argument as the user wrote it.
-
-    Returns:
-      The same object.
-
-    Raises:
-      ValueError: A leaf is neither a known word nor a tuple of distinct ints.
-    """
+    """Return `axes`, or raise unless its leaves are known words or tuples of ints."""
     for path, leaf in jax.tree_util.tree_leaves_with_path(axes, _is_axes_leaf):
         if not (_is_axes_leaf(leaf) or (isinstance(leaf, str) and leaf in _WORDS)):
             raise ValueError(
@@ -177,16 +166,9 @@ def _axes_of_array(
 def resolve_axes(axes: Axes, params: PyTree) -> list[VectorAxes]:
     """Find the axes of the weight vectors of every array.
 
-    Args:
-      axes: A word, a tuple of ints, or a pytree prefix of `params` with such
-        leaves.
-      params: Pytree of arrays. Parts without arrays (None, optax's
-        `MaskedNode`) are passed over, whatever `axes` says of them.
-
     Returns:
-      For each leaf of `params`, in the order of `jax.tree.leaves`, the sorted,
-      non-negative axes that one weight vector spans, or None where the array
-      holds no weight vectors.
+      For each array, in the order of `jax.tree.leaves`, the sorted axes that one weight
+      vector spans. It is None if the array holds no weight vectors.
 
     Raises:
       ValueError: `axes` is malformed, is no prefix of `params`, or does not fit
@@ -205,7 +187,7 @@ def broadcast_radius(radius: PyTree, axes: Axes, params: PyTree) -> PyTree:
     Args:
       radius: A number, an array, or a pytree prefix of `params` with such leaves;
         None for arrays that `axes` leaves alone.
-      axes: See `resolve_axes`.
+      axes: Which entries form one weight vector.
       params: Pytree of arrays.
 
     Returns:
@@ -248,12 +230,11 @@ def map_vectors(
 
     Args:
       fn: Called as `fn(vector_axes, array, *others)`.
-      axes: See `resolve_axes`.
+      axes: Which entries form one weight vector.
       params: Pytree of arrays.
-      *trees: Pytrees with the structure of `params`, the first of them updates;
-        a None there, optax's sign for "no gradient", makes the result None.
-      otherwise: Called as `otherwise(array, *others)` for the arrays that are
-        left alone.
+      *trees: Pytrees with the structure of `params`. The first one holds updates,
+        where optax writes None for "no gradient"; the result then is None, too.
+      otherwise: Called as `otherwise(array, *others)` for arrays left alone.
 
     Returns:
       Pytree with the structure of `params`.

@@ -1,4 +1,4 @@
-"""Checks of arguments that cannot be right; each names the fix."""
+"""Checks of arguments. Each error says how to put the argument right."""
 
 from typing import Any
 
@@ -9,19 +9,10 @@ import optax
 
 
 def check_range(name: str, value: Any, low: float, below: float = float("inf")) -> None:
-    """Raise unless every number in `value` lies in `[low, below)`.
+    """Raise unless every number in a pytree lies in `[low, below)`.
 
-    Traced numbers, such as those of `optax.inject_hyperparams` under jit, are not
-    known yet and pass.
-
-    Args:
-      name: What the user calls the value.
-      value: A number, an array, or a pytree of them.
-      low: Smallest allowed number.
-      below: The numbers must be smaller than this.
-
-    Raises:
-      ValueError: A number is out of range, or NaN.
+    Traced numbers pass, since they are not known yet. Those of
+    `optax.inject_hyperparams` under `jit` are of this kind.
     """
     for leaf in jax.tree.leaves(value):
         if isinstance(leaf, jax.core.Tracer):
@@ -36,15 +27,7 @@ def check_range(name: str, value: Any, low: float, below: float = float("inf")) 
 
 
 def check_positive(name: str, value: Any) -> None:
-    """Raise unless every number in `value` is positive and finite, if it is known.
-
-    Args:
-      name: What the user calls the value.
-      value: A number, an array, or a pytree of them.
-
-    Raises:
-      ValueError: A number is 0, negative, infinite or NaN.
-    """
+    """Raise unless every number in a pytree is positive and finite, or traced."""
     for leaf in jax.tree.leaves(value):
         if isinstance(leaf, jax.core.Tracer):
             continue

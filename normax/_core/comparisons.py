@@ -13,6 +13,8 @@ from normax._core.norms import at_least_float32
 
 
 class Comparison(NamedTuple):
+    """What was measured, what it should be, and the name for the error message."""
+
     where: str
     measured: jax.Array
     expected: jax.Array
@@ -55,11 +57,11 @@ def check_all(
 
     Args:
       claim: Name of the assertion, and what it asserts.
-      comparisons: What is compared, in the order of importance.
+      comparisons: The most important one comes first.
       custom_message: The user's addition.
 
     Raises:
-      AssertionError: Names the first array that differs with its values, and then
+      AssertionError: It shows the values of the first array that differs, and names
         the others.
       RuntimeError: The values are traced, and `chex.chexify` is not used.
     """

@@ -1,27 +1,20 @@
 r"""Norms and angles of weight vectors, in float32 or better.
 
-Every function here works on one array, over `axes`, and keeps these axes with
-length one, so that its results broadcast against the array.
-
-On GPU and TPU the formulas run as they stand. A CPU gains from two changes that
-leave the results as they are: sums of squares are taken directly, in one pass
-over memory, and repeated with care only if they left the safe range (a branch
-costs nothing there, while a GPU would wait for its condition); and the arrays of
-a tree are worked on one after the other (`in_turn`).
+Every function here sums one array over `axes`. It keeps these axes with length one,
+so the results broadcast against the array.
 """
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
-from jax.sharding import AxisType
+
+from normax._core.scheduling import in_one_pass, on_cpu
 
 
 def common_dtype(*arrays: Any) -> Any:
-    """Return the common dtype, also to users who forbid to imply one."""
+    """Return the common dtype, whatever `jax_numpy_dtype_promotion` says."""
     with jax.numpy_dtype_promotion("standard"):
         return jnp.result_type(*arrays)
 
@@ -35,7 +28,7 @@ def at_least_float32(*arrays: jax.typing.ArrayLike) -> tuple[jax.Array, ...]:
 
 def nonzero(norm: jax.Array) -> jax.Array:
     """Return `norm` with every 0 replaced by 1, to be divided by."""
-    # Not where(norm > 0, norm, 1), which would turn a NaN into 1 and so hide it.
+    # The condition is not norm > 0, since that would turn a NaN into 1 and hide it.
     return jnp.where(norm == 0, 1, norm)
 
 
@@ -49,21 +42,13 @@ def _in_safe_range(square: jax.Array) -> jax.Array:
     return (square > info.tiny / info.eps**2) & (square < info.max)
 
 
-@jax.custom_batching.custom_vmap
-def _everywhere(condition: jax.Array) -> jax.Array:
-    return jnp.all(condition)
-
-
-@_everywhere.def_vmap
-def _everywhere_vmap(axis_size, in_batched, condition):
-    # One branch for a whole batch: of one condition for each, `jax.vmap` would make a
-    # `select` of both branches, which needs them to be sharded alike.
-    del axis_size, in_batched
-    return _everywhere(condition), False
+def _direct_norm(x, *, axes):
+    square = inner_product(x, x, axes)
+    return lambda: jnp.sqrt(square), _in_safe_range(square)
 
 
 def _rescaled_norm(x: jax.Array, *, axes: tuple[int, ...]) -> jax.Array:
-    # All three sums in one pass over memory; powers of two round nothing.
+    # One pass over memory gives all three sums. Powers of two round nothing.
     scale = 2.0 ** (jnp.finfo(x.dtype).maxexp // 2)
     small, large = x * scale, x / scale
     square = inner_product(x, x, axes)
@@ -78,17 +63,6 @@ def _rescaled_norm(x: jax.Array, *, axes: tuple[int, ...]) -> jax.Array:
     )
 
 
-def _direct_norm(x: jax.Array, *, axes: tuple[int, ...]) -> jax.Array:
-    square = inner_product(x, x, axes)
-    return lax.cond(
-        _everywhere(_in_safe_range(square)),
-        lambda x, square: jnp.sqrt(square),
-        lambda x, square: _rescaled_norm(x, axes=axes),
-        x,
-        square,
-    )
-
-
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
 @functools.partial(jax.jit, static_argnums=1)
 def vector_norm(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
@@ -96,15 +70,12 @@ def vector_norm(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
 
     $$\|x\| = s^{-1} \Big(\sum_i (s\,x_i)^2\Big)^{1/2}$$
 
-    with the one of three powers of two $s$ that lets no square overflow or
-    underflow. Its derivative is $\langle \hat x, \dot x\rangle$, and 0 at
-    $x = 0$.
+    where $s$ is one of three powers of two, such that no square overflows or
+    underflows. The derivative is $\langle \hat x, \dot x\rangle$, and 0 at $x = 0$.
     """
-    return lax.platform_dependent(
-        x,
-        cpu=functools.partial(_direct_norm, axes=axes),
-        default=functools.partial(_rescaled_norm, axes=axes),
-    )
+    direct = functools.partial(_direct_norm, axes=axes)
+    rescaled = functools.partial(_rescaled_norm, axes=axes)
+    return on_cpu(in_one_pass(direct, rescaled), rescaled)(x)
 
 
 @vector_norm.defjvp
@@ -138,7 +109,7 @@ def _unit_vector_jvp(axes, primals, tangents):
 
 @jax.custom_jvp
 def ratio(a: jax.Array, b: jax.Array) -> jax.Array:
-    """Return `a / b`, whose derivative does not square `b`; b is not 0."""
+    """Return `a / b` for b that is not 0; the derivative does not square b."""
     return a / b
 
 
@@ -161,22 +132,15 @@ def _rescaled_polar(w, u, *, axes):
 def _direct_polar(w, u, *, axes):
     w_square, u_square = inner_product(w, w, axes), inner_product(u, u, axes)
     radial = inner_product(u, w, axes) / jnp.sqrt(nonzero(w_square))
-    # Pythagoras, unless the difference would cancel more than two bits.
+    # Pythagoras' difference is exact enough if it cancels two bits at most.
     tangential_square = u_square - radial**2
     safe = _in_safe_range(w_square) & _in_safe_range(u_square)
-    return lax.cond(
-        _everywhere(safe & (tangential_square > u_square / 4)),
-        lambda w, u, squares: (
-            jnp.sqrt(squares[0]),
-            jnp.sqrt(squares[1]),
-            radial,
-            jnp.sqrt(squares[2]),
-        ),
-        lambda w, u, squares: _rescaled_polar(w, u, axes=axes),
-        w,
-        u,
-        (w_square, u_square, tangential_square),
-    )
+
+    def finish():
+        w_norm, u_norm = jnp.sqrt(w_square), jnp.sqrt(u_square)
+        return w_norm, u_norm, radial, jnp.sqrt(tangential_square)
+
+    return finish, safe & (tangential_square > u_square / 4)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
@@ -195,12 +159,9 @@ def polar_decomposition(
     \qquad
     \dot t = \langle \hat u_\perp, \dot u - (r / \|w\|)\, \dot w\rangle.$$
     """
-    return lax.platform_dependent(
-        w,
-        u,
-        cpu=functools.partial(_direct_polar, axes=axes),
-        default=functools.partial(_rescaled_polar, axes=axes),
-    )
+    direct = functools.partial(_direct_polar, axes=axes)
+    rescaled = functools.partial(_rescaled_polar, axes=axes)
+    return on_cpu(in_one_pass(direct, rescaled), rescaled)(w, u)
 
 
 @polar_decomposition.defjvp
@@ -217,75 +178,3 @@ def _polar_decomposition_jvp(axes, primals, tangents):
         + inner_product(u_perp / nonzero(w_norm), w_dot, axes),
         inner_product(u_perp / nonzero(tangential), u_dot - slope * w_dot, axes),
     )
-
-
-@jax.custom_batching.custom_vmap
-def _wait(array: jax.Array, event: jax.Array) -> jax.Array:
-    # The condition never holds (no event is negative; a NaN compares false), but
-    # XLA cannot know, so `array` is computed after `event`; the square root it
-    # holds to be too dear to be computed twice. It drops
-    # `lax.optimization_barrier` before it schedules.
-    never = jnp.max(event) < 0
-    return jnp.where(never, jnp.sqrt(array), array)
-
-
-@_wait.def_vmap
-def _wait_vmap(axis_size, in_batched, array, event):
-    # One condition for the whole batch, so that `array` is batched only if it was.
-    del axis_size
-    return _wait(array, event), in_batched[0]
-
-
-@jax.custom_jvp
-@jax.jit
-def _wait_on_cpu(array: jax.Array, event: jax.Array) -> jax.Array:
-    return lax.platform_dependent(
-        array, event, cpu=_wait, default=lambda array, event: array
-    )
-
-
-_wait_on_cpu.defjvp(
-    lambda primals, tangents: (_wait_on_cpu(*primals), tangents[0]),
-)
-
-
-def wait(array: jax.Array, event: jax.Array) -> jax.Array:
-    """Return `array`, on a CPU not before `event` is known.
-
-    Args:
-      array: Any array.
-      event: An array of non-negative numbers.
-
-    Returns:
-      `array`, unchanged. Inside `jax.shard_map` nothing waits: an array that is the
-      same on all devices must not depend on an event that is not.
-    """
-    in_shard_map = AxisType.Manual in jax.sharding.get_abstract_mesh().axis_types
-    if in_shard_map or event.size == 0:
-        return array
-    return _wait_on_cpu(array, event)
-
-
-def in_turn(fn: Callable[..., tuple[Any, jax.Array]]) -> Callable[..., Any]:
-    """Make the calls of a function over several arrays wait for each other.
-
-    XLA:CPU schedules independent work breadth first. It would write the updates
-    of all arrays to fresh memory, which costs more than the arithmetic, before it
-    reduces the first; in turn, one array's worth of memory serves all.
-
-    Args:
-      fn: Called as `fn(vector_axes, w, u, *others)`; returns a result and the
-        event, as in `wait`, after which the next array's update is computed.
-
-    Returns:
-      The function that returns the result alone.
-    """
-    done: list[jax.Array] = []
-
-    def call(vector_axes, w, u, *others):
-        u = wait(u, done[-1] if done else inner_product(w, w, vector_axes))
-        result, event = fn(vector_axes, w, u, *others)
-        done.append(event)
-        return result
-
-    return call

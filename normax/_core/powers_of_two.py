@@ -13,7 +13,7 @@ def _layout(dtype) -> tuple[type, int, int]:
 def exponent_of(x: jax.Array) -> jax.Array:
     """Return the exponent of the largest power of two that is at most x > 0."""
     integer, mantissa_bits, bias = _layout(x.dtype)
-    # Bits instead of `jnp.frexp`, whose many operations cost compile time.
+    # The bits are read, since `jnp.frexp` has many operations, which compile slowly.
     field = lax.shift_right_logical(
         lax.bitcast_convert_type(x, integer), jnp.asarray(mantissa_bits, integer)
     )
@@ -21,7 +21,10 @@ def exponent_of(x: jax.Array) -> jax.Array:
 
 
 def exp2(n: jax.Array, dtype) -> jax.Array:
-    """Return $2^n$, exact, unlike `jnp.exp2`; the nearest normal power of all."""
+    """Return $2^n$ exactly, or the nearest power of two that is a normal number.
+
+    `jnp.exp2` rounds.
+    """
     integer, mantissa_bits, bias = _layout(dtype)
     field = (lax.clamp(jnp.int32(1 - bias), n, jnp.int32(bias)) + bias).astype(integer)
     return lax.bitcast_convert_type(
@@ -30,6 +33,6 @@ def exp2(n: jax.Array, dtype) -> jax.Array:
 
 
 def halves(n: jax.Array, dtype) -> tuple[jax.Array, jax.Array]:
-    """Return two numbers with product $2^n$, of twice the range of floats."""
+    """Return two numbers whose product is $2^n$, which may be out of range itself."""
     half = lax.shift_right_arithmetic(n, jnp.ones_like(n))
     return exp2(half, dtype), exp2(n - half, dtype)

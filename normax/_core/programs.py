@@ -1,26 +1,29 @@
-"""Programs as JAX traces them, and all that differs by JAX's version.
+"""Programs as JAX traces them, and all that depends on the version of JAX.
 
-Whatever reads a primitive's parameters by name, or a class of JAX by its name, stands
-here. Versions 0.8.1 to 0.12 differ so:
+Code that reads a primitive's parameters by name stands here. The versions 0.8.1 to 0.12
+differ as follows.
 
-- Up to 0.11, `ClosedJaxpr` holds a `Jaxpr` and its constants; in 0.12 both names are
+- Up to 0.11, `ClosedJaxpr` holds a `Jaxpr` and its constants. In 0.12 both names are
   one class, and every jaxpr may have constants.
-- Since 0.11, a scan counts its arguments by trees, `ft_in` and `ft_out`; before, it has
-  `num_consts` and `num_carry`.
+- Before 0.11, a scan counts its arguments in `num_consts` and `num_carry`. Since then
+  it has trees, `ft_in` and `ft_out`.
 """
 
+import contextlib
 import functools
 import itertools
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
 
 
 def open_program(program: Jaxpr | ClosedJaxpr) -> tuple[Jaxpr, Sequence[Any]]:
     """Return a jaxpr and the arrays that it closes over."""
-    # In this order, since one class may bear both names.
+    # This test comes first, since one class may have both names.
     if isinstance(program, ClosedJaxpr):
         return program.jaxpr, program.consts
     return program, ()
@@ -36,7 +39,8 @@ def called_programs(equation: JaxprEqn) -> Iterator[Jaxpr]:
 def scan_counts(equation: JaxprEqn) -> tuple[int, int]:
     """Return how many arguments of a scan are constants, and how many are carried.
 
-    Ranks tell: the body sees an array that is scanned over without its first axis.
+    Their ranks show it. The body sees those arrays that are scanned over without
+    their first axis.
     """
     body, _ = open_program(equation.params["jaxpr"])
 
@@ -55,10 +59,10 @@ _CALLS = {
 
 
 def program_in_place(equation: JaxprEqn) -> tuple[Jaxpr, Sequence[Any]] | None:
-    """Return the program that an equation stands for, with what it closes over.
+    """Return the program that an equation calls in its place, and its constants.
 
     Returns:
-      The program, or None for a primitive of its own, or one with a rule of its own.
+      The program, or None if the equation is no mere call.
     """
     if equation.primitive.name not in _CALLS:
         return None
@@ -67,7 +71,7 @@ def program_in_place(equation: JaxprEqn) -> tuple[Jaxpr, Sequence[Any]] | None:
     return open_program(next(found))
 
 
-# Parameters of primitives, which have these names in all versions.
+# The functions from here on read parameters that have one name in all versions.
 
 
 def contraction(equation: JaxprEqn) -> Any:
@@ -125,6 +129,26 @@ def ranges_of_parts(
     return parts
 
 
+def inverse_permutation(equation: JaxprEqn) -> tuple[int, ...]:
+    """Return the permutation that undoes a transposition."""
+    return tuple(np.argsort(equation.params["permutation"]).tolist())
+
+
+def broadcast_axes(equation: JaxprEqn) -> tuple[int, ...]:
+    """Return where a broadcast puts the axes of its operand."""
+    return equation.params["broadcast_dimensions"]
+
+
+def fill_value(equation: JaxprEqn) -> Any:
+    """Return what a gather takes for entries outside of the array, None by default."""
+    return equation.params.get("fill_value")
+
+
+def bind(equation: JaxprEqn, *operands: Any, **changed: Any) -> Any:
+    """Evaluate the primitive of an equation, with some parameters changed."""
+    return equation.primitive.bind(*operands, **equation.params | changed)
+
+
 def may_collide(equation: JaxprEqn) -> bool:
     """Return whether an equation may write several entries to one place."""
     return (
@@ -132,30 +156,50 @@ def may_collide(equation: JaxprEqn) -> bool:
     )
 
 
-def mixed_lengths(equation: JaxprEqn) -> tuple[int, ...]:
-    """Return the lengths of the axes along which an equation mixes entries."""
-    if not equation.invars:
+# Lengths of the axes along which primitives mix entries.
+
+
+def _first_shape(equation: JaxprEqn) -> tuple[int, ...]:
+    operand: Any = equation.invars[0]
+    return operand.aval.shape
+
+
+def contracted_lengths(equation: JaxprEqn) -> tuple[int, ...]:
+    """Return the lengths of the axes that a `dot_general` sums over."""
+    shape = _first_shape(equation)
+    return tuple(shape[i] for i in contraction(equation)[0][0])
+
+
+def convolved_lengths(equation: JaxprEqn) -> tuple[int, ...]:
+    """Return the lengths of all axes of a convolution but that of the batch."""
+    batch = convolution(equation)["dimension_numbers"].lhs_spec[0]
+    shape = _first_shape(equation)
+    return tuple(n for i, n in enumerate(shape) if i != batch)
+
+
+def window_lengths(equation: JaxprEqn) -> tuple[int, ...]:
+    """Return the lengths of the axes that windows of a pooling extend along."""
+    sizes = window(equation)["window_dimensions"]
+    shape = _first_shape(equation)
+    return tuple(n for n, k in zip(shape, sizes, strict=True) if k > 1)
+
+
+def scanned_length(equation: JaxprEqn) -> tuple[int, ...]:
+    """Return the number of steps of a scan."""
+    return (equation.params["length"],)
+
+
+def reduced_lengths(equation: JaxprEqn) -> tuple[int, ...]:
+    """Return the lengths of the axes that any reduction goes over, and no others."""
+    reduces = equation.primitive.name.startswith(("reduce", "arg", "cum"))
+    if not (reduces and {"axes", "axis"} & equation.params.keys()):
         return ()
-    shape, name = getattr(equation.invars[0].aval, "shape", ()), equation.primitive.name
-    match name:
-        case "dot_general":
-            return tuple(shape[i] for i in contraction(equation)[0][0])
-        case "conv_general_dilated":
-            batch = convolution(equation)["dimension_numbers"].lhs_spec[0]
-            return tuple(n for i, n in enumerate(shape) if i != batch)
-        case "scan":
-            return (equation.params["length"],)
-    if "window_dimensions" in equation.params:
-        sizes = window(equation)["window_dimensions"]
-        return tuple(n for n, k in zip(shape, sizes, strict=True) if k > 1)
-    reduces = name.startswith(("reduce", "arg", "cum"))
-    known = reduces and {"axes", "axis"} & equation.params.keys()
-    return tuple(shape[i] for i in reduced_axes(equation)) if known else ()
+    shape = _first_shape(equation)
+    return tuple(shape[i] for i in reduced_axes(equation))
 
 
-# Functions among the parameters of a primitive that say nothing about its results: of
-# rules for derivatives that are not taken, of what to keep in memory, and those that a
-# jaxpr beside them describes.
+# Some parameters of primitives are functions that say nothing about the results. They
+# are rules for derivatives, say what to keep in memory, or repeat a jaxpr beside them.
 REDUNDANT_PARAMETERS = {
     "custom_jvp_call": {"jvp_jaxpr_fun"},
     "custom_vjp_call": {"fwd_jaxpr_thunk", "bwd", "out_trees"},
@@ -166,13 +210,63 @@ REDUNDANT_PARAMETERS = {
 
 
 def is_key(array: Any) -> bool:
-    """Return whether an array holds random keys, which are no numbers."""
+    """Return whether an array holds random keys."""
     return jax.dtypes.issubdtype(array.dtype, jax.dtypes.prng_key)
+
+
+def is_float(array: Any) -> bool:
+    """Return whether an array or a number is real and has derivatives.
+
+    Integers, complex numbers and random keys are not floats.
+    """
+    # JAX finds no common dtype of random keys, but they know their own.
+    dtype = getattr(array, "dtype", None)
+    dtype = jax.dtypes.result_type(array) if dtype is None else dtype
+    return jax.dtypes.issubdtype(dtype, np.floating)
+
+
+# By identity: functions that are equal may close over different data.
+_KEPT: dict[int, dict[Any, Any]] = {}
+
+
+def kept_with(function: Any) -> dict[Any, Any]:
+    """Return a dictionary for programs that lives as long as a function.
+
+    `jax.jit` compiles anew for every function that it is given. Programs that are made
+    of one function are kept here, and are forgotten with it. They must not hold the
+    function themselves, or it lives for ever.
+
+    Returns:
+      The same dictionary for the same object. A new one at every call for an object
+      that takes no weak references, since its end would not be noticed.
+    """
+    if id(function) not in _KEPT:
+        try:
+            # Another object can have this identity only after the dictionary has gone.
+            end = weakref.finalize(function, _KEPT.pop, id(function), None)
+        except TypeError:
+            return {}
+        end.atexit = False
+    return _KEPT.setdefault(id(function), {})
 
 
 def compiled(fn: Callable[..., Any]) -> Callable[..., Any]:
     """Return the function compiled anew, unless the user has compiled it."""
-    # Of the same function `jax.jit` would keep what it closed over at its first call.
+    # `jax.jit` traces a function object once, and then keeps what it closed over. So
+    # the function is wrapped in a new object.
     if isinstance(fn, jax.stages.Wrapped):
         return fn
     return jax.jit(functools.partial(fn))
+
+
+@contextlib.contextmanager
+def full_precision() -> Iterator[None]:
+    """Make programs that are traced meanwhile multiply matrices in full float32.
+
+    By default a GPU or TPU rounds the factors of matrix products to 10 or 7 bits. A
+    comparison with float32 tolerances would take that for a difference of functions.
+    JAX traces compiled functions again for the new precision. A precision that a
+    function itself asks for stays.
+    """
+    with jax.default_matmul_precision("highest"):
+        yield

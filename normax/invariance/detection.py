@@ -1,10 +1,6 @@
 r"""Sums of $w \odot \nabla L$, which show the scale-invariant vectors of an array.
 
-The products of a vector that is not scale-invariant have random signs, and the square
-of their sum is about the sum of their squares. The ratio of the two, taken together for
-all vectors of an array, does not depend on their length or number. It is not taken for
-each vector: the $\epsilon$ of a normalization adds to the sum what it takes from the
-products, so that single vectors would stand out.
+Derivation: docs/theory/invariance.md.
 """
 
 import itertools
@@ -17,9 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from normax._core.axes import PyTree
-from normax.testing.invariance import rescalings
+from normax.invariance.rescalings import rescalings
 
-# By how much arrays that are nearly scale-invariant are enlarged.
+# Arrays that are nearly scale-invariant are enlarged by this factor.
 LARGER = 8.0
 
 
@@ -28,11 +24,10 @@ class RadialSums(NamedTuple):
 
     Attributes:
       axes: The axes $S$ that are summed over.
-      radial: $\big(\sum_v (\sum_S P)^2 / \sum_v \sum_S P^2\big)^{1/2}$ with
-        $P = w \odot \nabla L$, over all vectors $v$. NaN for an array without a
-        gradient.
-      size: $\sum_v (\sum_S P^2)^{1/2}$, in units of the loss.
-      vectors: Number of vectors, those of small products counted less.
+      radial: As in `ArrayScaleInvariance`, over vectors along these axes.
+      size: $\sum_v (\sum_S P^2)^{1/2}$ over all vectors $v$, with
+        $P = w \odot \nabla L$.
+      vectors: Number of vectors. Those of small products count less.
     """
 
     axes: tuple[int, ...]
@@ -56,18 +51,16 @@ def radial_sums(products: np.ndarray, axes: tuple[int, ...]) -> RadialSums:
 
 
 def log10_chance(radial: float, vectors: float) -> float:
-    r"""Decimal logarithm of the probability of so small a ratio with random signs.
-
-    $$P(\chi_n^2 \le n t^2) \approx (n t^2 / 2)^{n/2} / \Gamma(n/2 + 1)$$
-    """
+    """Decimal logarithm of the probability of so small a ratio with random signs."""
+    # P(chi_n^2 <= n t^2) is about (n t^2 / 2)^(n/2) / Gamma(n/2 + 1).
     half = vectors / 2
     natural = half * math.log(half * radial**2) - math.lgamma(half + 1)
     return min(natural / math.log(10), 0.0)
 
 
 def sets_of_axes(shape: tuple[int, ...]) -> list[tuple[int, ...]]:
-    # Small sets first, `"unit"` before its equals. Axes of length 1 count nothing, and
-    # a vector of a single number has no direction: its scale cannot be told apart.
+    # Small sets come first, and `"unit"` before sets of its size. Axes of length 1 are
+    # left out: a vector of a single number is nothing but its scale.
     long = [axis for axis, length in enumerate(shape) if length > 1]
     unit = tuple(axis for axis in long if axis < len(shape) - 1)
     sets = (
@@ -84,7 +77,7 @@ def word(
     long = tuple(axis for axis, length in enumerate(shape) if length > 1)
     if axes == tuple(axis for axis in long if axis < len(shape) - 1):
         return "unit"
-    # A bare word leaves an array of rank one alone if that is all there is.
+    # If the parameters are one array of rank one, `"layer"` leaves it alone.
     return "layer" if axes == long and (in_tree or len(shape) > 1) else axes
 
 
@@ -120,7 +113,8 @@ Products: TypeAlias = dict[int, np.ndarray]  # w * gradient, by position
 
 def radial_products(loss: Loss) -> Callable[..., tuple[Products, PyTree]]:
     """Return the function that takes the gradient at random parameters."""
-    # The loss is compiled, not its gradient: the user may have done so already.
+    # The user may have compiled the loss already. So it is compiled, and not its
+    # gradient.
     value_and_grad = jax.value_and_grad(lambda w: loss.compiled(loss.merge(w)))
 
     def products(key, enlarged=frozenset()):
@@ -131,7 +125,8 @@ def radial_products(loss: Loss) -> Callable[..., tuple[Products, PyTree]]:
             scale = LARGER if i in enlarged else 1.0
             perturbed = perturb(np.asarray(w, np.float64), scale, rng)
             perturbed = perturbed.astype(w.dtype)
-            # What has no place of its own gets none: the loss is compiled only once.
+            # An array that the user has not placed stays so. If it were placed, the
+            # loss would be compiled again for the others.
             device = w.sharding if w.committed else None
             floats.append(jax.device_put(perturbed, device))
         value, gradients = value_and_grad(floats)
@@ -155,13 +150,7 @@ def radial_products(loss: Loss) -> Callable[..., tuple[Products, PyTree]]:
 def confirm(
     loss: Loss, point: PyTree, candidates: dict[int, list[RadialSums]], rtol: float
 ) -> tuple[dict[int, RadialSums], dict[int, float]]:
-    """Rescale the candidates; find the first of every array that changes nothing.
-
-    Args:
-      loss: The loss.
-      point: Parameters at which the sums were taken.
-      candidates: For the position of an array, its sums.
-      rtol: Smallest relative tolerance.
+    """Find the first candidate of every array whose rescaling does not change the loss.
 
     Returns:
       What was confirmed, and the changes of the loss in units of the sizes.
@@ -187,7 +176,9 @@ def confirm(
             change = abs(float(loss.compiled(rescaling.params)) - float(value))
             measured[rescaling.position].append(change)
         for i, found in trial.items():
-            # A vector divided by 2, or multiplied, has changed by 1.5 sums at most.
+            # Where an epsilon breaks the invariance, the sum falls as the square of the
+            # scale. Division by 2 then changes the loss by 1.5 sums, and multiplication
+            # by less.
             allowed = 4 * max(rtol, found.radial) * found.size + rounding
             changes[i] = max(measured[i]) / found.size
             if all(change <= allowed for change in measured[i]):

@@ -14,9 +14,8 @@ class Invariances(NamedTuple):
       input_scale: One factor on all inputs of the batch.
       input_shift: One vector added to all inputs of the batch, a number per channel.
       example_scale: A factor on each example.
-      orthogonal_gradient: The weight vectors whose gradient has no radial component,
-        $\langle w, \nabla_w L\rangle = 0$, in the words of `axes`: `"unit"`,
-        `"layer"` or `"none"`.
+      orthogonal_gradient: The weight vectors that are orthogonal to their gradient, in
+        the words of `axes`: `"unit"`, `"layer"` or `"none"`.
     """
 
     unit: bool
@@ -27,8 +26,8 @@ class Invariances(NamedTuple):
     orthogonal_gradient: str
 
 
-# Of BatchRenorm with limits that do not bind, and for the running statistics as they
-# are; these follow the weights after some steps, and then the function is invariant.
+# BatchRenorm is meant with limits that do not bind, and with the running statistics as
+# they are. After some steps they follow the weights: then the function is invariant.
 INVARIANCES = {
     "BatchNorm": Invariances(True, True, True, True, False, "unit"),
     "BatchNorm, stopped": Invariances(True, True, True, True, False, "none"),
@@ -49,24 +48,16 @@ def invariance_table() -> str:
     \langle w, \nabla_w L\rangle = 0, \quad
     \nabla_w L(\alpha w) = \nabla_w L(w) / \alpha$$
 
-    The converse does not hold. Batch normalization whose statistics are not
-    differentiated through, a simplification that is common in theory, is invariant, but
-    its gradient is not orthogonal. Batch renormalization (here with limits that do not
-    bind) depends on the scale of the weights until the running statistics have followed
-    them, but its gradient is orthogonal.
-
-    The rows are `normax.nn.INVARIANCES`, whose fields say what the columns mean.
-
-    Args: None.
+    The rows are `normax.invariance.INVARIANCES`, whose fields say what the columns
+    mean. The converse does not hold: docs/theory/invariance.md says for which rows, and
+    why.
 
     Returns:
       The table as text.
 
-    Raises: Nothing.
-
     Examples:
       >>> import normax
-      >>> print(normax.nn.invariance_table())
+      >>> print(normax.invariance.invariance_table())
                                          input  input  example  orthogonal
                             unit  layer  scale  shift  scale    gradient
       BatchNorm             yes   yes    yes    yes    -        unit
@@ -80,8 +71,8 @@ def invariance_table() -> str:
       WeightNorm            yes   yes    -      -      -        unit
 
     References:
-      Ba, Kiros, Hinton, Layer Normalization, 2016. van Laarhoven, L2 Regularization
-      versus Batch and Weight Normalization, 2017, section 3.
+      Ba, Kiros, Hinton, Layer Normalization, 2016.
+      van Laarhoven, L2 Regularization versus Batch and Weight Normalization, 2017, §3.
     """
     fields = Invariances._fields
     heads = [("", ""), *(f.replace("_", " ").rpartition(" ")[::2] for f in fields)]

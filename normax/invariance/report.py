@@ -1,4 +1,4 @@
-r"""Which weights are scale-invariant: found from the loss alone."""
+"""Which weights are scale-invariant: the search, and its report."""
 
 import math
 from collections.abc import Callable
@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from normax._core.axes import Axes, PyTree, map_vectors
+from normax._core.axes import Axes, PyTree
 from normax._core.checks import check_range
-from normax._core.programs import compiled
+from normax._core.programs import compiled, full_precision, is_float
 from normax.invariance.detection import (
     Loss,
     RadialSums,
@@ -21,7 +21,8 @@ from normax.invariance.detection import (
     word,
 )
 
-# What the first evaluation lets pass.
+# The first evaluation lets these ratios pass. It is at weights of the given size, where
+# the epsilon of a normalization hides some of the invariance.
 _NEAR = 0.03
 
 
@@ -31,16 +32,13 @@ class ArrayScaleInvariance(NamedTuple):
     Attributes:
       name: Path of the array.
       shape: Its shape.
-      axes: The weight vectors of the array that are scale-invariant: `"unit"`,
-        `"layer"`, a tuple of axes, or `"none"`.
+      axes: Its scale-invariant vectors: a word or a tuple of axes, or `"none"`.
       radial: $\big(\sum_w \langle w, \nabla L\rangle^2 / \sum \|w \odot \nabla L\|^2
-        \big)^{1/2}$ of these vectors, or where there are none, of those that came
-        closest; about 1 for vectors that are not scale-invariant. NaN for an array
-        without a gradient.
+        \big)^{1/2}$ of these vectors, or else of those that came closest. It is about 1
+        by chance, and NaN without a gradient.
       change: Largest change of the loss as the vectors were rescaled, in units of
-        $\sum\|w \odot \nabla L\|$; NaN for an array whose vectors were not.
-      log10_chance: Decimal logarithm of the probability that an array with products
-        $w \odot \nabla L$ of random signs passes, before it is rescaled.
+        $\sum\|w \odot \nabla L\|$; NaN if they were not rescaled.
+      log10_chance: Decimal logarithm of the probability of such ratios by chance.
     """
 
     name: str
@@ -56,8 +54,7 @@ class ScaleInvarianceReport(NamedTuple):
 
     Attributes:
       axes: What `scale_invariant_axes` returns.
-      arrays: What was found out about every array, in the order of
-        `jax.tree.leaves`.
+      arrays: What was found out about every array, in the order of `jax.tree.leaves`.
     """
 
     axes: PyTree
@@ -94,6 +91,7 @@ def _check_loss(loss_fn: Callable[[PyTree], Any], params: PyTree) -> None:
         )
 
 
+@full_precision()
 def scale_invariance_report(
     loss_fn: Callable[[PyTree], Any],
     params: PyTree,
@@ -106,19 +104,16 @@ def scale_invariance_report(
     $$\Big(\frac{\sum_w \langle w, \nabla_w L\rangle^2}
     {\sum_w \|w \odot \nabla_w L\|^2}\Big)^{1/2} \le \text{rtol}$$
 
-    over the vectors $w$ of an array that is called scale-invariant. See
-    `scale_invariant_axes`, which returns the `axes` of the report alone.
+    over the vectors $w$ of an array that is called scale-invariant.
 
     Args:
-      loss_fn: Called as `loss_fn(params)`; returns a real scalar.
+      loss_fn: As in `scale_invariant_axes`.
       params: Pytree of arrays.
       key: Key for the random perturbations.
       rtol: Largest ratio, at weights eight times as large.
 
     Returns:
-      A report, to be printed as a table, with a line for every array: what was found,
-      the ratio at weights of the given size, the largest change of the loss under
-      rescaling, and the probability of such a finding by accident.
+      A report with a line for every array; `str` of it is a table.
 
     Raises:
       ValueError: As `scale_invariant_axes`.
@@ -127,51 +122,43 @@ def scale_invariance_report(
       >>> import jax
       >>> import jax.numpy as jnp
       >>> import normax
-      >>> def loss_fn(params):
-      ...     kernel = params["kernel"]
-      ...     unit = kernel / jnp.linalg.norm(kernel, axis=0, keepdims=True)
-      ...     return jnp.sum(jnp.sin(unit) * params["gain"])
-      >>> params = {"gain": jnp.ones((1, 3)), "kernel": jnp.ones((2, 3))}
-      >>> report = normax.scale_invariance_report(
-      ...     loss_fn, params, key=jax.random.key(0)
-      ... )
-      >>> [(array.name, array.axes) for array in report.arrays]
-      [("params['gain']", 'none'), ("params['kernel']", 'unit')]
+      >>> def loss_fn(w):
+      ...     return jnp.sum(jnp.sin(w / jnp.linalg.norm(w, axis=0, keepdims=True)))
+      >>> w, key = jnp.ones((2, 3)), jax.random.key(0)
+      >>> normax.scale_invariance_report(loss_fn, w, key=key).arrays[0].axes
+      'unit'
 
     References:
-      van Laarhoven, L2 Regularization versus Batch and Weight Normalization,
-      2017, section 3.
+      van Laarhoven, L2 Regularization versus Batch and Weight Normalization, 2017, §3.
     """
     check_range("rtol", rtol, low=0, below=1)
     _check_loss(loss_fn, params)
     treedef: Any
     paths, treedef = jax.tree_util.tree_flatten_with_path(params)
     leaves = [leaf for _, leaf in paths]
-    dtypes = [jax.dtypes.result_type(leaf) for leaf in leaves]
-    positions = [i for i, d in enumerate(dtypes) if jnp.issubdtype(d, jnp.floating)]
+    positions = [i for i, leaf in enumerate(leaves) if is_float(leaf)]
     names = [f"params{jax.tree_util.keystr(path)}" for path, _ in paths]
     loss = Loss(compiled(loss_fn), treedef, names, leaves, positions)
-    strict = max([rtol, *(4 * float(jnp.finfo(dtypes[i]).eps) for i in positions)])
+    dtypes = [jnp.result_type(leaves[i]) for i in positions]
+    strict = max([rtol, *(4 * float(jnp.finfo(dtype).eps) for dtype in dtypes)])
     near = max(_NEAR, 3 * strict)
 
     first_key, second_key = jax.random.split(key)
-    # Matrix products of GPUs and TPUs round to 1e-3 unless told otherwise.
-    with jax.default_matmul_precision("highest"):
-        products = radial_products(loss)
-        arrays, point = products(first_key)
-        sums = {
-            i: [radial_sums(array, axes) for axes in sets_of_axes(array.shape)]
-            for i, array in arrays.items()
-        }
-        passed = {i: [s for s in sums[i] if s.radial <= near] for i in sums}
-        enlarged = {i for i in passed if passed[i]}
-        if enlarged:
-            arrays, _ = products(second_key, enlarged)
-        strictly = {
-            i: [s for s in passed[i] if radial_sums(arrays[i], s.axes).radial <= strict]
-            for i in enlarged
-        }
-        confirmed, changes = confirm(loss, point, strictly, strict)
+    products = radial_products(loss)
+    arrays, point = products(first_key)
+    sums = {
+        i: [radial_sums(array, axes) for axes in sets_of_axes(array.shape)]
+        for i, array in arrays.items()
+    }
+    passed = {i: [s for s in sums[i] if s.radial <= near] for i in sums}
+    enlarged = {i for i in passed if passed[i]}
+    if enlarged:
+        arrays, _ = products(second_key, enlarged)
+    strictly = {
+        i: [s for s in passed[i] if radial_sums(arrays[i], s.axes).radial <= strict]
+        for i in enlarged
+    }
+    confirmed, changes = confirm(loss, point, strictly, strict)
 
     nothing = RadialSums((), math.nan, 0.0, 0)
     rows = []
@@ -209,39 +196,28 @@ def scale_invariant_axes(
     $$L(\dots, \alpha w, \dots) = L(\dots, w, \dots) \text{ for all } \alpha > 0
     \quad\Leftrightarrow\quad \langle w, \nabla_w L\rangle = 0 \text{ everywhere}$$
 
-    The gradient is taken at random parameters, near the given ones but with biases off
-    zero and gains off one. An array is scale-invariant along the smallest set of its
-    axes over which $w \odot \nabla_w L$ sums to 0, for all vectors. This is repeated
-    at independent parameters, eight times as large where it held to within 3%: there
-    the $\epsilon$ of a normalization, which hides the invariance of small weights,
-    counts 64 times less. Last, each array's vectors are multiplied by 4 and
-    1/2, which must not change the loss.
-
-    So weights are found in front of batch norm (`"unit"`), layer norm (`"layer"`) and
-    the like if $\epsilon$ is below about 1% of the variance. Rounding in float32 leaves
-    ratios of $10^{-7}\sqrt{B}$ for a batch of $B$; for a loss that is computed in a
-    coarser dtype, though its parameters are not, choose a larger `rtol`. The answer
-    `"none"` is given to arrays without influence, to vectors of a single number, and to
-    those that are scale-invariant only together, as a kernel and its bias in front of
-    layer norm.
+    An array is scale-invariant along the smallest set of its axes over which
+    $w \odot \nabla_w L$ sums to 0, at random parameters, if rescaling its vectors
+    leaves the loss as it is. Arrays without influence are `"none"`, and so are those
+    that are scale-invariant only together: docs/theory/invariance.md.
 
     Args:
-      loss_fn: Called as `loss_fn(params)`; returns a real scalar, as in training: with
-        the statistics of the batch, where batch norm is used. It is compiled twice,
-        and called twice with gradients and twice without for every array found.
+      loss_fn: Called as `loss_fn(params)`; returns a real scalar, as in training: batch
+        norm uses the statistics of the batch. It is compiled, and takes products of
+        float32 matrices in full, also on a GPU, unless it names a precision.
       params: Pytree of arrays. Only floating-point arrays are perturbed.
       key: Key for the random perturbations.
       rtol: Largest $|\langle w, \nabla_w L\rangle| / \|w \odot \nabla_w L\|$ of
-        scale-invariant vectors, in quadratic mean over an array; at least 4 units in
-        the last place of the coarsest dtype among the parameters.
+        scale-invariant vectors, in quadratic mean over an array. It is at least 4 units
+        in the last place of the coarsest dtype among the parameters.
 
     Returns:
-      Pytree with the structure of `params` and a word or a tuple of axes for every
-      array: the `axes` argument of `normax.project_unit_norm` and all others.
+      Pytree like `params` with a word or a tuple of axes for every array: the `axes`
+      argument of all of normax.
 
     Raises:
-      ValueError: The loss is no real scalar, or it or its gradient is not finite;
-        `rtol` is out of range; or the parameters are traced.
+      ValueError: The loss is no real scalar, it or its gradient is not finite, `rtol`
+        is out of range, or the parameters are traced.
 
     Examples:
       >>> import jax
@@ -256,49 +232,6 @@ def scale_invariant_axes(
       {'head': 'none', 'kernel': 'unit'}
 
     References:
-      van Laarhoven, L2 Regularization versus Batch and Weight Normalization,
-      2017, section 1.
+      van Laarhoven, L2 Regularization versus Batch and Weight Normalization, 2017, §1.
     """
     return scale_invariance_report(loss_fn, params, key=key, rtol=rtol).axes
-
-
-def weight_decay_mask(axes: Axes, params: PyTree) -> PyTree:
-    r"""Mask of the arrays whose decay sets the effective learning rate.
-
-    $$L(w) + \tfrac{\lambda}{2} \|w\|^2 \text{ has the functions of } L(w)
-    \text{ if } L \text{ is scale-invariant}$$
-
-    Weight decay does two unrelated things. On scale-invariant arrays it does not
-    regularize; it balances the growth of the norm and so sets the effective learning
-    rate. On the others it is a penalty. The mask is True for the first and False for
-    the second, biases and gains included, so that each can have its own strength:
-    `optax.adamw(rate, weight_decay=decay, mask=mask)` decays where that changes no
-    function, and `optax.add_decayed_weights` with the mask's opposite, from
-    `jax.tree.map(operator.not_, mask)`, is the penalty.
-
-    Args:
-      axes: Which entries form one weight vector, as `scale_invariant_axes` finds them.
-      params: Pytree of arrays. `functools.partial(weight_decay_mask, axes)` is the
-        mask as a function of the parameters that optax takes too.
-
-    Returns:
-      Pytree with the structure of `params` and a bool for every array: whether it holds
-      weight vectors.
-
-    Raises:
-      ValueError: `axes` does not fit `params`, or an array is complex.
-
-    Examples:
-      >>> import jax.numpy as jnp
-      >>> import normax
-      >>> params = {"bias": jnp.zeros(2), "kernel": jnp.ones((3, 2))}
-      >>> normax.weight_decay_mask({"bias": "none", "kernel": "unit"}, params)
-      {'bias': False, 'kernel': True}
-
-    References:
-      van Laarhoven, L2 Regularization versus Batch and Weight Normalization,
-      2017, sections 2 and 3.
-    """
-    return map_vectors(
-        lambda vector_axes, w: True, axes, params, otherwise=lambda w: False
-    )

@@ -1,4 +1,4 @@
-"""Batch renormalization, by correcting Flax's batch normalization."""
+"""Batch renormalization: Flax's batch normalization with two corrections."""
 
 from collections.abc import Callable
 from typing import Any
@@ -22,30 +22,21 @@ class BatchRenorm(nnx.BatchNorm):
     r = \operatorname{clip}_{[1/r_{\max},\, r_{\max}]} \frac{\sigma_B}{\sigma}, \quad
     d = \operatorname{clip}_{[-d_{\max},\, d_{\max}]} \frac{\mu_B - \mu}{\sigma}$$
 
-    Here $\mu_B$ and $\sigma_B = (\text{var}_B + \varepsilon)^{1/2}$ are those of the
-    batch, $\mu$ and $\sigma$ the running ones from before it. No gradient flows through
-    $r$ and $d$. Where neither is clipped, the output is $\gamma (x - \mu) / \sigma +
-    \beta$, as at inference, which small batches profit from. With $r_{\max} = 1$ and
-    $d_{\max} = 0$ this is `BatchNorm`, to the last bit; so begin there, while the
-    running statistics settle:
+    The batch has mean $\mu_B$ and deviation $\sigma_B = (\text{var}_B +
+    \varepsilon)^{1/2}$; the running statistics before it are $\mu$ and $\sigma$. No
+    gradient flows through $r$ and $d$. Derivation: docs/theory/normalizers.md.
 
-        BatchRenorm(64, r_max=optax.linear_schedule(1, 3, 35_000, 5_000),
-                    d_max=optax.linear_schedule(0, 5, 20_000, 5_000), rngs=rngs)
-
-    At inference it is `BatchNorm` as well. All arguments but the first two limits are
-    those of `flax.nnx.BatchNorm`, as are the calls, masks, dtypes and variables; the
-    only further variable is `step`.
+    With $r_{\max} = 1$ and $d_{\max} = 0$ the outputs equal those of `BatchNorm` to
+    the last bit. Training starts there while the running statistics settle, so the
+    limits are usually schedules such as `optax.linear_schedule(1, 3, 35_000, 5_000)`.
 
     Args:
       num_features: Number of features.
-      r_max: Largest correction $r_{\max} \ge 1$ of the standard deviation: a number, or
-        a schedule of the steps that this layer has been trained.
-      d_max: Largest correction $d_{\max} \ge 0$ of the mean, in standard deviations: a
+      r_max: Largest correction of the standard deviation, at least 1: a number, or a
+        schedule of `step`.
+      d_max: Largest correction of the mean, at least 0, in standard deviations: a
         number or a schedule.
-      **batch_norm: Further arguments of `flax.nnx.BatchNorm`: `use_running_average`,
-        `axis`, `momentum`, `epsilon`, `dtype`, `param_dtype`, `use_bias`, `use_scale`,
-        `bias_init`, `scale_init`, `axis_name`, `axis_index_groups`,
-        `use_fast_variance`, `rngs` and others.
+      **batch_norm: Further arguments of `flax.nnx.BatchNorm`, with the same meaning.
 
     Raises:
       ValueError: `r_max` is below 1 or `d_max` below 0, or a schedule starts there.
@@ -65,8 +56,7 @@ class BatchRenorm(nnx.BatchNorm):
       True
 
     References:
-      Ioffe, Batch Renormalization: Towards Reducing Minibatch Dependence in
-      Batch-Normalized Models, 2017.
+      Ioffe, Batch Renormalization, 2017.
     """
 
     def __init__(
@@ -91,24 +81,14 @@ class BatchRenorm(nnx.BatchNorm):
         *,
         mask: jax.Array | None = None,
     ) -> jax.Array:
-        """Normalize, and in training mode update the running statistics.
-
-        Args:
-          x: Inputs.
-          use_running_average: Whether to normalize with the running statistics; None
-            for what the constructor says.
-          mask: Which entries the statistics are taken over; broadcasts to `x`.
-
-        Returns:
-          Array of the shape of `x`.
-        """
+        """Normalize; in training mode, also update the running statistics."""
         if use_running_average is None:
             use_running_average = self.use_running_average
         if use_running_average is None or use_running_average:
             return super().__call__(x, use_running_average, mask=mask)
         r, d = self._corrections(x, mask)
-        # (z r + d) gamma + beta = z (r gamma) + (d gamma + beta): a BatchNorm that
-        # shares the statistics, whose scale and bias hold the corrections.
+        # (z r + d) gamma + beta = z (r gamma) + (d gamma + beta). So a BatchNorm with
+        # another scale and bias applies the corrections. It shares our statistics.
         graphdef, state = nnx.split(self)
         corrected = nnx.merge(graphdef, state)
         scale = 1 if self.scale is None else self.scale[...]
@@ -121,7 +101,7 @@ class BatchRenorm(nnx.BatchNorm):
     def _corrections(
         self, x: jax.Array, mask: jax.Array | None
     ) -> tuple[jax.Array, jax.Array]:
-        # At momentum 0 the running statistics are those of the batch.
+        # With momentum 0 a BatchNorm stores the statistics of the batch alone.
         batch = nnx.clone(self)
         batch.momentum = 0.0
         nnx.BatchNorm.__call__(batch, x, False, mask=mask)

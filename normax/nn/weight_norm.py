@@ -1,4 +1,4 @@
-"""Weight normalization of any Flax NNX layer, as a function of its parameters."""
+"""Weight normalization of any Flax NNX layer."""
 
 import operator
 from collections.abc import Sequence
@@ -16,8 +16,13 @@ KeyPath = tuple[Any, ...]
 _KERNELS = nnx.PathContains("kernel")
 
 
+def path_name(path: KeyPath) -> str:
+    """Return how errors and results call the array or module at a path."""
+    return "/".join(map(str, path))
+
+
 def output_axes(module: Any, rank: int) -> tuple[int, ...]:
-    """Return the axes of a module's kernel that count its output units."""
+    """Return the axes of a module's kernel that index its output units."""
     if isinstance(module, nnx.LinearGeneral):
         outputs = range(rank - len(module.out_features), rank)
         return (*range(len(module.batch_axis)), *outputs)
@@ -36,7 +41,7 @@ def _vector_axes(
     name: str,
     kernel: jax.Array,
 ) -> tuple[int, ...]:
-    """Return the axes of one weight vector, counted from the last, which is -1."""
+    """Return the axes of one weight vector as negative numbers."""
     rank = kernel.ndim
     if not jnp.issubdtype(kernel.dtype, jnp.floating):
         raise ValueError(
@@ -61,6 +66,7 @@ def _vector_axes(
                 "leave the array out with variable_filter."
             )
     counted = {axis % rank for axis in features}
+    # Negative axes stay right when `nnx.vmap` puts an axis of layers in front.
     axes = tuple(axis - rank for axis in range(rank) if axis not in counted)
     if not axes:
         raise ValueError(
@@ -77,7 +83,8 @@ def _effective_weight(
     (x,) = at_least_float32(v)
     norm = nonzero(vector_norm(x, axes))
     gain = 1.0 if g is None else jnp.expand_dims(g.astype(x.dtype), axes)
-    # A quotient of 1 before the product: g = ||v|| gives v back to the last bit.
+    # The division comes first: for g = ||v|| it gives exactly 1, and the product
+    # returns v to the last bit.
     return (x * ratio(gain, norm)).astype(v.dtype)
 
 
@@ -89,23 +96,19 @@ class WeightNorm(nnx.Module):
     \nabla_v L = \frac{g}{\|v\|}\big(\nabla_w L
     - \langle \nabla_w L, \hat v\rangle\, \hat v\big)$$
 
-    The layer keeps $v$ where its kernels were; `g` holds one number per output unit
-    beside it. Both are `nnx.Param`. At the start $g = \|v\|$, so that the function is
-    the one of the layer. A call computes $w$ and changes nothing but what the layer
-    itself changes, such as the batch statistics of a block; the loss does not depend
-    on the scale of $v$, whose effective learning rate is that of a scale-invariant
-    weight.
+    The kernels of the layer hold $v$, and `g` holds one number per weight vector. Both
+    are trained. At the start $g = \|v\|$, so the layer still computes its own function.
+    Derivation: docs/theory/normalizers.md.
 
-    A vector $v = 0$ has no direction: $w = 0$, and where $g = \|v\| = 0$ both gradients
-    are 0, so such a unit does not learn. Start it from small random weights.
+    A vector $v = 0$ has no direction: then $w = 0$. If $g = 0$ too, both gradients are
+    0 and the unit never learns. Start it from small random weights.
 
     Args:
-      layer: Any module that holds kernels: a linear layer or convolution, attention,
-        or a block of several; it is not copied.
-      feature_axes: Axes that count the weight vectors of a kernel, one for each
-        `g`: `"unit"`, for the output units of every layer by its kind (the heads and
-        features of attention; the last axis of `Linear` and `Conv`); an int or several
-        for all kernels alike; None for one vector per kernel.
+      layer: A module that holds kernels, or a block of several; it is not copied.
+      feature_axes: Axes that index the weight vectors of a kernel, one for each `g`.
+        `"unit"` takes the output units of each Flax layer (for attention, heads and
+        features). An int or several hold for all kernels alike. None makes each
+        kernel one vector.
       variable_filter: `nnx` filter that selects the parameters to normalize.
 
     Raises:
@@ -113,8 +116,7 @@ class WeightNorm(nnx.Module):
 
     Attributes:
       layer: The wrapped layer, whose kernels are $v$.
-      g: Nested dict of `nnx.Param` with the paths of the kernels in `layer`, in the
-        dtypes of the kernels.
+      g: Nested dict of `nnx.Param`, with the paths and dtypes of the kernels.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -129,9 +131,8 @@ class WeightNorm(nnx.Module):
       True
 
     References:
-      Salimans, Kingma, Weight Normalization: A Simple Reparameterization to
-      Accelerate Training of Deep Neural Networks, 2016. van Laarhoven, L2
-      Regularization versus Batch and Weight Normalization, 2017, sections 1 and 3.
+      Salimans, Kingma, Weight Normalization, 2016. van Laarhoven, L2 Regularization
+      versus Batch and Weight Normalization, 2017, sections 1 and 3.
     """
 
     def __init__(
@@ -146,7 +147,7 @@ class WeightNorm(nnx.Module):
         gains: dict[KeyPath, nnx.Param] = {}
         vector_axes = []
         for path, v in nnx.to_flat_state(selected):
-            name, value = "/".join(map(str, path)), v[...]
+            name, value = path_name(path), v[...]
             axes = _vector_axes(feature_axes, modules[path[:-1]], name, value)
             norm = jnp.squeeze(vector_norm(at_least_float32(value)[0], axes), axes)
             gains[path] = nnx.Param(norm.astype(value.dtype))
@@ -156,7 +157,7 @@ class WeightNorm(nnx.Module):
             raise ValueError(
                 "variable_filter must select a parameter to normalize, but "
                 f"{variable_filter} selects none of {type(layer).__name__}, which has "
-                f"{['/'.join(map(str, path)) for path, _ in params]}; pass for example "
+                f"{[path_name(path) for path, _ in params]}; pass for example "
                 'nnx.PathContains("embedding").'
             )
         self.layer = layer
@@ -165,11 +166,7 @@ class WeightNorm(nnx.Module):
         self.initializing = False
 
     def effective_layer(self) -> Any:
-        """Return the plain layer with the weights $w$ in place of $v$.
-
-        It shares all other variables with the wrapped layer; `nnx.clone` of it is
-        independent, and `WeightNorm` of that is this layer again.
-        """
+        """Return the plain layer whose kernels are $w$; it shares all else."""
         return self._layer_with(dict(nnx.to_flat_state(nnx.state(self.g))))
 
     def _layer_with(self, gains: dict[KeyPath, nnx.Variable]) -> Any:
@@ -192,8 +189,8 @@ class WeightNorm(nnx.Module):
             raise ValueError(
                 "data-dependent initialization needs a layer with one kernel, but "
                 f"{type(self.layer).__name__} has "
-                f"{['/'.join(map(str, path)) for path, _ in self.vector_axes]}; "
-                "wrap every layer of the block by itself."
+                f"{[path_name(path) for path, _ in self.vector_axes]}; "
+                "wrap each layer of the block in a WeightNorm of its own."
             )
         layer: Any = self._layer_with({})
         g, bias = self.g["kernel"], getattr(layer, "bias", None)
@@ -220,14 +217,13 @@ def initialize_weight_norm(model: nnx.Module, *args: Any, **kwargs: Any) -> Any:
     $$t = \langle v, x\rangle / \|v\|, \qquad g \leftarrow 1 / \sigma[t], \qquad
     b \leftarrow -\mu[t] / \sigma[t]$$
 
-    One call of the model, in which every weight-normalized layer is set just before it
-    computes its output: over this batch its pre-activations then have mean 0 and
-    variance 1 in every unit. Without a bias only the variance is set; a unit that is
-    constant over the batch keeps $\sigma[t] = 1$.
+    The model is called once, and each `WeightNorm` is set just before it computes its
+    output. So over this batch every unit has mean 0 and variance 1. Without a bias
+    only the variance is set. A unit that is constant over the batch gets $g = 1$.
 
     Args:
-      model: A module that holds `WeightNorm` layers, or is one; each wraps a single
-        layer with one kernel. It is changed in place.
+      model: A `WeightNorm` or a module that holds some, each around a single layer
+        with one kernel. It is changed in place.
       *args: Inputs of the model.
       **kwargs: Further inputs of the model.
 
@@ -235,8 +231,7 @@ def initialize_weight_norm(model: nnx.Module, *args: Any, **kwargs: Any) -> Any:
       The outputs of the initialized model on the batch.
 
     Raises:
-      ValueError: The model holds no `WeightNorm`, or one of them wraps a block of
-        several kernels.
+      ValueError: The model holds no `WeightNorm`, or one that does not fit.
 
     Examples:
       >>> import jax
@@ -249,8 +244,7 @@ def initialize_weight_norm(model: nnx.Module, *args: Any, **kwargs: Any) -> Any:
       ['1.000', '1.000']
 
     References:
-      Salimans, Kingma, Weight Normalization: A Simple Reparameterization to
-      Accelerate Training of Deep Neural Networks, 2016.
+      Salimans, Kingma, Weight Normalization, 2016, section 3.
     """
     found = [m for _, m in nnx.iter_modules(model) if isinstance(m, WeightNorm)]
     if not found:

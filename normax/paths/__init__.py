@@ -1,1 +1,20 @@
-"""Path geometry of ReLU networks: path norms, path scales and Path-SGD."""
+"""Path geometry of ReLU networks: path norms, path scales and Path-SGD.
+
+Rescaling a hidden unit, its incoming weights by c and its outgoing ones by 1/c, keeps
+the function of a ReLU network. Products of weights along paths do not see it either.
+A path norm is a norm of all these products; Path-SGD divides each gradient by the
+curvature of that norm. The network is any JAX function: it is traced, and its
+primitives are interpreted one by one (`lifting`, `primitives`), in an arithmetic of
+sums over paths that neither overflows nor underflows (`arithmetic`).
+"""
+
+from normax.paths.norm import path_norm, path_scales
+from normax.paths.sgd import ScaleByPathSGDState, path_sgd, scale_by_path_sgd
+
+__all__ = [
+    "ScaleByPathSGDState",
+    "path_norm",
+    "path_scales",
+    "path_sgd",
+    "scale_by_path_sgd",
+]

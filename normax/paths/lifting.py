@@ -7,130 +7,48 @@ exponentially many paths in one forward pass; one backward pass gives
 $\partial F / \partial v_e$ for all edges.
 
 The transform interprets the jaxpr of the network with one rule for each primitive,
-as `jax.jvp` does. The kinds of values stand in `_path_values.py`, the rules in
-`_path_rules.py` and `_path_structure.py`, those of layers and scans in files of their
-own; the arithmetic of path values in `_path_arithmetic.py`.
+as `jax.jvp` does. The kinds of values stand in `values.py`, their arithmetic in
+`arithmetic.py`, the rules in the folder `primitives`, what a rule must say of its
+primitive in `primitive_spec.py`.
 """
 
 from __future__ import annotations
 
-import contextlib
-import functools
-import itertools
-import math
-import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-import flax
 import jax
 import jax.numpy as jnp
-import jaxlib
-import numpy as np
 from jax.extend.core import Jaxpr, JaxprEqn, Literal
 
-from normax._core.programs import may_collide, program_in_place, ranges_of_parts
-from normax.paths.arithmetic import PathArithmetic, Scaled
+from normax._core.programs import program_in_place
+from normax.paths import messages, numbers
+from normax.paths.arithmetic import PathArithmetic
+from normax.paths.numbers import Scaled
+from normax.paths.primitive_spec import SPECS, NotHomogeneous
+from normax.paths.tape import Tape
 from normax.paths.values import (
     Activation,
-    Factors,
-    Origin,
     Path,
-    Ranges,
     Sign,
     Unsupported,
     Value,
     Weight,
     weight,
 )
-
-Rule = Callable[["PathTransform", JaxprEqn, Sequence[Any]], Sequence[Value]]
-
-
-class NotHomogeneous(Exception):
-    """Why a primitive has no paths."""
+from normax.paths.weights import evaluate_weights
 
 
-RULES: dict[str, Rule] = {}
-WEIGHT_PULLS: dict[str, Callable[..., None]] = {}
-UNIFORM: set[str] = set()  # primitives that keep all entries equal
-SLICES: set[str] = set()  # primitives that take parts of arrays
-JOINING: set[str] = set()  # primitives that put arrays beside others
-
-
-def rule(*names: str) -> Callable[[Rule], Rule]:
-    """Register the rule of some primitives."""
-
-    def register(function: Rule) -> Rule:
-        RULES.update(dict.fromkeys(names, function))
-        return function
-
-    return register
-
-
-def weight_pull(*names: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Register how cotangents go back through some primitives of weights."""
-
-    def register(pull: Callable[..., None]) -> Callable[..., None]:
-        WEIGHT_PULLS.update(dict.fromkeys(names, pull))
-        return pull
-
-    return register
-
-
-_SIGNS = {"mul", "select_n", "convert_element_type", "copy", "copy_p"}
-
-
-def _folder(file: str | None) -> str:
-    return os.path.join(os.path.dirname(file or ""), "")  # ends with the separator
-
-
-_LIBRARIES = (
-    *(_folder(module.__file__) for module in (jax, jaxlib, flax)),
-    contextlib.__file__,
-    functools.__file__,
-)
-_NORMAX = os.path.join(os.path.dirname(os.path.dirname(__file__)), "")
-
-
-def _users_line(eqn: JaxprEqn) -> str | None:
-    traceback = eqn.source_info.traceback
-    frames: Sequence[Any] = traceback.frames if traceback is not None else ()
-    for frame in frames:
-        if frame.file_name.startswith(_NORMAX):
-            return None
-        if not frame.file_name.startswith(_LIBRARIES):
-            return f"{frame.file_name}:{frame.line_num} ({frame.function_name})"
-    return None
-
-
-def _repeats(name: str, inputs: Sequence[Weight], size: int) -> bool:
-    """Return whether entries of parameters may be in several entries of a result."""
-    if any(x.repeats for x in inputs) or name in ("gather", "tile"):
-        return True
-    stretched = any(x.params and math.prod(x.shape) < size for x in inputs)
-    return stretched and name != "pad" and name not in JOINING
-
-
-def _rounded(number: float, dtype: Any) -> float | None:
-    """Return a number in another dtype, None in one that is not of floats."""
-    if not jnp.issubdtype(dtype, jnp.inexact):
-        return None
-    with np.errstate(over="ignore"):
-        return float(np.asarray(number).astype(dtype))
-
-
-class PathTransform:
+class PathTransform(Tape):
     """One forward and, if asked for, one backward pass over the paths.
 
     Attributes:
-      arithmetic: Arithmetic of path values.
+      line: The user's line of the equation that is being evaluated, if it is known.
     """
 
     def __init__(self, arithmetic: PathArithmetic):
-        self.arithmetic = arithmetic
-        self._tape: list[Callable[[], None]] = []
-        self._line: str | None = None
+        super().__init__(arithmetic)
+        self.line: str | None = None
 
     def interpret(
         self,
@@ -159,7 +77,7 @@ class PathTransform:
             return weight(atom.val) if isinstance(atom, Literal) else environment[atom]
 
         for eqn in jaxpr.eqns:
-            line = location or _users_line(eqn)
+            line = location or messages.users_line(eqn)
             results = self._evaluate(eqn, [read(atom) for atom in eqn.invars], line)
             environment.update(zip(eqn.outvars, results, strict=True))
         return [read(atom) for atom in jaxpr.outvars]
@@ -169,132 +87,28 @@ class PathTransform:
     ) -> Sequence[Value]:
         if (called := program_in_place(eqn)) is not None:
             jaxpr, consts = called
-            # The traceback of a library's cached function is that of another call.
-            library = jaxpr.debug_info.func_filename or ""
-            inside = line if library.startswith(_LIBRARIES) else None
+            inside = line if messages.is_of_a_library(jaxpr) else None
             return self.interpret(jaxpr, consts, inputs, inside)
-        name, self._line = eqn.primitive.name, line
+        name, self.line = eqn.primitive.name, line
         unsupported = next((x for x in inputs if isinstance(x, Unsupported)), None)
         if unsupported is not None:
             return [unsupported] * len(eqn.outvars)
         try:
             if all(isinstance(x, Weight) for x in inputs):
-                return self.evaluate_weights(eqn, inputs)
-            if name not in RULES:
+                return evaluate_weights(self, eqn, inputs)
+            if (spec := SPECS.get(name)) is None:
                 raise NotHomogeneous("no rule says that it is positively homogeneous")
-            if name not in _SIGNS and any(isinstance(x, Sign) for x in inputs):
+            if not spec.takes_signs and any(isinstance(x, Sign) for x in inputs):
                 raise NotHomogeneous("it takes the sign of an activation")
-            return RULES[name](self, eqn, inputs)
+            return spec.rule(self, eqn, inputs)
         except NotHomogeneous as reason:
             return [self.unsupported(name, str(reason))] * len(eqn.outvars)
 
     def unsupported(self, name: str, reason: str) -> Unsupported:
         """Return what stands for the results of a primitive without paths."""
-        line = f" at {self._line}" if self._line else ""
-        return Unsupported(
-            "a path norm is defined for positively homogeneous networks (linear "
-            "layers, ReLU, leaky ReLU, pooling, sums, and batch norm with stopped "
-            f"statistics), but the network applies `{name}`{line}: {reason}. Leave "
-            "it out of `forward`, or end `forward` before it (at the logits, without "
-            "the softmax and the loss)."
-        )
-
-    def evaluate_weights(self, eqn: JaxprEqn, inputs: Sequence[Weight]) -> list[Weight]:
-        """Evaluate an equation that no activation enters, as JAX does."""
-        values = eqn.primitive.bind(*(x.value for x in inputs), **eqn.params)
-        if not eqn.primitive.multiple_results:
-            values = [values]
-        depends = frozenset[Origin]().union(*(x.params for x in inputs))
-        name = eqn.primitive.name
-        overlap = any(a.overlaps(b) for a, b in itertools.combinations(inputs, 2))
-        repeats = overlap or _repeats(name, inputs, np.size(values[0]))
-        results = [Weight(value, depends, repeats=repeats) for value in values]
-        if name in SLICES and depends:  # layers of a stack are parameters of their own
-            names = frozenset[str]().union(*(origin.names for origin in depends))
-            array = inputs[0]
-            parts: Iterable[Ranges | None] = itertools.repeat(None)
-            if not array.repeats:
-                parts = ranges_of_parts(eqn, array.shape) or parts
-            for result, ranges in zip(results, parts, strict=False):
-                result.params = frozenset([Origin(names, (array, ranges))])
-        if name in UNIFORM and len(inputs) == 1 and inputs[0].uniform is not None:
-            sign = -1 if name == "neg" else 1
-            results[0].uniform = _rounded(sign * inputs[0].uniform, values[0].dtype)
-        if name in ("mul", "dot_general") and any(x.uniform == 0 for x in inputs):
-            results[0].uniform, results[0].params, depends = (
-                0.0,
-                frozenset(),
-                frozenset(),
-            )
-        if depends:
-            pull = WEIGHT_PULLS.get(name)
-            shared = len(inputs) == 2 and name not in JOINING and overlap
-            inverse = name == "div" and inputs[1].params
-            if pull is None or shared or inverse or may_collide(eqn):
-                self.refuse(results, name)
-            else:
-                self.record(
-                    results, lambda *cotangents: pull(self, eqn, inputs, cotangents)
-                )
-        return results
-
-    def refuse(self, results: Sequence[Weight], name: str) -> None:
-        """Raise in the backward pass, if a cotangent reaches these results."""
-        line = f" at {self._line}" if self._line else ""
-
-        def pull(*cotangents):
-            del cotangents
-            origins = (origin.names for origin in results[0].params)
-            names = ", ".join(sorted(frozenset[str]().union(*origins)))
-            raise ValueError(
-                "path_scales is defined for parameters that are edge weights, up to "
-                "reshaping, sums and factors without the same parameter, but "
-                f"`{name}`{line} computes edge weights from {names}. path_norm is "
-                "defined here; for path_scales, make the effective weights the "
-                "parameters, or close over these."
-            )
-
-        self.record(results, pull)
-
-    # The backward pass.
-
-    def record(
-        self,
-        results: Sequence[Path | Weight],
-        pull: Callable[..., None],
-    ) -> None:
-        """Have `pull(*cotangents of the results)` called in the backward pass."""
-
-        def step():
-            cotangents = [node.cotangent for node in results]
-            if any(cotangent is not None for cotangent in cotangents):
-                pull(*cotangents)
-
-        self._tape.append(step)
-
-    def accumulate(self, node: Path | Weight, factors: Factors) -> None:
-        """Add to the cotangent of a node."""
-        if isinstance(node, Weight) and not node.params:
-            return
-        if node.cotangent is None:
-            node.cotangent = factors
-        else:
-            first = self.arithmetic.broadcast(node.cotangent, node.shape)
-            second = self.arithmetic.broadcast(factors, node.shape)
-            node.cotangent = (self.arithmetic.add(first, second),)
-
-    def run_backward(self) -> None:
-        """Propagate cotangents from the results to the parameters."""
-        for step in reversed(self._tape):
-            step()
+        return messages.unsupported(name, self.line, reason)
 
     # What the rules are made of.
-
-    def new(self, value: Scaled, pull: Callable[[Factors], None]) -> Path:
-        """Return a node of path values with its rule of the backward pass."""
-        path = Path(value)
-        self.record([path], pull)
-        return path
 
     def size(self, w: Weight) -> Scaled:
         """Return $|w|^p$."""
@@ -305,12 +119,12 @@ class PathTransform:
         with jax.ensure_compile_time_eval():
             dtype = jnp.promote_types(jnp.float32, jnp.result_type(w.value))
             size = self.arithmetic.of_weight(jnp.asarray(w.uniform, dtype))
-        return self.arithmetic.broadcast((size,), w.shape)
+        return numbers.broadcast((size,), w.shape)
 
     def flush(self, x: Activation | Weight) -> Path:
         """Turn the constant of an activation into an edge, and return its paths."""
         if isinstance(x, Weight):
-            size = self.arithmetic.normalize(self.size(x))
+            size = numbers.normalize(self.size(x))
             return self.new(size, lambda factors: self.accumulate(x, factors))
         if x.constant is None:
             return x.path

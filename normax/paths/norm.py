@@ -16,34 +16,30 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, PartitionSpec
 
-import normax.paths.primitives.elementwise
-import normax.paths.primitives.linear  # registers its rules
-import normax.paths.primitives.scan  # noqa: F401
+import normax.paths.primitives  # noqa: F401  # enters their specifications
 from normax._core.axes import PyTree
 from normax._core.checks import check_range
 from normax._core.norms import at_least_float32
-from normax.paths.arithmetic import PathArithmetic, Scaled
+from normax._core.programs import full_precision, is_float
+from normax.paths import numbers
+from normax.paths.arithmetic import PathArithmetic
 from normax.paths.lifting import PathTransform
+from normax.paths.numbers import Scaled
 from normax.paths.one_example import Forward, trace_one_example
 from normax.paths.values import Activation, Factors, Origin, Path, Unsupported, Weight
-
-
-def _is_float(leaf: Any) -> bool:
-    # Keys of random numbers, which NNX states hold, have no numeric dtype.
-    dtype = getattr(leaf, "dtype", None) or jax.dtypes.result_type(leaf)
-    return jnp.issubdtype(dtype, jnp.inexact)
 
 
 def _shapes_only(inputs: PyTree) -> PyTree:
     """Return the shapes of inputs, but integers and random keys as they are."""
     return jax.tree.map(
         lambda x: (
-            jax.ShapeDtypeStruct(np.shape(x), jnp.result_type(x)) if _is_float(x) else x
+            jax.ShapeDtypeStruct(np.shape(x), jnp.result_type(x)) if is_float(x) else x
         ),
         inputs,
     )
 
 
+@full_precision()
 def _lift(
     forward: Forward, params: PyTree, inputs: PyTree, p: jax.typing.ArrayLike
 ) -> tuple[PathTransform, list[Path], list[Weight]]:
@@ -61,7 +57,7 @@ def _lift(
     flat = jax.tree_util.tree_leaves_with_path(params)
     names = [f"params{jax.tree_util.keystr(path)}" for path, _ in flat]
     for name, (_, leaf) in zip(names, flat, strict=True):
-        if _is_float(leaf) and jnp.iscomplexobj(leaf):
+        if jnp.iscomplexobj(leaf):
             raise ValueError(
                 f"the weights of a path norm must be real, but {name} is complex; hold "
                 "real and imaginary parts as two arrays."
@@ -72,15 +68,15 @@ def _lift(
     weights = [
         Weight(
             jnp.asarray(leaf),
-            frozenset([Origin(frozenset([name]))] if _is_float(leaf) else []),
+            frozenset([Origin(frozenset([name]))] if is_float(leaf) else []),
         )
         for name, (_, leaf) in zip(names, flat, strict=True)
     ]
-    floats = [jnp.asarray(leaf) for _, leaf in flat if _is_float(leaf)]
+    floats = [jnp.asarray(leaf) for _, leaf in flat if is_float(leaf)]
     (dtype,) = {array.dtype for array in at_least_float32(jnp.float32(0), *floats)}
     activations = [
-        Activation(Path(arithmetic.ones(np.shape(leaf), dtype)))
-        if _is_float(leaf)
+        Activation(Path(numbers.ones(np.shape(leaf), dtype)))
+        if is_float(leaf)
         else Weight(leaf)
         for leaf in jax.tree.leaves(inputs)
     ]
@@ -150,23 +146,27 @@ def scale_factors(
     transform, outputs, weights = _lift(forward, params, inputs, p)
     dtype = outputs[0].value.root.dtype
     for path in outputs:
-        transform.accumulate(path, (transform.arithmetic.ones(path.shape, dtype),))
+        transform.accumulate(path, (numbers.ones(path.shape, dtype),))
     transform.run_backward()
     factors: list[Factors | None] = []
     for w in weights:
         if w.cotangent is not None and len(w.cotangent) > 2:
-            factors.append((transform.arithmetic.broadcast(w.cotangent, w.shape),))
+            factors.append((numbers.broadcast(w.cotangent, w.shape),))
         elif w.cotangent is not None:
             factors.append(w.cotangent)
         elif w.params:  # no path uses it
-            factors.append((transform.arithmetic.zeros(w.shape, dtype),))
+            factors.append((numbers.zeros(w.shape, dtype),))
         else:
             factors.append(None)
     return jax.tree.unflatten(jax.tree.structure(params), factors)
 
 
 def path_norm(
-    forward: Forward, params: PyTree, inputs: PyTree, p: jax.typing.ArrayLike = 2.0
+    forward: Forward,
+    params: PyTree,
+    inputs: PyTree,
+    p: jax.typing.ArrayLike = 2.0,
+    log: bool = False,
 ) -> jax.Array:
     r"""Path norm of a ReLU network.
 
@@ -193,10 +193,15 @@ def path_norm(
         the first axis of all inputs and outputs but scalars, over which nothing sums.
         Integers are constants.
       p: The power, at least 1 and below 32.
+      log: Whether to return $\log \phi_p$, which is finite at any depth, width and
+        scale of the weights. In float32 the units of one layer may differ in scale by
+        a factor of $10^{75}$, and positions of one unit, or what a window or a
+        cumulative sum goes over, by $10^{38/p}$; what is smaller counts as 0.
 
     Returns:
-      A scalar, in float32 or the wider dtype of the parameters; infinite where it
-      is too large for that dtype, see `log_path_norm`.
+      A scalar, in float32 or the wider dtype of the parameters. The norm is infinite
+      where it is too large for that dtype; its logarithm is $-\infty$ if every path
+      has a weight 0.
 
     Raises:
       ValueError: The network is not positively homogeneous (the message names the
@@ -214,50 +219,12 @@ def path_norm(
       >>> norm = normax.path_norm(forward, params, jnp.ones((1, 1)))
       >>> round(float(norm), 5)  # the root of 9 + 16
       5.0
-
-    References:
-      Neyshabur, Salakhutdinov, Srebro, Path-SGD: Path-Normalized Optimization in Deep
-      Neural Networks, 2015, equation (5).
-    """
-    return _of_total(PathArithmetic.pth_root, forward, params, inputs, p)
-
-
-def log_path_norm(
-    forward: Forward, params: PyTree, inputs: PyTree, p: jax.typing.ArrayLike = 2.0
-) -> jax.Array:
-    r"""Logarithm of the path norm of a ReLU network.
-
-    $$\log \phi_p(w) = \frac{1}{p} \log
-      \sum_{\text{paths}} \prod_{e \in \text{path}} |w_e|^p$$
-
-    Finite at any depth, width and scale of the weights. In float32 the units of one
-    layer may differ in scale by a factor of $10^{75}$, and positions of one unit, or
-    what a window or a cumulative sum goes over, by $10^{38/p}$; what is smaller counts
-    as 0.
-
-    Args:
-      forward: The network, as in `path_norm`.
-      params: Its parameters, a pytree.
-      inputs: An example or a batch of its inputs; only shapes matter.
-      p: The power, at least 1 and below 32.
-
-    Returns:
-      A scalar, in float32 or the wider dtype of the parameters; $-\infty$ if every
-      path has a weight 0.
-
-    Raises:
-      ValueError: As `path_norm`.
-
-    Examples:
-      >>> import jax
-      >>> import jax.numpy as jnp
-      >>> import normax
-      >>> def forward(params, x):
-      ...     for kernel in params:
+      >>> def deep(kernels, x):
+      ...     for kernel in kernels:
       ...         x = jax.nn.relu(x @ kernel)
       ...     return x
-      >>> deep = [jnp.full((4, 4), 100.0)] * 60  # the norm is 4 * 200 ** 60
-      >>> log_norm = normax.log_path_norm(forward, deep, jnp.ones((1, 4)))
+      >>> kernels = [jnp.full((4, 4), 100.0)] * 60  # the norm is 2 * 200 ** 60
+      >>> log_norm = normax.path_norm(deep, kernels, jnp.ones((1, 4)), log=True)
       >>> round(float(log_norm), 2), round(float(jnp.log(2.0) + 60 * jnp.log(200.0)), 2)
       (318.59, 318.59)
 
@@ -265,9 +232,11 @@ def log_path_norm(
       Neyshabur, Salakhutdinov, Srebro, Path-SGD: Path-Normalized Optimization in Deep
       Neural Networks, 2015, equation (5).
     """
-    return _of_total(
-        lambda arithmetic, total: arithmetic.log(total) / p, forward, params, inputs, p
-    )
+
+    def result(arithmetic, total):
+        return arithmetic.log(total) / p if log else arithmetic.pth_root(total)
+
+    return _of_total(result, forward, params, inputs, p)
 
 
 def path_scales(
@@ -284,7 +253,7 @@ def path_scales(
 
     A weight that many edges share, such as an entry of a convolution's kernel, counts
     every edge: the sum is over the edges and the paths through them. Path-SGD
-    divides the gradient by it. The range is that of `log_path_norm`.
+    divides the gradient by it. The range is that of `path_norm`'s logarithm.
 
     Args:
       forward: The network, as in `path_norm`.
@@ -330,7 +299,7 @@ def path_scales(
                 logarithms = [arithmetic.log(factor) for factor in factors]
                 whole = functools.reduce(jnp.add, logarithms) * (2 / p)
             else:
-                whole = arithmetic.path_scale(arithmetic.multiply(*factors))
+                whole = arithmetic.path_scale(numbers.multiply(*factors))
             return jnp.broadcast_to(whole, jnp.shape(leaf))
 
         return jax.tree.map(finish, params, factors)

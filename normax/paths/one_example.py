@@ -15,7 +15,8 @@ import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
 from normax._core.axes import PyTree
-from normax._core.programs import called_programs, mixed_lengths
+from normax._core.programs import called_programs, reduced_lengths
+from normax.paths.primitive_spec import SPECS
 
 Forward = Callable[[PyTree, PyTree], PyTree]
 
@@ -24,8 +25,11 @@ def _mixes(jaxpr: Jaxpr) -> list[tuple[str, tuple[int, ...]]]:
     """Return the primitives of a program that mix entries, and along what lengths."""
     mixes = []
     for eqn in jaxpr.eqns:
-        if axes := mixed_lengths(eqn):
-            mixes.append((eqn.primitive.name, axes))
+        name = eqn.primitive.name
+        # What has no paths may mix examples too, such as a maximum over integers.
+        mixes_of = SPECS[name].mixes if name in SPECS else reduced_lengths
+        if mixes_of and (lengths := mixes_of(eqn)):
+            mixes.append((name, lengths))
         for inner in called_programs(eqn):
             mixes += _mixes(inner)
     return mixes

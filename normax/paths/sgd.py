@@ -7,70 +7,19 @@ norm, and is rescaled as the weights are.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-from jax import lax
-from jax.sharding import AxisType
 
 from normax._core.axes import PyTree
 from normax._core.checks import check_range, require_params
-from normax.paths.arithmetic import PathArithmetic, divide_by_path_scale
-from normax.paths.feed_forward import dense_stack, require_whole_network
-from normax.paths.norm import Forward, scale_factors, with_automatic_sharding
-
-
-def _inverse_roots(
-    params: PyTree, factors: PyTree, p: jax.typing.ArrayLike
-) -> tuple[PyTree, PyTree]:
-    """Return the two factors of the inverse roots, each a tree like the parameters.
-
-    Optimizers' states hold such trees only, if they are to pass through Flax NNX.
-    """
-    arithmetic = PathArithmetic(p)
-
-    def pick(i):
-        return lambda leaf, pair: pair and pair[i]
-
-    pairs = jax.tree.map(
-        lambda leaf, product: product and arithmetic.inverse_roots(product),
-        params,
-        factors,
-    )
-    return jax.tree.map(pick(0), params, pairs), jax.tree.map(pick(1), params, pairs)
-
-
-def _event(arrays: Iterable[jax.Array]) -> jax.Array:
-    """Return a number, not negative, that is known when some arrays are."""
-    entries = (
-        lax.slice(x, (0,) * x.ndim, (1,) * x.ndim).reshape(()) for x in arrays if x.size
-    )
-    return sum((jnp.abs(x.astype(jnp.float32)) for x in entries), jnp.float32(0))
-
-
-def _one_after(event: jax.Array, updates: PyTree) -> jax.Array:
-    """Return the number one, on a CPU not before an event and the updates are known.
-
-    XLA:CPU updates a parameter in place if all that reads it is known to come before,
-    and a copy of it otherwise. Copies take as long as the path scales do; when the
-    gradients and scales of all parameters are known, nothing reads them any more.
-    """
-    axis_types = jax.sharding.get_abstract_mesh().axis_types
-    if AxisType.Manual in axis_types or AxisType.Explicit in axis_types:
-        return jnp.float32(1)  # an entry is not on all devices, or differs on them
-    arrays = map(jnp.asarray, jax.tree.leaves(updates))
-    event += _event(x for x in arrays if jnp.issubdtype(x.dtype, jnp.inexact))
-    # A root, which XLA holds to be too dear to be computed for each parameter.
-    event = lax.stop_gradient(jnp.sqrt(event))
-    return lax.platform_dependent(
-        event,
-        # Never negative, which XLA does not know; a NaN compares false.
-        cpu=lambda event: jnp.where(event < 0, event, 1),
-        default=jnp.ones_like,
-    )
+from normax._core.scheduling import one_after
+from normax.paths.arithmetic import divide_by_path_scale
+from normax.paths.feed_forward import require_whole_network
+from normax.paths.one_example import Forward
+from normax.paths.programs import path_program
 
 
 class ScaleByPathSGDState(NamedTuple):
@@ -110,8 +59,12 @@ def scale_by_path_sgd(
         without dropout; see `path_norm`. None for a plain stack of dense layers with
         ReLUs between them: the kernels (inputs, outputs) and biases are then read
         off the parameters in natural order of their names (Dense_2 before Dense_10).
-        As with `jax.jit`, what it closes over is read at the first call.
-      inputs: An example or a batch of the network's inputs; only shapes matter.
+        As with `jax.jit`, what it closes over is read when this function object is
+        first used with such parameters, inputs and `p`: transformations with the same
+        one share a compiled program, and a new one, such as
+        `functools.partial(forward)` or `model.apply` written again, is read anew.
+      inputs: An example or a batch of the network's inputs; only shapes matter, but
+        integers are constants, and read when the transformation is built.
       p: The power of the path norm, at least 1 and below 32.
       update_every: Number of steps after which the scales are computed again; in
         between they are kept in the state. The steps still commute with rescalings.
@@ -154,43 +107,26 @@ def scale_by_path_sgd(
         )
     every_step = isinstance(update_every, int) and update_every == 1
 
-    @jax.jit
-    @with_automatic_sharding
-    def compute(params):
-        network = dense_stack(params) if forward is None else (forward, inputs)
-        factors = scale_factors(network[0], params, network[1], p)
-        # Of the largest entries of sums, so that these are known when exponents are.
-        exponents = (x for x in jax.tree.leaves(factors) if x.dtype == jnp.int32)
-        return _inverse_roots(params, factors, p), _event(exponents)
-
-    def inverse_roots(params):
-        if jax.tree.leaves(params):
-            return compute(params)
-        # A placeholder of optax.tree.map_params stands for the parameters.
-        return (params, params), jnp.float32(0)
+    program = path_program(forward, inputs, p)
 
     def init_fn(params):
         require_whole_network("scale_by_path_sgd", params)
         count = jnp.zeros((), jnp.int32)
         if every_step:
-            jax.eval_shape(inverse_roots, params)  # raises what would be raised later
+            program.check(params)  # raises now what would be raised later
             return ScaleByPathSGDState(count, None)
-        return ScaleByPathSGDState(count, inverse_roots(params)[0])
+        return ScaleByPathSGDState(count, program.roots(params)[0])
 
     def update_fn(updates, state, params=None, **extra_args):
         del extra_args
         params = require_params("scale_by_path_sgd", params)
         require_whole_network("scale_by_path_sgd", params)
         if every_step:
-            roots, event = inverse_roots(params)
+            roots, event = program.roots(params)
         else:
-            roots, event = lax.cond(
-                state.count % update_every == 0,
-                inverse_roots,
-                lambda params: (state.inverse_roots, jnp.float32(0)),
-                params,
-            )
-        one = _one_after(event, updates)
+            due = state.count % update_every == 0
+            roots, event = program.roots_if(due, params, state.inverse_roots)
+        one = one_after(event, updates)
 
         def divide(param, update, first, second):
             del param

@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from normax.paths.arithmetic import Scaled
+from normax.paths.numbers import Scaled
 
 _SMALL = 2**14  # entries of a constant that may be looked at
 

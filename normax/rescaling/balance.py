@@ -1,7 +1,6 @@
-r"""Group norms of networks, the max-norm among them, and the rescaling with the least.
+"""Group norms of a network, and the rescaling that makes the max-norm smallest.
 
-The norms measure what enters each unit, so rescalings change them. The least
-max-norm of all rescalings depends on the function's paths alone.
+Group norms measure the weights that enter each unit, so rescalings change them.
 """
 
 from __future__ import annotations
@@ -18,17 +17,20 @@ from normax._core.axes import PyTree
 from normax._core.checks import check_range
 from normax._core.norms import at_least_float32, nonzero, vector_norm
 from normax._core.powers_of_two import exp2, exponent_of
-from normax.paths.arithmetic import PathArithmetic, Scaled, of_rank
+from normax.paths import numbers
+from normax.paths.arithmetic import PathArithmetic
+from normax.paths.contraction import contract
 from normax.paths.feed_forward import Layer
 from normax.paths.norm import with_automatic_sharding
+from normax.paths.numbers import Scaled, of_rank
+from normax.paths.one_example import Forward
+from normax.rescaling.check import rescaled_network
 from normax.rescaling.network import (
-    Factors,
-    Forward,
+    UnitFactors,
     all_source_units,
     chained_layers,
     expand_to,
     parameter_layers,
-    rescaled_network,
 )
 
 
@@ -39,14 +41,15 @@ def _check_power(name: str, value: jax.typing.ArrayLike) -> None:
 
 
 def _p_norm(x: jax.Array, p: jax.typing.ArrayLike, axes: tuple[int, ...]) -> jax.Array:
-    r"""Return $(\sum_i |x_i|^p)^{1/p}$, also for an infinite or traced p."""
+    r"""Return $(\sum_i |x_i|^p)^{1/p}$; p may be infinite or traced."""
     if not isinstance(p, jax.core.Tracer):
         if np.isposinf(np.asarray(p)):
             return jnp.max(jnp.abs(x), axis=axes, initial=0.0)
         if p == 2:
             return jnp.squeeze(vector_norm(x, axes), axes)
     largest = jnp.max(jnp.abs(x), axis=axes, keepdims=True, initial=0.0)
-    # Not so large that its inverse, by which XLA multiplies, is flushed to 0.
+    # XLA replaces the division by `size` with a product with 1 / size, which must not
+    # be so small that it is flushed to 0.
     size = lax.stop_gradient(jnp.minimum(nonzero(largest), jnp.finfo(x.dtype).max / 16))
     power = jnp.where(jnp.isinf(p), 1, p).astype(x.dtype)
     total = jnp.sum((jnp.abs(x) / size) ** power, axis=axes)
@@ -78,18 +81,18 @@ def group_norm(
     $$\mu_{p,q}(w) = \Big(\sum_{v} \Big(\sum_{u \to v} |w_{u \to v}|^p\Big)^{q/p}
       \Big)^{1/q}$$
 
-    The sum is over hidden and output units. A bias is an edge into its unit, from a
-    constant input. What enters a channel of a convolution is all of its kernel but
-    the last axis, each weight once. With $p = q = 2$ the square is weight decay's.
+    The outer sum is over hidden and output units. A bias counts as a weight into its
+    unit. A channel of a convolution is one unit, and each weight of its kernel counts
+    once. For $p = q = 2$ the square of the norm is the penalty of weight decay.
 
     Args:
-      params: Pytree of kernels, of rank two and more with the outputs last, and
-        their biases. Their order does not matter.
+      params: Pytree of kernels, of rank two or more with the outputs last, and their
+        biases, in any order.
       p: The power of weights, from 1 to infinity.
       q: The power of units, from 1 to infinity.
 
     Returns:
-      A scalar, in float32 or wider. No power overflows.
+      A scalar, in float32 or wider.
 
     Raises:
       ValueError: `p` or `q` is below 1, or a parameter is neither a kernel nor a bias.
@@ -98,12 +101,11 @@ def group_norm(
       >>> import jax.numpy as jnp
       >>> import normax
       >>> params = [{"kernel": jnp.array([[3.0, 0.0]]), "bias": jnp.array([4.0, 7.0])}]
-      >>> float(normax.group_norm(params, p=2, q=1))  # 5 + 7
+      >>> float(normax.rescaling.group_norm(params, p=2, q=1))  # 5 + 7
       12.0
 
     References:
-      Neyshabur, Salakhutdinov, Srebro, Path-SGD: Path-Normalized Optimization in Deep
-      Neural Networks, 2015, equation (3).
+      Neyshabur, Salakhutdinov, Srebro, Path-SGD, 2015, equation (3).
     """
     _check_power("p", p)
     _check_power("q", q)
@@ -115,7 +117,7 @@ def group_norm(
 
 
 def max_norm(params: PyTree, p: jax.typing.ArrayLike = 2.0) -> jax.Array:
-    r"""Largest norm of what enters a unit.
+    r"""Largest norm of the weights that enter one unit.
 
     $$\mu_{p,\infty}(w) = \max_v \Big(\sum_{u \to v} |w_{u \to v}|^p\Big)^{1/p}$$
 
@@ -127,41 +129,34 @@ def max_norm(params: PyTree, p: jax.typing.ArrayLike = 2.0) -> jax.Array:
       A scalar, in float32 or wider.
 
     Raises:
-      ValueError: As `group_norm`.
+      ValueError: As in `group_norm`.
 
     Examples:
       >>> import jax.numpy as jnp
       >>> import normax
       >>> params = [{"kernel": jnp.array([[3.0, 0.0]]), "bias": jnp.array([4.0, 7.0])}]
-      >>> float(normax.max_norm(params))
+      >>> float(normax.rescaling.max_norm(params))
       7.0
 
     References:
-      Neyshabur, Salakhutdinov, Srebro, Path-SGD: Path-Normalized Optimization in Deep
-      Neural Networks, 2015, equation (4).
+      Neyshabur, Salakhutdinov, Srebro, Path-SGD, 2015, equation (4).
     """
     return group_norm(params, p, jnp.inf)
 
 
-@functools.partial(jax.jit, static_argnames=("layers", "p"))
-def _balancing_factors(
-    leaves: Sequence[jax.Array], *, layers: tuple[Layer, ...], p: float
-) -> list[Factors]:
-    r"""Return the factors $1/u$, where $u$ are the least scales that the norm allows.
+def _least_scales(
+    arrays: Sequence[jax.Array],
+    layers: tuple[Layer, ...],
+    sources: Sequence[np.ndarray],
+    p: float,
+) -> tuple[jax.Array, list[Scaled]]:
+    """Return the least max-norm m, and the path norms of all units for weights / m.
 
-    What enters a unit has norm $m$ or less if, with $c = 1/u$ and $u = 1$ for inputs,
-
-    $$\|(w_{u \to v}\, u_u)_u\|_p \le m\, u_v.$$
-
-    The least such $u$ are path norms up to the unit, with all weights divided by $m$;
-    they suit the outputs if none of theirs exceeds 1. The logarithm of the largest
-    is convex and decreasing in $\log m$: Newton's method finds where it is 0, in one
-    step if all paths have the same length.
+    Newton's method finds the m for which the largest path norm of an output is 1.
+    Derivation: docs/theory/rescaling.md.
     """
     arithmetic = PathArithmetic(p)
-    arrays = at_least_float32(*leaves)
     dtype = arrays[0].dtype
-    sources = all_source_units(leaves, layers)
 
     def spread(x: Scaled, position: int) -> Scaled:
         rank = arrays[layers[position].kernel].ndim
@@ -174,15 +169,15 @@ def _balancing_factors(
         for position, layer in enumerate(layers):
             kernel = arrays[layer.kernel]
             if position == 0:
-                entering = arithmetic.ones((1,) * kernel.ndim, dtype)
+                entering = numbers.ones((1,) * kernel.ndim, dtype)
             else:
                 entering = spread(values[-1], position)
             axes = tuple(range(kernel.ndim - 1))
-            value = arithmetic.contract(kernel, entering, axes)
+            value = contract(arithmetic, kernel, entering, axes)
             value = Scaled(jnp.squeeze(value.root, axes), of_rank(value.exponent, 1))
             if layer.bias is not None:
                 value = arithmetic.add_weight(value, arrays[layer.bias])
-            values.append(arithmetic.multiply(value, share))
+            values.append(numbers.multiply(value, share))
         return values
 
     def excess(m: jax.Array) -> tuple[jax.Array, list[Scaled]]:
@@ -193,7 +188,8 @@ def _balancing_factors(
         m, step, count, _ = state
         m = m * jnp.exp(step)
         value, slope, values = jax.jvp(excess, (m,), (m,), has_aux=True)
-        step = jnp.where(value == -jnp.inf, 0, -value / slope)  # no path is alive
+        # Without a path of nonzero weights, the value is -inf and any m will do.
+        step = jnp.where(value == -jnp.inf, 0, -value / slope)
         return m, step, count + 1, values
 
     def unfinished(state):
@@ -203,19 +199,33 @@ def _balancing_factors(
         )
 
     widths = [arrays[layer.kernel].shape[-1] for layer in layers]
-    nothing = [arithmetic.zeros((width,), dtype) for width in widths]
+    nothing = [numbers.zeros((width,), dtype) for width in widths]
     start = jnp.ones((), dtype), jnp.zeros((), dtype), 0, nothing
     m, _, _, values = lax.while_loop(unfinished, newton, start)
+    return m, values
 
+
+@functools.partial(jax.jit, static_argnames=("layers", "p"))
+def _balancing_factors(
+    leaves: Sequence[jax.Array], *, layers: tuple[Layer, ...], p: float
+) -> list[UnitFactors]:
+    """Return the factors of hidden units: the inverses of their least scales."""
+    arrays = at_least_float32(*leaves)
+    dtype = arrays[0].dtype
+    sources = all_source_units(leaves, layers)
+    m, values = _least_scales(arrays, layers, sources, p)
     log_m, log_eps = jnp.log2(m), jnp.log2(jnp.finfo(dtype).eps)
     later = jnp.zeros_like(values[-1].root)
-    factors: list[Factors] = []
+    factors: list[UnitFactors] = []
     for position in range(len(layers) - 2, -1, -1):
         root, shared = values[position]
         exponent = exponent_of(nonzero(root))
         mantissa = jnp.square(root * exp2(-exponent, dtype))
         exponent = 2 * (exponent + shared)
-        # A unit that nothing enters: no norm feels it if it is scaled down enough.
+        # A unit whose incoming weights are all 0 has the least scale 0, which has no
+        # inverse. So it gets a small scale instead. At the scale `room` (logarithms
+        # here) one outgoing weight would fill the norm m of the next unit. At `eps`
+        # times this scale, it adds no more to that norm than rounding does.
         kernel = arrays[layers[position + 1].kernel]
         room = expand_to(log_m + later, kernel.ndim) - jnp.log2(jnp.abs(kernel))
         room = jnp.min(room, axis=tuple(range(kernel.ndim - 2)))
@@ -226,7 +236,7 @@ def _balancing_factors(
         exponent = jnp.where(root == 0, least.astype(jnp.int32), exponent)
         mantissa = jnp.where(root == 0, 1, mantissa)
         later = jnp.log2(mantissa) + exponent.astype(dtype)
-        factors.insert(0, Factors(1 / mantissa, -exponent))
+        factors.insert(0, UnitFactors(1 / mantissa, -exponent))
     return factors
 
 
@@ -242,45 +252,33 @@ def balance(
     $$\min_{\tilde w \sim w} \mu_{p,\infty}(\tilde w) =
       \min \{m : \phi_p^{(k)}(w / m) \le 1 \text{ for every output } k\}$$
 
-    where $\phi_p^{(k)}$ is the path norm of one output: the largest of them decides.
-    Every hidden unit gets the incoming norm $m$, an output at most $m$.
-
-    - Without biases all paths have the length $d$ of the network, and $m^d$ is the
-      largest $\phi_p^{(k)}(w)$; for one output it is the path norm, as in the paper.
-    - A path from the bias of a layer is shorter. Then $m$ solves
-      $\sum_{\text{paths}} |\pi(w)|^p\, m^{-p\,\text{length}} = 1$, and no power of it
-      is the path norm.
-    - A weight of a convolution counts once, as in `group_norm`, and not once for
-      every position; $\phi_p$ is that of a single position of the outputs. Behind
-      a flatten every position has weights of its own.
-
-    Units that nothing enters, whose incoming weights and bias are 0, are scaled until
-    they add no more to a norm than rounding does.
+    Here $\phi_p^{(k)}$ is the path norm of output $k$. Every hidden unit gets the
+    incoming norm $m$, and every output at most $m$. For one output and no biases,
+    $m^d$ is the path norm of a network of depth $d$. With biases it is not, because
+    their paths are shorter. Derivation: docs/theory/rescaling.md.
 
     Args:
       params: Pytree of kernels and biases of a plain stack, see `rescale_units`.
       p: The power of the max-norm, at least 1 and below 32, a number.
-      forward: The network, to be checked, see `rescale_units`.
+      forward: The network, to be checked as in `rescale_units`.
       inputs: Inputs of the network.
 
     Returns:
-      Pytree like `params`, in the same dtypes. Before, the units of a layer may differ
-      in scale by factors of up to $10^{75}$ in float32, at any depth.
+      Pytree like `params`, in the same dtypes.
 
     Raises:
-      ValueError: As `rescale_units`; or `p` is out of range.
+      ValueError: As in `rescale_units`; or `p` is out of range.
 
     Examples:
       >>> import jax.numpy as jnp
       >>> import normax
       >>> params = [jnp.array([[1.0, 2.0]]), jnp.array([[3.0], [2.0]])]
-      >>> balanced = normax.balance(params)
-      >>> round(float(normax.max_norm(balanced) ** 2), 5)  # the path norm
+      >>> balanced = normax.rescaling.balance(params)
+      >>> round(float(normax.rescaling.max_norm(balanced) ** 2), 5)  # the path norm
       5.0
 
     References:
-      Neyshabur, Salakhutdinov, Srebro, Path-SGD: Path-Normalized Optimization in Deep
-      Neural Networks, 2015, Lemma 3.1.
+      Neyshabur, Salakhutdinov, Srebro, Path-SGD, 2015, Lemma 3.1.
     """
     check_range("p", p, 1, 32)
     layers, leaves = chained_layers(params), jax.tree.leaves(params)

@@ -1,9 +1,4 @@
-r"""Rescalings of hidden units, which do not change the function of a ReLU network.
-
-ReLU is positively homogeneous, $\sigma(c z) = c\,\sigma(z)$ for $c > 0$. So what
-enters a hidden unit, its weights and its bias, may be multiplied by $c$ if what
-leaves it is divided by $c$.
-"""
+"""Rescalings of hidden units by given and by random factors."""
 
 from __future__ import annotations
 
@@ -20,10 +15,12 @@ from normax._core.checks import check_positive, check_range
 from normax._core.norms import common_dtype
 from normax._core.powers_of_two import exponent_of, halves
 from normax.paths.feed_forward import Layer
-from normax.rescaling.network import Factors, Forward, chained_layers, rescaled_network
+from normax.paths.one_example import Forward
+from normax.rescaling.check import rescaled_network
+from normax.rescaling.network import UnitFactors, chained_layers
 
 
-def _factor_array(units: int, value: Any, dtype: Any, name: str) -> Any:
+def _checked_factors(units: int, value: Any, dtype: Any, name: str) -> Any:
     check_positive(f"the factors of the units of {name}", value)
     array: Any
     broadcast: Callable[..., Any]
@@ -48,11 +45,11 @@ def _factor_array(units: int, value: Any, dtype: Any, name: str) -> Any:
 
 
 @jax.jit
-def _split(factors: Sequence[jax.Array]) -> list[Factors]:
+def _split(factors: Sequence[jax.Array]) -> list[UnitFactors]:
     def split(c):
         exponent = exponent_of(c)
         first, second = halves(-exponent, c.dtype)
-        return Factors(c * first * second, exponent)
+        return UnitFactors(c * first * second, exponent)
 
     return [split(c) for c in factors]
 
@@ -73,45 +70,38 @@ def rescale_units(
     $$\tilde w_{u \to v} = \frac{c_v}{c_u}\, w_{u \to v}, \qquad
       \tilde b_v = c_v\, b_v$$
 
-    with $c = 1$ for inputs and outputs. The network is a plain stack of layers read
-    off the parameters, in natural order of their names (Dense_2 before Dense_10):
-    convolutions (..., inputs, outputs), grouped and depthwise ones included, then
-    dense kernels (inputs, outputs), each with a bias or without. Between them are
-    ReLUs or leaky ReLUs, pooling, or, before the first dense layer, a flatten in Flax's
-    order, positions first and channels last. Shapes tell no residual connection and
-    no other activation: pass `forward` to have the function checked.
+    Inputs and outputs have $c = 1$. The network is a plain stack with ReLUs, in natural
+    order of its parameters' names; docs/theory/rescaling.md says which layers fit.
+    Shapes do not show residual connections or other activations, so pass `forward` to
+    have the function checked.
 
     Args:
       params: Pytree of kernels and biases.
-      factors: Positive factors $c$, for every hidden layer a number or an array that
-        broadcasts to its units (to its channels, for convolutions).
-      forward: The network, `forward(params, inputs) -> outputs`, to be checked at
-        random inputs; no check is made under `jax.jit`. With it, layers whose units
-        a residual connection adds may be rescaled by the same factors.
-      inputs: Inputs of the network or `jax.ShapeDtypeStruct`s of them; only shapes,
-        and the values of integers, matter.
+      factors: Positive factors $c$: for every hidden layer a number, or an array that
+        broadcasts to its units (of a convolution, its channels).
+      forward: The network, `forward(params, inputs) -> outputs`. It is compared before
+        and after at random inputs, except under `jax.jit`.
+      inputs: Inputs of the network, or `jax.ShapeDtypeStruct`s of them. Only shapes and
+        the values of integers matter.
 
     Returns:
-      Pytree like `params`, in the same dtypes. Factors as large as the dtype holds do
-      no harm where the rescaled weights are in its range.
+      Pytree like `params`, in the same dtypes.
 
     Raises:
-      ValueError: The parameters are not those of a plain stack (they hold batch norms,
-        or shapes do not chain), the factors do not fit or are not positive, `forward`
-        computes another function afterwards; or, outside of `jax.jit`, a weight
-        leaves the range of its dtype.
+      ValueError: The parameters are no plain stack. Or the factors do not fit, or are
+        not positive. Or a weight leaves the range of its dtype, or `forward` computes
+        another function.
 
     Examples:
       >>> import jax.numpy as jnp
       >>> import normax
       >>> params = [jnp.array([[1.0, 2.0]]), jnp.array([[3.0], [2.0]])]
-      >>> normax.rescale_units(params, [jnp.array([10.0, 0.5])])
+      >>> normax.rescaling.rescale_units(params, [jnp.array([10.0, 0.5])])
       [Array([[10.,  1.]], dtype=float32), Array([[0.3],
              [4. ]], dtype=float32)]
 
     References:
-      Neyshabur, Salakhutdinov, Srebro, Path-SGD: Path-Normalized Optimization in Deep
-      Neural Networks, 2015, equation (1).
+      Neyshabur, Salakhutdinov, Srebro, Path-SGD, 2015, equation (1).
     """
     layers, leaves = chained_layers(params), jax.tree.leaves(params)
     hidden = layers[:-1]
@@ -125,7 +115,7 @@ def rescale_units(
         )
     dtype = _dtype(leaves, layers)
     unit_factors = [
-        _factor_array(leaves[layer.kernel].shape[-1], value, dtype, layer.name)
+        _checked_factors(leaves[layer.kernel].shape[-1], value, dtype, layer.name)
         for layer, value in zip(hidden, factors, strict=True)
     ]
     return rescaled_network(params, layers, _split(unit_factors), forward, inputs)
@@ -159,42 +149,38 @@ def random_rescaling(
     $$v \sim \mathcal U(\text{hidden units}), \qquad
       \tilde w = \rho_{10^c, v}(w), \qquad \log c \sim \mathcal N(\mu, \sigma^2)$$
 
-    again and again, with replacement: a unit picked twice is rescaled twice. With the
-    defaults this is the unbalanced start of the Path-SGD paper, 2,000 picks out of
-    8,000 hidden units. One pick in some thousands draws a factor that float32 cannot
-    hold; so the product of a unit's factors is cut off at $\text{tiny}^{-3/4}$ of the
-    coarsest dtype, 3e28 in float32 and bfloat16, which leaves room for weights and
-    activations.
+    Units are picked with replacement: a unit picked twice is rescaled twice. The
+    defaults give the unbalanced start of the Path-SGD paper. A unit's factor is cut
+    off at 3e28 in float32 and bfloat16, see docs/theory/rescaling.md.
 
     Args:
       key: A `jax.random` key.
       params: Pytree of kernels and biases of a plain stack, see `rescale_units`.
-      fraction: Number of picks over the number of hidden units.
+      fraction: Number of picks divided by the number of hidden units.
       log_mean: Mean $\mu$ of $\log c$.
       log_std: Standard deviation $\sigma$ of $\log c$.
-      forward: The network, to be checked, see `rescale_units`.
+      forward: The network, to be checked as in `rescale_units`.
       inputs: Inputs of the network.
 
     Returns:
       Pytree like `params`, in the same dtypes.
 
     Raises:
-      ValueError: As `rescale_units`; or `fraction` or `log_std` is negative.
+      ValueError: As in `rescale_units`; or `fraction` or `log_std` is negative.
 
     Examples:
       >>> import jax
       >>> import jax.numpy as jnp
       >>> import normax
       >>> params = [jnp.ones((1, 8)), jnp.ones((8, 1))]
-      >>> rescaled = normax.random_rescaling(jax.random.key(0), params)
+      >>> rescaled = normax.rescaling.random_rescaling(jax.random.key(0), params)
       >>> int(jnp.sum(rescaled[0] > 1))  # picks
       2
       >>> float(rescaled[0][0] @ rescaled[1][:, 0])
       8.0
 
     References:
-      Neyshabur, Salakhutdinov, Srebro, Path-SGD: Path-Normalized Optimization in Deep
-      Neural Networks, 2015, section 5.
+      Neyshabur, Salakhutdinov, Srebro, Path-SGD, 2015, section 5.
     """
     check_range("fraction", fraction, 0)
     check_range("log_std", log_std, 0)

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from normax._core.norms import nonzero
 
@@ -17,21 +18,10 @@ _NOISE = 16  # rounding of a product, in units of the precision
 
 
 def inner(x: Vector, y: Vector) -> jax.Array:
+    # `optax.tree.vdot` is a product of matrices to JAX. A GPU rounds its factors, and
+    # arrays on an explicit mesh cannot be flattened for it.
     products = [jnp.sum(a * b) for a, b in zip(x, y, strict=True)]
     return jax.tree.reduce(operator.add, products)
-
-
-def add(x: Vector, scale: jax.Array, y: Vector) -> Vector:
-    """Return `x + scale * y`."""
-    return [a + scale * b for a, b in zip(x, y, strict=True)]
-
-
-def divide(x: Vector, y: Vector) -> Vector:
-    return [a / b for a, b in zip(x, y, strict=True)]
-
-
-def multiply(scale: jax.Array, x: Vector) -> Vector:
-    return [scale * a for a in x]
 
 
 def magnitude(x: Vector) -> jax.Array:
@@ -62,43 +52,36 @@ def conjugate_gradients(
 ) -> tuple[Vector, jax.Array]:
     r"""Minimize $\phi(x) = \tfrac12\langle x, A x\rangle - \langle b, x\rangle$ from 0.
 
-    The conjugate gradients of JAX and of lineax stop by the residual alone. Martens'
-    rule is relative progress in $\phi$, which is negative from the first step on:
-
-    $$\phi(x_i) - \phi(x_{i-k}) \ge k\,\epsilon\,\phi(x_i), \qquad
-    i > k = \min(\max(10, \lfloor i / 10\rfloor), 99).$$
-
-    Also stop where the residual is rounding; and where the curvature $\langle d, A
-    d\rangle$ is not positive: after a step by its absolute value, or without one where
-    it is rounding. Rounding has a part in the null space of $A$.
+    The search stops when $\phi$ makes little progress, which the conjugate gradients
+    of JAX and lineax do not measure. It also stops when only rounding is left, or at
+    the first direction without positive curvature: docs/theory/second_order.md.
 
     Args:
       product: The map $x \mapsto A x$, symmetric.
       vector: The right-hand side $b$.
       metric: Diagonal of the preconditioner $M$, positive.
-      start: $\phi(0) / \langle b, M^{-1} b\rangle$, of a problem that was shifted; not
-        positive.
-      tolerance: $\epsilon$.
+      start: $\phi(0) / \langle b, M^{-1} b\rangle$, below 0 if the problem was shifted.
+      tolerance: Least relative progress of an iteration.
       limit: Largest number of iterations.
 
     Returns:
       $x$, and the number of iterations.
     """
     noise = _NOISE * float(jnp.finfo(vector[0].dtype).eps)
-    # What is linear in the right-hand side neither overflows nor underflows.
+    # The solution is linear in the right-hand side, which is scaled to about 1. So
+    # no square overflows or underflows.
     scale = magnitude(vector)
-    vector = multiply(1 / scale, vector)
+    vector = optax.tree.scale(1 / scale, vector)
 
     def body(now: _Search) -> _Search:
         image = product(now.direction)
         curvature = inner(now.direction, image)
-        scaled = [m * d for m, d in zip(metric, now.direction, strict=True)]
-        size = inner(now.direction, scaled)
+        size = inner(now.direction, optax.tree.mul(metric, now.direction))
         largest = jnp.maximum(now.largest, jnp.abs(curvature) / nonzero(size))
         flat = jnp.abs(curvature) <= noise * largest * size
         step = jnp.where(flat, 0, now.square / jnp.where(flat, 1, jnp.abs(curvature)))
-        residual = add(now.residual, -step, image)
-        conditioned = divide(residual, metric)
+        residual = optax.tree.add_scale(now.residual, -step, image)
+        conditioned = optax.tree.div(residual, metric)
         square = inner(residual, conditioned)
         count = now.iterations + 1
         decrease = step * (now.square - step * curvature / 2)
@@ -111,15 +94,15 @@ def conjugate_gradients(
         return _Search(
             count,
             slow | settled | solved | flat | ~(curvature > 0),
-            add(now.x, step, now.direction),
+            optax.tree.add_scale(now.x, step, now.direction),
             residual,
-            add(conditioned, square / now.square, now.direction),
+            optax.tree.add_scale(conditioned, square / now.square, now.direction),
             square,
             now.values.at[count % _HISTORY].set(value),
             largest,
         )
 
-    conditioned = divide(vector, metric)
+    conditioned = optax.tree.div(vector, metric)
     square = first = inner(vector, conditioned)
     search = jax.lax.while_loop(
         lambda now: (now.iterations < limit) & ~now.done,
@@ -127,7 +110,7 @@ def conjugate_gradients(
         _Search(
             jnp.zeros((), jnp.int32),
             square == 0,
-            [jnp.zeros_like(b) for b in vector],
+            optax.tree.zeros_like(vector),
             vector,
             conditioned,
             square,
@@ -135,4 +118,4 @@ def conjugate_gradients(
             jnp.zeros_like(square),
         ),
     )
-    return multiply(scale, search.x), search.iterations
+    return optax.tree.scale(scale, search.x), search.iterations

@@ -1,1 +1,48 @@
-"""Weight vectors on spheres: measures, projections, tangent and rotating updates."""
+"""Weight vectors on spheres: measured, projected, turned.
+
+A network with normalization layers does not see the scale of a weight vector. So such
+a vector is a point of a sphere, and a step turns it by an angle. All functions take
+`axes`, which says which entries of an array form one weight vector.
+"""
+
+from normax.spheres.measures import (
+    MonitorWeightDynamicsState,
+    angular_update,
+    monitor_weight_dynamics,
+    relative_update,
+    weight_norm,
+)
+from normax.spheres.projection import (
+    ProjectUnitNormState,
+    normalized_sgd,
+    project_unit_norm,
+    projection_unit_norm,
+    remove_radial_component,
+)
+from normax.spheres.rotation import RotateByAngleState, rotate_by_angle
+from normax.spheres.rotational_rules import (
+    rotational_adamw,
+    rotational_lion,
+    rotational_sgd,
+)
+from normax.spheres.tangent import adamp, sgdp
+
+__all__ = [
+    "MonitorWeightDynamicsState",
+    "ProjectUnitNormState",
+    "RotateByAngleState",
+    "adamp",
+    "angular_update",
+    "monitor_weight_dynamics",
+    "normalized_sgd",
+    "project_unit_norm",
+    "projection_unit_norm",
+    "relative_update",
+    "remove_radial_component",
+    "rotate_by_angle",
+    "rotational_adamw",
+    "rotational_lion",
+    "rotational_sgd",
+    "sgdp",
+    "weight_norm",
+]

@@ -10,13 +10,12 @@ from normax._core.axes import Axes, PyTree, check_axes, map_vectors
 from normax._core.checks import check_range, require_params
 from normax._core.norms import (
     at_least_float32,
-    in_turn,
     nonzero,
     polar_decomposition,
     ratio,
     vector_norm,
-    wait,
 )
+from normax._core.scheduling import in_turn, wait
 
 
 def weight_norm(params: PyTree, axes: Axes = "unit") -> PyTree:
@@ -32,8 +31,8 @@ def weight_norm(params: PyTree, axes: Axes = "unit") -> PyTree:
         of rank two and higher.
 
     Returns:
-      Pytree of the norms; each has the shape of its array without `axes`, in
-      float32, or float64 for float64 arrays. None for arrays left alone.
+      Pytree of the norms, in float32 or better; each has the shape of its array without
+      `axes`. None for arrays left alone.
 
     Raises:
       ValueError: `axes` does not fit `params`, or an array is complex.
@@ -46,8 +45,7 @@ def weight_norm(params: PyTree, axes: Axes = "unit") -> PyTree:
       {'bias': None, 'kernel': Array([5., 2.], dtype=float32)}
 
     References:
-      van Laarhoven, L2 Regularization versus Batch and Weight Normalization,
-      2017, section 3.1, where this norm is the scale $\alpha$ of the weights.
+      van Laarhoven, 2017, arXiv:1706.05350, section 3.1.
     """
 
     def measure(vector_axes, w):
@@ -58,7 +56,7 @@ def weight_norm(params: PyTree, axes: Axes = "unit") -> PyTree:
 
 
 def _relative_update(w_norm: jax.Array, u_norm: jax.Array) -> jax.Array:
-    # 0 * u_norm, because a NaN is not 0.
+    # 0 * u_norm keeps the NaN of an update, which a plain 0 would hide.
     return jnp.where(w_norm == 0, 0 * u_norm, ratio(u_norm, nonzero(w_norm)))
 
 
@@ -74,9 +72,7 @@ def _angle(w_norm: jax.Array, radial: jax.Array, tangential: jax.Array) -> jax.A
 def relative_update(params: PyTree, updates: PyTree, axes: Axes = "unit") -> PyTree:
     r"""Length of every update relative to its weight vector.
 
-    $$\|u\| / \|w\|$$
-
-    and 0 where $w = 0$, which has no scale to compare with.
+    $$\|u\| / \|w\|, \qquad \text{or } 0 \text{ where } w = 0$$
 
     Args:
       params: Pytree of arrays $w$, before the update.
@@ -97,7 +93,7 @@ def relative_update(params: PyTree, updates: PyTree, axes: Axes = "unit") -> PyT
       Array([0.1], dtype=float32)
 
     References:
-      Kosson, Messmer, Jaggi, Rotational Equilibrium, 2024.
+      Kosson, Messmer, Jaggi, Rotational Equilibrium, 2024, arXiv:2305.17212.
     """
 
     def measure(vector_axes, w, u):
@@ -113,17 +109,10 @@ def relative_update(params: PyTree, updates: PyTree, axes: Axes = "unit") -> PyT
 def angular_update(params: PyTree, updates: PyTree, axes: Axes = "unit") -> PyTree:
     r"""Angle by which an update turns every weight vector, in radians.
 
-    $$\angle(w, w + u) = \operatorname{atan2}\big(\|u_\perp\|,\;
-    \|w\| + \langle u, \hat w\rangle\big), \qquad
-    u_\perp = u - \langle u, \hat w\rangle\,\hat w$$
+    $$\operatorname{atan2}\big(\|u_\perp\|,\; \|w\| + \langle u, \hat w\rangle\big)$$
 
-    A scale-invariant function depends on the direction of $w$ alone, so this is
-    the distance that training really travels. Unlike the arccosine of a cosine
-    near 1, the formula is exact for small angles: its relative error is some
-    $\epsilon\,\|u\| / \|u_\perp\|$ with $\epsilon = 10^{-7}$ in float32, so below
-    $10^{-6}$ for tangential updates of any size. A vector that starts at 0 has no
-    direction; its angle is $\pi/2$, or 0 if it stays there. Where $w + u$ is 0 but for
-    rounding, so is the meaning of the angle.
+    with $u_\perp$ the part of $u$ orthogonal to $w$. It is precise for small angles too
+    (docs/theory/spheres.md), and 0 or $\pi/2$ where $w = 0$.
 
     Args:
       params: Pytree of arrays $w$, before the update.
@@ -144,7 +133,7 @@ def angular_update(params: PyTree, updates: PyTree, axes: Axes = "unit") -> PyTr
       Array([1.e-05], dtype=float32)
 
     References:
-      Kosson, Messmer, Jaggi, Rotational Equilibrium, 2024.
+      Kosson, Messmer, Jaggi, Rotational Equilibrium, 2024, arXiv:2305.17212.
     """
 
     def measure(vector_axes, w, u):
@@ -156,11 +145,10 @@ def angular_update(params: PyTree, updates: PyTree, axes: Axes = "unit") -> PyTr
 
 
 class MonitorWeightDynamicsState(NamedTuple):
-    r"""State of `monitor_weight_dynamics`; its last three fields are to be read.
+    r"""State of `monitor_weight_dynamics`.
 
     Attributes:
-      total_weight: Sum of the weights $\beta^{t-s}$ in the averages, float32 of
-        shape ().
+      total_weight: Sum of the weights $\beta^{t-s}$ of the averages.
       weight_norm: Averages of `normax.weight_norm`, before the updates.
       relative_update: Averages of `normax.relative_update`.
       angular_update: Averages of `normax.angular_update`, in radians.
@@ -184,44 +172,32 @@ def monitor_weight_dynamics(
 ) -> optax.GradientTransformationExtraArgs:
     r"""Measure norms, relative updates and angular updates; change nothing.
 
-    Place it last in a chain, where the updates are what is added to the
-    parameters. With `decay` $\beta$ each measure $x_t$ is averaged over time,
+    $$\bar x_t = \sum_{s \le t} \beta^{t-s} x_s \Big/ \sum_{s \le t} \beta^{t-s}$$
 
-    $$\bar x_t = \sum_{s \le t} \beta^{t-s} x_s \Big/ \sum_{s \le t} \beta^{t-s},$$
-
-    which has no bias towards its start; $\beta = 0$ keeps the latest value. The
-    structure of the state never changes, so the transformation works in
-    `jax.lax.scan`. An array whose update is None keeps its last measures. Its
-    None leaves, for arrays left alone, want `is_leaf=lambda x: x is None` in
-    `optax.tree.map_params` with further trees.
+    is the average of a measure $x$. Place it last in a chain. Arrays left alone have
+    None for measures. An array whose update is None keeps its last measures.
 
     Args:
       axes: Which entries form one weight vector, as in `weight_norm`.
-      decay: Decay $\beta$ of the averages, at least 0 and below 1.
+      decay: Decay $\beta$, at least 0 and below 1; 0 keeps the latest value.
 
     Returns:
-      A gradient transformation that needs `params`. Its state has the fields
-      `weight_norm`, `relative_update` and `angular_update`, to be read with
-      `optax.tree.get`.
+      A gradient transformation that needs `params`; `optax.tree.get` reads its state.
 
     Raises:
-      ValueError: `axes` is malformed or does not fit the parameters, `decay` is
-        out of range, or `update` is called without `params`.
+      ValueError: `axes` does not fit, `decay` is out of range, or `params` is missing.
 
     Examples:
       >>> import jax.numpy as jnp
       >>> import normax
-      >>> import optax
-      >>> params = {"kernel": jnp.array([[3.0], [4.0]])}
-      >>> tx = optax.chain(optax.sgd(0.1), normax.monitor_weight_dynamics())
-      >>> grads = {"kernel": jnp.array([[-4.0], [3.0]])}
-      >>> updates, state = tx.update(grads, tx.init(params), params)
-      >>> optax.tree.get(state, "angular_update")["kernel"].round(4)
+      >>> params, updates = jnp.array([[3.0], [4.0]]), jnp.array([[0.4], [-0.3]])
+      >>> tx = normax.monitor_weight_dynamics()
+      >>> updates, state = tx.update(updates, tx.init(params), params)
+      >>> state.angular_update.round(4)
       Array([0.0997], dtype=float32)
 
     References:
-      van Laarhoven, L2 Regularization versus Batch and Weight Normalization,
-      2017, section 3.1. Kosson, Messmer, Jaggi, Rotational Equilibrium, 2024.
+      Kosson, Messmer, Jaggi, Rotational Equilibrium, 2024, arXiv:2305.17212.
     """
     check_axes(axes)
     check_range("decay", decay, low=0, below=1)
@@ -233,13 +209,13 @@ def monitor_weight_dynamics(
         angle = _angle(w_norm, radial, tangential)
         values = (w_norm, _relative_update(w_norm, u_norm), angle)
         values = (jnp.squeeze(value, vector_axes) for value in values)
-        # Applied to the parameters only when they have been measured, the update
-        # need not keep a copy of them.
+        # The update waits for the measures. Otherwise the parameters could change
+        # first, and measuring them would need a copy.
         return _Measurement(*values, update=wait(u, angle)), angle
 
     def init_fn(params):
         norms = weight_norm(params, axes)
-        # Two trees of zeros: a buffer that stands twice in a state cannot be donated.
+        # The trees of zeros differ, because a buffer cannot be donated twice.
         return MonitorWeightDynamicsState(
             total_weight=jnp.zeros([], jnp.float32),
             weight_norm=norms,
@@ -271,7 +247,7 @@ def monitor_weight_dynamics(
                 return old
             new = new.astype(old.dtype)
             rate = (1 / total_weight).astype(old.dtype)
-            # Selected: without averaging, a NaN does not outlive its step.
+            # At rate 1, 0 times an old NaN would be NaN again: select the new value.
             return jnp.where(rate < 1, (1 - rate) * old + rate * new, new)
 
         averages = (

@@ -18,11 +18,11 @@ from normax._core.checks import check_range, require_params, requiring_params
 from normax._core.norms import (
     at_least_float32,
     common_dtype,
-    in_turn,
     nonzero,
     polar_decomposition,
     unit_vector,
 )
+from normax._core.scheduling import in_turn
 from normax.spheres.measures import weight_norm
 
 
@@ -43,27 +43,20 @@ def projection_unit_norm(
 
     $$\Pi(w) = \operatorname*{argmin}_{\|v\| = r} \|v - w\| = r\, w / \|w\|$$
 
-    A zero vector has no nearest point and stays zero. No square overflows or
-    underflows. The norms are right to the rounding of the dtype: to 3e-7 in
-    float32; in bfloat16 to 3e-3 for vectors of 32 entries and more, and to 4e-3 for
-    the shortest.
+    A zero vector has no nearest point and stays zero. The norms are right to the
+    rounding of the dtype, at any scale: docs/theory/spheres.md.
 
     Args:
       params: Pytree of arrays.
-      axes: Which entries form one weight vector: `"unit"` (all axes but the
-        last), `"layer"` (the whole array), a tuple of axes, `"none"`, or a
-        pytree prefix of `params` with such leaves. A bare word concerns arrays
-        of rank two and higher.
-      radius: Norm $r \ge 0$: a number, an array that broadcasts to the norms of
-        every array, or a pytree prefix of `params` with such leaves, for instance
-        the result of `weight_norm`.
+      axes: Which entries form one weight vector, as in `weight_norm`.
+      radius: Norm $r \ge 0$: a number, an array that broadcasts to the norms, or a
+        pytree prefix of `params` with such leaves, as `weight_norm` returns it.
 
     Returns:
       Pytree with the structure, shapes and dtypes of `params`.
 
     Raises:
-      ValueError: `axes` or `radius` does not fit `params`, `radius` is
-        negative, or an array is complex.
+      ValueError: `axes` or `radius` does not fit, or an array is complex.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -73,8 +66,7 @@ def projection_unit_norm(
              [0.8, 1. ]], dtype=float32)
 
     References:
-      van Laarhoven, L2 Regularization versus Batch and Weight Normalization,
-      2017, section 5.5.
+      van Laarhoven, 2017, arXiv:1706.05350, section 5.5.
     """
     _check_radius(radius)
 
@@ -93,11 +85,7 @@ def projection_unit_norm(
 
 
 class ProjectUnitNormState(NamedTuple):
-    """State of `project_unit_norm(radius="initial")`.
-
-    Attributes:
-      radius: Norms of the weight vectors at `init`, as `weight_norm` gives them.
-    """
+    """State of `project_unit_norm(radius="initial")`: the norms at `init`."""
 
     radius: PyTree
 
@@ -109,43 +97,31 @@ def project_unit_norm(
 
     $$u \leftarrow \Pi(w + u) - w, \qquad \Pi(x) = r\, x / \|x\|$$
 
-    Place it after everything that changes the updates, the learning rate
-    included: what follows it in a chain acts on a projected update and undoes
-    the projection. The scale of the weights is then no longer a hidden learning
-    rate, and weight decay no longer changes it.
-
-    The update is added to the weights in their own dtype, so the norm is right to
-    rounding only if $\|w\|$ is not much larger than `radius`: from $100\,r$ the first
-    step may err by 1e-5 in float32, and from $10^8\,r$ it leaves zero vectors, which
-    stay zero. Give weights that start far away to `projection_unit_norm` first.
+    Place it last in a chain. Weights that are 100 times longer than `radius` lose
+    precision in the first step; `projection_unit_norm` shortens them precisely.
 
     Args:
-      axes: Which entries form one weight vector, as in `projection_unit_norm`.
+      axes: Which entries form one weight vector, as in `weight_norm`.
       radius: Norm $r$, as in `projection_unit_norm`; or `"initial"`, which keeps
         the norm that each vector has at `init`.
 
     Returns:
-      A gradient transformation that needs `params`. It has no state, or with
-      `"initial"` a `ProjectUnitNormState`.
+      A gradient transformation that needs `params`. Only `"initial"` has a state.
 
     Raises:
-      ValueError: `axes` or `radius` is malformed or does not fit the
-        parameters, or `update` is called without `params`.
+      ValueError: `axes` or `radius` does not fit, or `params` is missing.
 
     Examples:
       >>> import jax.numpy as jnp
       >>> import normax
-      >>> import optax
-      >>> params = {"kernel": jnp.array([[0.6], [0.8]]), "bias": jnp.zeros(1)}
-      >>> tx = optax.chain(optax.sgd(0.1), normax.project_unit_norm())
-      >>> grads = {"kernel": jnp.array([[2.0], [0.0]]), "bias": jnp.ones(1)}
-      >>> updates, state = tx.update(grads, tx.init(params), params)
-      >>> normax.weight_norm(optax.apply_updates(params, updates))["kernel"].round(6)
+      >>> params, updates = jnp.array([[0.6], [0.8]]), jnp.array([[-0.2], [0.0]])
+      >>> tx = normax.project_unit_norm()
+      >>> updates, _ = tx.update(updates, tx.init(params), params)
+      >>> normax.weight_norm(params + updates).round(6)
       Array([1.], dtype=float32)
 
     References:
-      van Laarhoven, L2 Regularization versus Batch and Weight Normalization,
-      2017, section 5.5.
+      van Laarhoven, 2017, arXiv:1706.05350, section 5.5.
     """
     check_axes(axes)
     initial = isinstance(radius, str) and radius == "initial"
@@ -156,7 +132,7 @@ def project_unit_norm(
         x, step = at_least_float32(w, u)
         unit, inverse = unit_vector(x + step, vector_axes)
         change = unit * radius.astype(x.dtype) - x
-        # Not in a dtype coarser than the weights', in which the norm is promised.
+        # The norm is promised in the weights' dtype, so the update is no coarser.
         return change.astype(common_dtype(w, u)), inverse
 
     def init_fn(params):
@@ -187,22 +163,18 @@ def remove_radial_component(
 ) -> optax.GradientTransformationExtraArgs:
     r"""Remove from every update the part along its weight vector.
 
-    $$u \leftarrow u - \langle u, \hat w\rangle\,\hat w, \qquad
-    \hat w = w / \|w\|$$
+    $$u \leftarrow u - \langle u, \hat w\rangle\,\hat w, \qquad \hat w = w / \|w\|$$
 
-    What is left is tangent to the sphere through $w$. The gradient of a
-    scale-invariant loss is tangent already; momentum, adaptive rates and weight
-    decay put a radial part into the update. Where $w = 0$ nothing is removed.
+    Momentum, adaptive rates and weight decay put it there. Where $w = 0$ there is none.
 
     Args:
-      axes: Which entries form one weight vector, as in `projection_unit_norm`.
+      axes: Which entries form one weight vector, as in `weight_norm`.
 
     Returns:
       A stateless gradient transformation that needs `params`.
 
     Raises:
-      ValueError: `axes` is malformed or does not fit the parameters, or `update`
-        is called without `params`.
+      ValueError: `axes` does not fit, or `params` is missing.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -210,13 +182,11 @@ def remove_radial_component(
       >>> params = jnp.array([[2.0], [0.0]])
       >>> tx = normax.remove_radial_component()
       >>> updates, _ = tx.update(jnp.array([[5.0], [1.0]]), tx.init(params), params)
-      >>> updates
-      Array([[0.],
-             [1.]], dtype=float32)
+      >>> updates.ravel()
+      Array([0., 1.], dtype=float32)
 
     References:
-      Heo et al., AdamP: Slowing Down the Slowdown for Momentum Optimizers on
-      Scale-invariant Weights, 2021.
+      Heo et al., AdamP, 2021, arXiv:2006.08217.
     """
     check_axes(axes)
 
@@ -253,14 +223,12 @@ def normalized_sgd(
     $$\tilde w_{t+1} = w_t - \eta\,(\nabla L(w_t) + \lambda w_t), \qquad
     w_{t+1} = \tilde w_{t+1} / \|\tilde w_{t+1}\|$$
 
-    Its effective learning rate is $\eta$ itself. Arrays that `axes` leaves alone
-    take the plain step.
+    Its effective learning rate is $\eta$. Arrays left alone take the plain step.
 
     Args:
       learning_rate: Learning rate $\eta$, a number or a schedule.
-      axes: Which entries form one weight vector, as in `projection_unit_norm`.
-      weight_decay: Weight decay $\lambda$ of all parameters, added to the
-        gradient as $\lambda w$.
+      axes: Which entries form one weight vector, as in `weight_norm`.
+      weight_decay: Weight decay $\lambda$ of all parameters.
       momentum: Decay of the velocity; None for none.
       nesterov: Whether the momentum is Nesterov's.
 
@@ -268,24 +236,19 @@ def normalized_sgd(
       A gradient transformation that needs `params`.
 
     Raises:
-      ValueError: `axes` is malformed or does not fit the parameters, or `update`
-        is called without `params`.
+      ValueError: `axes` does not fit, or `params` is missing.
 
     Examples:
       >>> import jax.numpy as jnp
       >>> import normax
-      >>> import optax
-      >>> params = jnp.array([[1.0], [0.0]])
+      >>> params, grads = jnp.array([[1.0], [0.0]]), jnp.array([[0.0], [-1.0]])
       >>> tx = normax.normalized_sgd(learning_rate=0.75)
-      >>> grads = jnp.array([[0.0], [-1.0]])
       >>> updates, _ = tx.update(grads, tx.init(params), params)
-      >>> optax.apply_updates(params, updates)
-      Array([[0.8],
-             [0.6]], dtype=float32)
+      >>> (params + updates).ravel()
+      Array([0.8, 0.6], dtype=float32)
 
     References:
-      van Laarhoven, L2 Regularization versus Batch and Weight Normalization,
-      2017, section 5.5 and Table 1.
+      van Laarhoven, 2017, arXiv:1706.05350, section 5.5 and Table 1.
     """
     chain = optax.chain(
         optax.add_decayed_weights(weight_decay),

@@ -1,10 +1,4 @@
-r"""Updates that turn every weight vector by a given angle and keep its norm.
-
-With weight decay, norms settle where growth and decay balance, and from then on a
-step turns the weight vectors by an angle that the hyperparameters alone determine.
-The rotational optimizers, in `_rotational_rules.py`, take that angle from the first
-step on.
-"""
+"""Updates that turn every weight vector by a given angle and keep its norm."""
 
 import operator
 from typing import NamedTuple
@@ -30,9 +24,7 @@ class RotateByAngleState(NamedTuple):
 
     Attributes:
       steps: Number of steps, int32 of shape ().
-      update_norm: Root of the averages of the squared norms of the tangential
-        updates, not yet corrected for their start; shaped like the norms of
-        `weight_norm`.
+      update_norm: Roots of the averages, not yet corrected for their start.
     """
 
     steps: jax.Array
@@ -51,46 +43,34 @@ def rotate_by_angle(
 ) -> optax.GradientTransformationExtraArgs:
     r"""Change the updates so that weight vectors turn by `angle` and keep their norm.
 
-    $$w \leftarrow \Pi\Big(w + \theta\,\|w\|\,\frac{u_\perp}{\bar n}\Big), \qquad
-    u_\perp = u - \langle u, \hat w\rangle\,\hat w, \qquad
-    \bar n_t^2 = \frac{1 - \beta}{1 - \beta^t}\sum_{s \le t} \beta^{t-s}
-    \|u_{\perp,s}\|^2$$
+    $$w \leftarrow \Pi\Big(w + \theta\,\|w\|\,\frac{u_\perp}{\bar n}\Big)$$
 
-    where $\Pi$ returns to the norm that the vector has at `init`. The step turns the
-    vector by $\arctan(\theta\,\|u_\perp\|/\bar n)$: with $\beta = 0$ by
-    $\arctan\theta$ at every step, otherwise by more where the update is longer than
-    it used to be. The new weights are rounded, which in float32 turns them by up to
-    $10^{-7}$ radians besides. The size of the updates does not matter, their sign does:
-    they point downhill. Place it last in a chain. Arrays that `axes` leaves alone keep
-    their updates. Zero vectors stay zero, and a vector whose update has no tangential
-    part stays where it is.
+    where $\Pi$ returns to the norm at `init`, and $\bar n^2$ is an average of
+    $\|u_\perp\|^2$. With $\beta = 0$ the vectors turn by $\arctan\theta$. Place it last
+    in a chain. Arrays left alone keep their updates. More: docs/theory/spheres.md.
 
     Args:
       angle: Angle $\theta$ in radians, a number or a schedule.
       decay: Decay $\beta$ of the averages, at least 0 and below 1.
-      axes: Which entries form one weight vector, as in `projection_unit_norm`.
+      axes: Which entries form one weight vector, as in `weight_norm`.
 
     Returns:
       A gradient transformation that needs `params`.
 
     Raises:
-      ValueError: `axes` is malformed or does not fit the parameters, `angle` or
-        `decay` is out of range, or `update` is called without `params`.
+      ValueError: `axes` does not fit, a number is out of range, or `params` is missing.
 
     Examples:
       >>> import jax.numpy as jnp
       >>> import normax
-      >>> import optax
-      >>> params = jnp.array([[3.0], [4.0]])
-      >>> tx = optax.chain(optax.scale(-1.0), normax.rotate_by_angle(0.01))
-      >>> grads = jnp.array([[50.0], [70.0]])
-      >>> updates, _ = tx.update(grads, tx.init(params), params)
+      >>> params, updates = jnp.array([[3.0], [4.0]]), jnp.array([[-50.0], [-70.0]])
+      >>> tx = normax.rotate_by_angle(0.01)
+      >>> updates, _ = tx.update(updates, tx.init(params), params)
       >>> print(f"{normax.angular_update(params, updates)[0]:.4f}")
       0.0100
 
     References:
-      Kosson, Messmer, Jaggi, Rotational Equilibrium: How Weight Decay Balances
-      Learning Across Neural Networks, 2024.
+      Kosson, Messmer, Jaggi, Rotational Equilibrium, 2024, arXiv:2305.17212.
     """
     check_axes(axes)
     check_range("decay", decay, low=0, below=1)
@@ -111,7 +91,7 @@ def rotate_by_angle(
             w_norm, _, radial, new = polar_decomposition(x, y, vector_axes)
             new = jnp.squeeze(new, vector_axes).astype(old.dtype)
             kept, added = jnp.sqrt(jnp.asarray([decay, 1 - decay], old.dtype))
-            # Selected: without averaging, a NaN does not outlive its step.
+            # At decay 0, 0 times an old NaN would be NaN again: select the new value.
             mean = jnp.where(decay == 0, new, jnp.hypot(kept * old, added * new))
             started = 1 - jnp.asarray(decay, x.dtype) ** steps.astype(x.dtype)
             norm = jnp.expand_dims(mean, vector_axes) / jnp.sqrt(started)

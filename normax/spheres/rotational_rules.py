@@ -1,9 +1,4 @@
-r"""Optimizers that turn every weight vector by its equilibrium angle from the start.
-
-In equilibrium a rule with weight decay turns weight vectors by an angle that its
-hyperparameters determine. These take that angle at every step, and leave the norms as
-they are.
-"""
+"""Optimizers that turn every weight vector by its equilibrium angle from the start."""
 
 import math
 from collections.abc import Callable
@@ -72,42 +67,33 @@ def rotational_sgd(
 
     $$v \leftarrow \rho v + g, \qquad \theta = \sqrt{\frac{2\eta\lambda}{1 + \rho}}$$
 
-    Every weight vector turns along $-v$ by $\theta$ and keeps its norm; see
-    `rotate_by_angle`. It is the angle by which `optax.sgd` with coupled weight decay
-    turns a scale-invariant vector once its norm has settled. Weight decay sets the
-    angle and does nothing else to weight vectors. Arrays that `axes` leaves alone
-    take the ordinary step, weight decay included.
-
-    With the published `decay` of 0.9 the first steps turn by up to a fifth more than
-    $\theta$, while the velocity grows to its full length.
+    Every weight vector turns along $-v$ by $\theta$ and keeps its norm. Arrays left
+    alone take the ordinary step, decay included. More: docs/theory/spheres.md.
 
     Args:
       learning_rate: Learning rate $\eta$, a number or a schedule.
       weight_decay: Weight decay $\lambda$, greater than 0.
       momentum: Decay $\rho$ of the velocity.
-      decay: Decay $\beta$ of the averages of update norms, as in `rotate_by_angle`;
-        published is 0.9.
-      axes: Which entries form one weight vector, as in `projection_unit_norm`.
+      decay: Decay $\beta$ of `rotate_by_angle`; published is 0.9.
+      axes: Which entries form one weight vector, as in `weight_norm`.
 
     Returns:
       A gradient transformation that needs `params`.
 
     Raises:
-      ValueError: `axes` is malformed or does not fit the parameters, a number is out
-        of range, or `update` is called without `params`.
+      ValueError: `axes` does not fit, a number is out of range, or `params` is missing.
 
     Examples:
       >>> import jax.numpy as jnp
       >>> import normax
-      >>> params = jnp.array([[3.0], [4.0]])
-      >>> tx = normax.rotational_sgd(0.1, weight_decay=0.1, momentum=0.9)
-      >>> updates, _ = tx.update(jnp.array([[5.0], [7.0]]), tx.init(params), params)
+      >>> params, grads = jnp.array([[3.0], [4.0]]), jnp.array([[5.0], [7.0]])
+      >>> tx = normax.rotational_sgd(0.1, weight_decay=0.1)
+      >>> updates, _ = tx.update(grads, tx.init(params), params)
       >>> print(f"{normax.angular_update(params, updates)[0]:.4f}")
       0.1022
 
     References:
-      Kosson, Messmer, Jaggi, Rotational Equilibrium: How Weight Decay Balances
-      Learning Across Neural Networks, 2024.
+      Kosson, Messmer, Jaggi, Rotational Equilibrium, 2024, arXiv:2305.17212.
     """
     return _rotational(
         "rotational_sgd",
@@ -138,15 +124,7 @@ def rotational_adamw(
     $$p = \frac{\hat m}{\sqrt{\hat r} + \epsilon}, \qquad
     \theta = \sqrt{2\eta\lambda\,\frac{1 - b_1}{1 + b_1}}$$
 
-    Every weight vector turns along $-p$ by $\theta$ and keeps its norm; see
-    `rotate_by_angle`. It is the angle by which `optax.adamw` turns a scale-invariant
-    vector once its norm has settled. Weight decay sets the angle and does nothing
-    else to weight vectors. Arrays that `axes` leaves alone take AdamW's ordinary
-    step, weight decay included.
-
-    With the published `decay` of 0.9 the first steps turn by up to a third less than
-    $\theta$, while $\hat m$ shrinks from the length of one gradient to that of an
-    average.
+    Every weight vector turns along $-p$ by $\theta$; otherwise as `rotational_sgd`.
 
     Args:
       learning_rate: Learning rate $\eta$, a number or a schedule.
@@ -154,29 +132,26 @@ def rotational_adamw(
       b1: Decay of the average of gradients.
       b2: Decay of the average of squared gradients.
       eps: Added to the root, outside of it.
-      decay: Decay $\beta$ of the averages of update norms, as in `rotate_by_angle`;
-        published is 0.9.
-      axes: Which entries form one weight vector, as in `projection_unit_norm`.
+      decay: Decay $\beta$ of `rotate_by_angle`; published is 0.9.
+      axes: Which entries form one weight vector, as in `weight_norm`.
 
     Returns:
       A gradient transformation that needs `params`.
 
     Raises:
-      ValueError: `axes` is malformed or does not fit the parameters, a number is out
-        of range, or `update` is called without `params`.
+      ValueError: `axes` does not fit, a number is out of range, or `params` is missing.
 
     Examples:
       >>> import jax.numpy as jnp
       >>> import normax
-      >>> params = jnp.array([[3.0], [4.0]])
+      >>> params, grads = jnp.array([[3.0], [4.0]]), jnp.array([[5.0], [7.0]])
       >>> tx = normax.rotational_adamw(0.1, weight_decay=0.1)
-      >>> updates, _ = tx.update(jnp.array([[5.0], [7.0]]), tx.init(params), params)
+      >>> updates, _ = tx.update(grads, tx.init(params), params)
       >>> print(f"{normax.angular_update(params, updates)[0]:.4f}")
       0.0324
 
     References:
-      Kosson, Messmer, Jaggi, Rotational Equilibrium: How Weight Decay Balances
-      Learning Across Neural Networks, 2024.
+      Kosson, Messmer, Jaggi, Rotational Equilibrium, 2024, arXiv:2305.17212.
     """
     return _rotational(
         "rotational_adamw",
@@ -201,44 +176,36 @@ def rotational_lion(
     r"""Lion that turns weight vectors by its equilibrium angle.
 
     $$p = \operatorname{sign}(b_1 m + (1 - b_1) g), \qquad
-    m \leftarrow b_2 m + (1 - b_2) g, \qquad
-    \theta = \sqrt{\pi\eta\lambda}\,
-    \Big((1 - b_1)^2 + b_1^2\,\frac{1 - b_2}{1 + b_2}\Big)^{1/2}$$
+    \theta^2 =
+    \pi\eta\lambda\,\Big((1 - b_1)^2 + b_1^2\,\frac{1 - b_2}{1 + b_2}\Big)$$
 
-    Every weight vector turns along $-p$ by $\theta$ and keeps its norm; see
-    `rotate_by_angle`. It is close to the angle by which `optax.lion` turns a
-    scale-invariant vector once its norm has settled. Weight decay sets the angle and
-    does nothing else to weight vectors. Arrays that `axes` leaves alone take Lion's
-    ordinary step, weight decay included.
+    Every weight vector turns along $-p$ by $\theta$; otherwise as `rotational_sgd`.
 
     Args:
       learning_rate: Learning rate $\eta$, a number or a schedule.
       weight_decay: Weight decay $\lambda$, greater than 0.
       b1: Weight of the average in the update.
       b2: Decay of the average of gradients.
-      decay: Decay $\beta$ of the averages of update norms, as in `rotate_by_angle`;
-        published is 0.9.
-      axes: Which entries form one weight vector, as in `projection_unit_norm`.
+      decay: Decay $\beta$ of `rotate_by_angle`; published is 0.9.
+      axes: Which entries form one weight vector, as in `weight_norm`.
 
     Returns:
       A gradient transformation that needs `params`.
 
     Raises:
-      ValueError: `axes` is malformed or does not fit the parameters, a number is out
-        of range, or `update` is called without `params`.
+      ValueError: `axes` does not fit, a number is out of range, or `params` is missing.
 
     Examples:
       >>> import jax.numpy as jnp
       >>> import normax
-      >>> params = jnp.array([[3.0], [4.0]])
+      >>> params, grads = jnp.array([[3.0], [4.0]]), jnp.array([[5.0], [7.0]])
       >>> tx = normax.rotational_lion(0.1, weight_decay=0.1)
-      >>> updates, _ = tx.update(jnp.array([[5.0], [7.0]]), tx.init(params), params)
+      >>> updates, _ = tx.update(grads, tx.init(params), params)
       >>> print(f"{normax.angular_update(params, updates)[0]:.4f}")
       0.0210
 
     References:
-      Kosson, Messmer, Jaggi, Rotational Equilibrium: How Weight Decay Balances
-      Learning Across Neural Networks, 2024.
+      Kosson, Messmer, Jaggi, Rotational Equilibrium, 2024, arXiv:2305.17212.
     """
 
     def angle(eta):

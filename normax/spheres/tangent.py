@@ -1,10 +1,4 @@
-r"""SGDP and AdamP: momentum kept tangent to the sphere of scale-invariant weights.
-
-The gradient of a scale-invariant loss is orthogonal to the weights it is taken at,
-but momentum holds gradients of other weights. Its radial part lengthens the weights
-and so shrinks their effective learning rate. Both rules remove that part, and decay
-the weights less where they did.
-"""
+"""SGDP and AdamP: momentum kept tangent to the sphere of scale-invariant weights."""
 
 import jax
 import jax.numpy as jnp
@@ -17,11 +11,7 @@ from normax.spheres.projection import remove_radial_component
 
 
 def _cosine_rule(params: PyTree, grads: PyTree, delta: jax.typing.ArrayLike) -> PyTree:
-    """Guess which arrays are scale-invariant per unit, and which as a layer.
-
-    Returns:
-      For each array of rank two and higher two booleans; None for the others.
-    """
+    """Guess for each array whether it is scale-invariant per unit, and as a layer."""
 
     def guess(unit_axes, w, g):
         w, g = at_least_float32(w, g)
@@ -127,8 +117,8 @@ def _adam(
     eps: jax.typing.ArrayLike,
     nesterov: bool,
 ) -> optax.GradientTransformation:
-    # Not scale_by_adam(nesterov=True): that corrects the momentum by the next step's
-    # 1 - b1^(t+1), the published rule by this step's.
+    # scale_by_adam(nesterov=True) corrects the momentum by the next step's
+    # 1 - b1^(t+1). The published rule corrects it by this step's 1 - b1^t.
     adam = optax.scale_by_adam(b1, b2, eps)
 
     def update_fn(updates, state, params=None):
@@ -165,13 +155,8 @@ def sgdp(
     $$v \leftarrow \rho v + (1 - \tau) g, \qquad
     w \leftarrow w - \eta\,\Big(\Pi_w(p) + \frac{\lambda s}{1 - \rho}\,w\Big)$$
 
-    with $p = v$, or $p = g + \rho v$ for Nesterov's momentum. For arrays found to be
-    scale-invariant $\Pi_w(p) = p - \langle p, \hat w\rangle\,\hat w$ and $s$ is
-    `wd_ratio`; for all others $\Pi_w(p) = p$ and $s = 1$. Weight decay is decoupled,
-    and the published rule divides it by $1 - \rho$.
-
-    How arrays are found is described in `adamp`. The default is the published rule;
-    with `axes` no array is mistaken.
+    with $p = v$, or $p = g + \rho v$ for Nesterov's momentum. `adamp` describes $\Pi_w$
+    and $s$.
 
     Args:
       learning_rate: Learning rate $\eta$, a number or a schedule.
@@ -179,31 +164,27 @@ def sgdp(
       dampening: Part $\tau$ of the gradient that the velocity leaves out.
       weight_decay: Weight decay $\lambda$ of all parameters.
       nesterov: Whether the momentum is Nesterov's.
-      delta: Threshold $\delta$ of the cosine rule.
-      wd_ratio: Factor of the weight decay of scale-invariant arrays.
-      axes: None for the cosine rule; or which entries form one scale-invariant
-        vector, as in `projection_unit_norm`.
+      delta: As in `adamp`.
+      wd_ratio: As in `adamp`.
+      axes: As in `adamp`.
 
     Returns:
       A gradient transformation that needs `params`.
 
     Raises:
-      ValueError: `axes` is malformed or does not fit the parameters, a number is out
-        of range, or `update` is called without `params`.
+      ValueError: `axes` does not fit, a number is out of range, or `params` is missing.
 
     Examples:
       >>> import jax.numpy as jnp
       >>> import normax
-      >>> params = jnp.array([[2.0], [0.0]])
+      >>> params, grads = jnp.array([[2.0], [0.0]]), jnp.array([[3.0], [1.0]])
       >>> tx = normax.sgdp(learning_rate=0.5, axes="unit")
-      >>> updates, _ = tx.update(jnp.array([[3.0], [1.0]]), tx.init(params), params)
-      >>> updates + 0
-      Array([[ 0. ],
-             [-0.5]], dtype=float32)
+      >>> updates, _ = tx.update(grads, tx.init(params), params)
+      >>> updates.ravel() + 0
+      Array([ 0. , -0.5], dtype=float32)
 
     References:
-      Heo et al., AdamP: Slowing Down the Slowdown for Momentum Optimizers on
-      Scale-invariant Weights, 2021.
+      Heo et al., AdamP, 2021, arXiv:2006.08217.
     """
     check_range("momentum", momentum, low=0, below=1)
     return _project_tangent(
@@ -230,28 +211,12 @@ def adamp(
 ) -> optax.GradientTransformationExtraArgs:
     r"""AdamW whose steps are tangent where the weights are scale-invariant.
 
-    $$m \leftarrow b_1 m + (1 - b_1) g, \qquad r \leftarrow b_2 r + (1 - b_2) g^2,
-    \qquad p = \frac{m / (1 - b_1^t)}{\sqrt{r / (1 - b_2^t)} + \epsilon}, \qquad
+    $$p = \frac{\hat m}{\sqrt{\hat r} + \epsilon}, \qquad
     w \leftarrow w - \eta\,\big(\Pi_w(p) + \lambda s\,w\big)$$
 
-    with $b_1 m + (1 - b_1) g$ in place of $m$ in $p$ for Nesterov's momentum. For
-    arrays found to be scale-invariant $\Pi_w(p) = p - \langle p, \hat w\rangle\,\hat w$
-    and $s$ is `wd_ratio`; for all others $\Pi_w(p) = p$ and $s = 1$.
-
-    *The cosine rule* (`axes=None`) is the published guess, made anew at every step for
-    every array of rank two and higher: the array is scale-invariant per unit if
-
-    $$\max_w \frac{|\langle w, g\rangle|}{\|w\|\,\|g\|} < \frac{\delta}{\sqrt{d}}$$
-
-    over its $d$-dimensional vectors of `"unit"`; else it is so as a layer, if the
-    same holds for its one vector of `"layer"`. One cosine of random directions is
-    below the default bound with probability 8%: so often the rule takes an array of
-    any kind for scale-invariant. The published code takes the first axis for the
-    output; here it is the last, as in Flax kernels. Where the code adds an
-    $\epsilon$ to norms, zero vectors are handled exactly.
-
-    *With* `axes` the arrays named there are projected always, and no others. Under
-    `jax.shard_map` the cosine rule sees the local units only; give `axes`.
+    where $\Pi_w$ removes the radial part, and $s$ is `wd_ratio`, for scale-invariant
+    arrays; for others $\Pi_w(p) = p$ and $s = 1$. The published *cosine rule* guesses
+    from the gradient which is which; `axes` knows. More: docs/theory/spheres.md.
 
     Args:
       learning_rate: Learning rate $\eta$, a number or a schedule.
@@ -262,29 +227,26 @@ def adamp(
       nesterov: Whether the momentum is Nesterov's.
       delta: Threshold $\delta$ of the cosine rule.
       wd_ratio: Factor of the weight decay of scale-invariant arrays.
-      axes: None for the cosine rule; or which entries form one scale-invariant
-        vector, as in `projection_unit_norm`.
+      axes: None for the cosine rule; or which entries form one scale-invariant vector.
+        `jax.shard_map` wants the latter, because the rule would see local units only.
 
     Returns:
       A gradient transformation that needs `params`.
 
     Raises:
-      ValueError: `axes` is malformed or does not fit the parameters, a number is out
-        of range, or `update` is called without `params`.
+      ValueError: `axes` does not fit, a number is out of range, or `params` is missing.
 
     Examples:
       >>> import jax.numpy as jnp
       >>> import normax
-      >>> params = jnp.array([[2.0], [0.0]])
+      >>> params, grads = jnp.array([[2.0], [0.0]]), jnp.array([[3.0], [1.0]])
       >>> tx = normax.adamp(learning_rate=0.5, axes="unit")
-      >>> updates, _ = tx.update(jnp.array([[3.0], [1.0]]), tx.init(params), params)
-      >>> updates.round(3) + 0
-      Array([[ 0. ],
-             [-0.5]], dtype=float32)
+      >>> updates, _ = tx.update(grads, tx.init(params), params)
+      >>> updates.ravel().round(3) + 0
+      Array([ 0. , -0.5], dtype=float32)
 
     References:
-      Heo et al., AdamP: Slowing Down the Slowdown for Momentum Optimizers on
-      Scale-invariant Weights, 2021.
+      Heo et al., AdamP, 2021, arXiv:2006.08217.
     """
     return _project_tangent(
         "adamp",

@@ -1,9 +1,8 @@
 """Digests of programs: two that may compute different results have different ones.
 
-A digest covers all that can change a result: the equations of a jaxpr and of every
-jaxpr inside it, the arrays that these close over or hold as literals, and the versions
-and settings of JAX that decide how they are computed. What cannot be described, such
-as the Python function of a callback, is refused.
+A digest covers the equations of a jaxpr and of every jaxpr inside it, their constants,
+and the versions and settings of JAX that decide how they are computed. What cannot be
+described, such as the Python function of a callback, is refused.
 """
 
 import enum
@@ -35,11 +34,11 @@ def _environment() -> list[Any]:
 
 
 class _Refused(Exception):
-    """What a digest cannot describe."""
+    """A digest cannot describe this value."""
 
 
 class _Writer:
-    """Feeds a digest; programs inside of others get digests of their own, once."""
+    """Feed digests; a program inside of others gets a digest of its own, once."""
 
     def __init__(self) -> None:
         self._programs: dict[int, bytes] = {}
@@ -86,7 +85,7 @@ class _Writer:
             ) from None
 
     def feed(self, digest: Any, value: Any) -> None:
-        """Add a value to a digest, without doubt where it ends."""
+        """Add a value and its length to a digest, so that values are told apart."""
         match value:
             case Jaxpr() | ClosedJaxpr():
                 content = self.program(value)
@@ -119,7 +118,7 @@ class _Writer:
                 raise _Refused(repr(value))
             return f"{module}.{value.__qualname__}".encode()
         if jaxs and " at 0x" not in repr(value):
-            # A representation leaves out what constants are, and functions.
+            # A representation leaves out the values of constants, and functions.
             for part in jax.tree.leaves(list(getattr(value, "__dict__", {}).values())):
                 if isinstance(part, Jaxpr | ClosedJaxpr | jax.Array | _Function):
                     self.feed(digest, part)
@@ -141,13 +140,7 @@ def array_bytes(array: Any) -> bytes:
 
 
 def fingerprint(traced: stages.Traced) -> "hashlib._Hash":
-    """Return a digest of a traced function, to which inputs can be added.
-
-    Args:
-      traced: What `jax.jit(fn).trace(...)` returns.
-
-    Returns:
-      A SHA-256 digest.
+    """Return a SHA-256 digest of a traced function, to which inputs can be added.
 
     Raises:
       ValueError: The program calls back to Python, or has other effects.

@@ -1,9 +1,7 @@
 """Finished training runs on disk, found again by what they compute.
 
-A run is stored under a digest of its program and of its hyperparameters. So a sweep
-that was killed continues, a finer grid takes over the runs of a coarser one, any number
-of sweeps can share a folder, and a run whose code, data or settings have changed is not
-mistaken for the old one.
+A run is stored under a digest of its program and of its hyperparameters. So a run whose
+code, data or settings have changed is not mistaken for the old one.
 """
 
 import os
@@ -35,23 +33,20 @@ def _is_left_over(path: Path) -> bool:
     if not rest or not re.fullmatch("[0-9a-f]{32}", run):
         return False
     process, host = [*rest, "", ""][:2]
-    if host != _HOST:  # no signal goes to other machines, but a day is long enough
+    # No signal reaches another machine, but no run is written for as long as a day.
+    if host != _HOST:
         return time.time() - path.stat().st_mtime > _A_DAY
     try:
         os.kill(int(process), 0)
     except ProcessLookupError:
         return True
-    except OSError:  # it lives, and belongs to someone else
+    except OSError:  # the process lives, and belongs to someone else
         return False
     return False
 
 
 class FinishedRuns:
-    """The runs of a jitted function `run(point)` in a folder.
-
-    Attributes:
-      program: The digest of the function.
-    """
+    """The runs of a jitted function `run(point)` in a folder."""
 
     def __init__(
         self,
@@ -76,7 +71,7 @@ class FinishedRuns:
                 f"({keys}); leave them out, or return jax.random.key_data of them."
             )
         digest = fingerprint(traced)
-        self.program = digest.digest()
+        self.program = digest.digest()  # the digest of the function alone
         self._names = []
         for index in range(count):
             one = digest.copy()
@@ -87,7 +82,7 @@ class FinishedRuns:
     def load(self, index: int) -> PyTree | None:
         """Return the result of a run, or None if it is not finished."""
         path = self._folder / self._names[index]
-        # What is being written has another name until it is whole.
+        # A run that is being written has another name until it is complete.
         if not path.exists():
             return None
         try:
@@ -98,7 +93,7 @@ class FinishedRuns:
                 else np.zeros(leaf.shape, leaf.dtype)
                 for i, leaf in enumerate(self._leaves)
             ]
-        except Exception as error:  # whatever Orbax raises where files are damaged
+        except Exception as error:  # Orbax raises many kinds where files are damaged
             raise ValueError(
                 f"a finished run is stored in {path}, but it cannot be read "
                 f"({type(error).__name__}: {error}); delete this folder, and the run "

@@ -1,9 +1,8 @@
-r"""Sweeps: one training run, compiled once, for many hyperparameters.
+"""Sweeps: one training run, compiled once, for many hyperparameters.
 
-A small network leaves most of a GPU or TPU idle: there `jax.vmap` does many runs in the
-time of one. On a CPU batched operations are slower than single ones, but a run leaves
-most cores idle: as many runs as there are cores go side by side. A mesh spreads the
-runs over its devices.
+A small network leaves most of a device idle. On a GPU or TPU `jax.vmap` does many runs
+in the time of one. On a CPU batched operations are slower than single ones, but as many
+runs as there are cores go side by side. A mesh spreads the runs over its devices.
 """
 
 import contextlib
@@ -23,11 +22,9 @@ from jax.sharding import PartitionSpec as P
 
 from normax._core.axes import PyTree
 from normax._core.checks import check_range
-from normax._core.programs import is_key
+from normax._core.programs import is_key, kept_with
 
 Points = Mapping[str, jax.Array]
-# By identity: functions that are equal may close over different data.
-_PROGRAMS: dict[int, dict[Any, Any]] = {}
 
 
 def _arrays(values: Mapping[str, jax.typing.ArrayLike]) -> dict[str, jax.Array]:
@@ -50,7 +47,8 @@ def _runs_at_once(
         batch_size = max(devices, os.cpu_count() or 1) if cpu else count
     if cpu and devices == 1:
         return 1, min(batch_size, count)
-    # Fewer runs than devices are repeated: a part of a device's work costs nothing.
+    # Where there are fewer runs than devices, some are repeated. Those devices would be
+    # idle otherwise.
     return max(1, min(batch_size, count) // devices) * devices, 1
 
 
@@ -58,16 +56,10 @@ def _run(
     train_fn: Callable[..., PyTree],
 ) -> tuple[stages.Wrapped, dict[Any, stages.Wrapped]]:
     """Return the jitted function of one point, and the programs made of it so far."""
-    function: Any
-    try:
-        # A strong reference would keep the function, and so its programs, alive.
+    programs, function = kept_with(train_fn), cast(Any, lambda: train_fn)
+    with contextlib.suppress(TypeError):  # Some callables take no weak references.
+        # The program must not keep alive the function that it is kept with.
         function = weakref.ref(train_fn)
-        if id(train_fn) not in _PROGRAMS:
-            # Like the programs of `jax.jit`, these live as long as their function.
-            weakref.finalize(train_fn, _PROGRAMS.pop, id(train_fn)).atexit = False
-        programs = _PROGRAMS.setdefault(id(train_fn), {})
-    except TypeError:  # It has no weak references: programs are not kept.
-        programs, function = {}, lambda: train_fn
     if None not in programs:
         programs[None] = jax.jit(
             lambda point: jax.tree.map(jnp.asarray, function()(**point))
@@ -122,14 +114,16 @@ def _train_all(
     size, workers = _runs_at_once(batch_size, max(1, len(left)), len(devices), cpu)
 
     def chosen_at(start: int) -> Points:
-        # The last call repeats a point rather than to be compiled for fewer.
+        # The last call repeats points if too few are left. For fewer, the program would
+        # be compiled again.
         index = np.resize(left[start : start + size], size)
         chosen = {name: values[index] for name, values in points.items()}
         if mesh is not None:
             chosen = jax.device_put(chosen, NamedSharding(mesh, P(mesh.axis_names)))
         return chosen
 
-    # Threads do not inherit contexts such as `jax.enable_x64`: they only compute.
+    # Threads do not inherit contexts such as `jax.enable_x64`. So the program is
+    # compiled here, and they only run it.
     starts = range(0, len(left), size)
     calls = [chosen_at(start) for start in starts]
     compiled: Any = program.lower(calls[0]).compile() if calls else None
@@ -137,7 +131,7 @@ def _train_all(
     def call(chosen: Points) -> PyTree:
         return jax.device_get(compiled(chosen))
 
-    # An error, or Ctrl-C, cancels what is left.
+    # If a run fails, or on Ctrl-C, `closing` cancels the calls that are left.
     with (
         ThreadPoolExecutor(workers) as pool,
         contextlib.closing(cast(Any, pool.map(call, calls))) as results,
@@ -171,9 +165,8 @@ def sweep(
 
     $$r_i = f(a_i, b_i, \dots)$$
 
-    What `grid_sweep` does, for points that form no grid: random ones, or those that a
-    search proposes. Called again with the same function object it does not compile
-    again, on one CPU device for any number of points, elsewhere for as many as before.
+    The points need not form a grid: they may be random, or proposed by a search. A
+    second call with this function object and number of points compiles nothing.
 
     Args:
       train_fn: A training run, as in `grid_sweep`.
@@ -187,16 +180,14 @@ def sweep(
       What `train_fn` returns, with one axis, the runs, in front of every array.
 
     Raises:
-      ValueError: The arrays are none, not 1-D, empty or of different lengths, or as
-        in `grid_sweep`.
-      Exception: Whatever `train_fn` raises.
+      ValueError: Lengths differ, there are no arrays, or as in `grid_sweep`.
 
     Examples:
       >>> import normax
       >>> def train(learning_rate, weight_decay):  # one step from w = 1 on w^2 / 2
       ...     return 1 - learning_rate * (1 + weight_decay)
       >>> points = {"learning_rate": [0.5, 0.25], "weight_decay": [0.0, 1.0]}
-      >>> normax.sweep(train, points).tolist()
+      >>> normax.sweeps.sweep(train, points).tolist()
       [0.5, 0.5]
 
     References:
@@ -230,43 +221,32 @@ def grid_sweep(
     $$r_{i j \dots} = f(a_i, b_j, \dots), \qquad
       (a_i, b_j, \dots) \in A \times B \times \dots$$
 
-    `train_fn` is traced and compiled once. On a GPU or TPU it is batched with
-    `jax.vmap`; on a CPU several runs go side by side, in threads or on the devices of a
-    mesh. A run that diverges does not touch the others. As with `jax.jit`, what
+    On a GPU or TPU the runs are batched with `jax.vmap`; on a CPU several go side by
+    side. A run that diverges does not touch the others. As with `jax.jit`, what
     `train_fn` closes over is read at the first call with this function object.
 
     Args:
       train_fn: A training run, `train_fn(**hyperparameters) -> pytree of arrays`, that
-        can be traced: loops are `lax.scan` or `lax.fori_loop`. Data and keys may be
-        closed over.
-      grid: 1-D arrays of values, by name, such as
-        `{"learning_rate": ..., "weight_decay": ...}`; arrays of random keys as well.
+        JAX can trace: its loops are `lax.scan` or `lax.fori_loop`.
+      grid: 1-D arrays of values or of random keys, by name.
       batch_size: Most runs at once, which bounds the memory. None for the number of
-        cores on a CPU, and for the entire grid on other devices. With a mesh, one
-        run for each device at least.
-      mesh: Devices to spread the points over, all of its axes together; None for the
-        default device.
-      progress: Whether to show a progress bar, which needs tqdm. It counts calls of
-        the program: choose `batch_size` on a GPU, where one call may be the entire
-        grid.
-      checkpoint_dir: Folder in which finished runs are stored, with Orbax, after every
-        call of the program, and from which they are taken instead of being run again:
-        a sweep that was killed continues. Runs are known by their computation, data,
-        hyperparameters and the versions of normax and JAX. So one folder serves any
-        number of sweeps, and what has changed in the meantime runs anew. It takes
+        cores on a CPU, and for the entire grid on other devices.
+      mesh: Devices to spread the points over, by all axes together; None for the
+        default device. Each device takes at least one run.
+      progress: Whether to show a progress bar of calls of the program; needs tqdm.
+      checkpoint_dir: Folder for finished runs, stored with Orbax after every call. Runs
+        that are found there are not run again, so a sweep that was killed continues.
+        They are known by computation, data, hyperparameters and versions: any number
+        of sweeps can share a folder, and what has changed runs anew. Storing takes
         some 50 ms a run.
 
     Returns:
       What `train_fn` returns, with the axes of the grid in front of every array, in
-      their order in `grid`. Numbers are those of single runs, up to the order of sums
-      where runs are batched.
+      their order in `grid`. Batching may change the order of sums.
 
     Raises:
-      ValueError: An axis of the grid is no 1-D array with at least one value,
-        `batch_size` is less than 1, results that are random keys are to be stored, or
-        those of a `train_fn` with callbacks or other effects, or a stored run is
-        damaged.
-      Exception: Whatever `train_fn` raises.
+      ValueError: An axis is no 1-D array of at least one value, `batch_size` is less
+        than 1, or a run cannot be stored or read.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -277,13 +257,12 @@ def grid_sweep(
       ...         w = w - learning_rate * (w - 1 + weight_decay * w)
       ...     return {"w": w, "loss": (w - 1) ** 2 / 2}
       >>> grid = {"learning_rate": [0.5, 1.0], "weight_decay": [0.0, 0.25, 1.0]}
-      >>> results = normax.grid_sweep(train, grid)
+      >>> results = normax.sweeps.grid_sweep(train, grid)
       >>> results["w"].shape, round(float(results["w"][0, 1]), 2)
       ((2, 3), 0.8)
 
     References:
-      van Laarhoven, L2 Regularization versus Batch and Weight Normalization, 2017,
-      figures 1 to 3, sweep learning rate and weight decay.
+      van Laarhoven, L2 Regularization versus Batch and Weight Normalization, 2017.
     """
     axes = _arrays(grid)
     shape = tuple(len(values) for values in axes.values())

@@ -1,19 +1,12 @@
-"""Assertions about invariance, in the manner of chex.
+"""Assertions about one set of weights: norms, invariance, gradients."""
 
-Plain functions that raise an `AssertionError` naming the arrays at fault, their
-values and the tolerance. They compare values, so inside `jax.jit` they need
-`chex.chexify`, as chex's own value assertions do.
-"""
-
-import math
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from normax._core.axes import Axes, PyTree, broadcast_radius, map_vectors, resolve_axes
+from normax._core.axes import Axes, PyTree, broadcast_radius, map_vectors
 from normax._core.comparisons import (
     Comparison,
     check_all,
@@ -22,13 +15,12 @@ from normax._core.comparisons import (
     named_leaves,
 )
 from normax._core.norms import at_least_float32, inner_product, nonzero, vector_norm
-from normax._core.programs import compiled
+from normax._core.programs import compiled, full_precision
+from normax.invariance.rescalings import rescalings
 
-# Below this fraction of the largest of its kind, a gradient in float32 may be the
-# rounding of terms that cancel, and is held to the larger one's tolerance.
+# A gradient may be the rounding of terms that cancel. In float32 it may be so below
+# this fraction of the largest gradient, whose tolerance it then gets.
 _NOISE = 1e-3
-# Of the factors 1/2, 2, 4 and 8: rescaling by powers of two rounds nothing.
-_EXPONENTS = np.array([-1, 1, 2, 3])
 
 
 def _per_vector(vector_axes: tuple[int, ...], *values: jax.Array) -> Comparison:
@@ -63,9 +55,8 @@ def assert_unit_norm(
       params: Pytree of arrays.
       axes: Which entries form one weight vector, as in `normax.weight_norm`.
       radius: Norm $r$, as in `normax.projection_unit_norm`.
-      rtol: Relative tolerance; None for what `normax.project_unit_norm` keeps to in
-        the dtype of each array: 1e-6 in float32 and one unit in the last place of
-        coarser ones.
+      rtol: Relative tolerance. None for the precision of `normax.project_unit_norm`:
+        1e-6 in float32, and one unit in the last place of coarser dtypes.
       atol: Absolute tolerance.
       custom_message: Added to the message of the error.
 
@@ -80,11 +71,11 @@ def assert_unit_norm(
     Examples:
       >>> import jax.numpy as jnp
       >>> import normax
-      >>> normax.assert_unit_norm(jnp.array([[0.6, 0.0], [0.8, 1.0]]))
+      >>> normax.testing.assert_unit_norm(jnp.array([[0.6, 0.0], [0.8, 1.0]]))
 
     References:
-      van Laarhoven, L2 Regularization versus Batch and Weight Normalization,
-      2017, section 5.5.
+      van Laarhoven, L2 Regularization versus Batch and Weight Normalization, 2017,
+      §5.5.
     """
 
     def compare(vector_axes, w, radius):
@@ -100,50 +91,7 @@ def assert_unit_norm(
     check_all(claim, _named(map_vectors(compare, axes, params, radii)), custom_message)
 
 
-class Rescaling(NamedTuple):
-    where: str
-    position: int
-    factors: jax.Array
-    params: PyTree
-
-
-def _exponents(shape: tuple[int, ...]) -> Iterator[np.ndarray]:
-    """Draw exponents for vectors; each changes, and no two agree in all draws."""
-    base, count = len(_EXPONENTS), math.prod(shape)
-    # The digits of numbers in random order: a function may know of groups and
-    # neighbours, or of any one pair.
-    numbers = np.random.default_rng(0).permutation(count).reshape(shape)
-    draw = 0
-    while draw < 2 or base**draw < count:
-        yield np.roll(_EXPONENTS, -draw)[numbers // base**draw % base]
-        draw += 1
-
-
-def rescalings(params: PyTree, axes: Axes) -> Iterator[Rescaling]:
-    """Rescale the weight vectors of one array after another, each in several ways."""
-    treedef: Any
-    paths, treedef = jax.tree_util.tree_flatten_with_path(params)
-    leaves = [leaf for _, leaf in paths]
-    for position, vector_axes in enumerate(resolve_axes(axes, params)):
-        if vector_axes is None:
-            continue
-        path, w = (
-            jax.tree_util.keystr(paths[position][0]),
-            jnp.asarray(leaves[position]),
-        )
-        shape = tuple(1 if i in vector_axes else n for i, n in enumerate(w.shape))
-        for draw, exponents in enumerate(_exponents(shape)):
-            where = (
-                f"params{path}, vectors over axes {vector_axes} times 1/2, 2, 4 or 8 "
-                f"(draw {draw})"
-            )
-            factors = jnp.asarray(2.0**exponents, w.dtype)
-            rescaled = treedef.unflatten(
-                w * factors if i == position else leaf for i, leaf in enumerate(leaves)
-            )
-            yield Rescaling(where, position, factors, rescaled)
-
-
+@full_precision()
 def assert_scale_invariant(
     fn: Callable[[PyTree], PyTree],
     params: PyTree,
@@ -157,13 +105,9 @@ def assert_scale_invariant(
 
     $$f(\dots, \alpha w, \dots) = f(\dots, w, \dots), \qquad \alpha > 0$$
 
-    The vectors of one array after another are rescaled, by random factors out of 1/2,
-    2, 4 and 8, at least twice and until every two vectors have had different ones.
-    Every entry of an output must keep its value to within `rtol` of the largest.
-
     Args:
-      fn: Called as `fn(params)`; returns a pytree of arrays. It is compiled.
-      params: Pytree of arrays.
+      fn: Called as `fn(params)`; returns a pytree of arrays.
+      params: Pytree of arrays. One array after another is rescaled, by random factors.
       axes: Which entries form one weight vector, as in `normax.weight_norm`.
       rtol: Tolerance relative to the largest entry of each output. The default lets
         the $\epsilon$ of batch norm pass where it is below 1e-3 of the variance.
@@ -183,11 +127,10 @@ def assert_scale_invariant(
       >>> import normax
       >>> def fn(w):
       ...     return w / jnp.linalg.norm(w, axis=0, keepdims=True)
-      >>> normax.assert_scale_invariant(fn, jnp.array([[3.0, 1.0], [4.0, 2.0]]))
+      >>> normax.testing.assert_scale_invariant(fn, jnp.array([[3.0, 1.0], [4.0, 2.0]]))
 
     References:
-      van Laarhoven, L2 Regularization versus Batch and Weight Normalization,
-      2017, section 1.
+      van Laarhoven, L2 Regularization versus Batch and Weight Normalization, 2017, §1.
     """
     compiled_fn = compiled(fn)
     expected = named_leaves("outputs", compiled_fn(params))
@@ -204,6 +147,7 @@ def assert_scale_invariant(
     check_all(claim, comparisons, custom_message)
 
 
+@full_precision()
 def assert_inverse_gradient_scaling(
     loss_fn: Callable[[PyTree], Any],
     params: PyTree,
@@ -217,17 +161,14 @@ def assert_inverse_gradient_scaling(
 
     $$\nabla_w L(\alpha w) = \tfrac{1}{\alpha} \nabla_w L(w), \qquad \alpha > 0$$
 
-    which holds for every scale-invariant loss. The vectors are rescaled as in
-    `assert_scale_invariant`, and $\alpha\,\nabla_w L(\alpha w)$ is compared with
-    $\nabla_w L(w)$.
+    This holds for every scale-invariant loss.
 
     Args:
-      loss_fn: Called as `loss_fn(params)`; returns a scalar. It is compiled.
-      params: Pytree of arrays.
+      loss_fn: Called as `loss_fn(params)`; returns a scalar.
+      params: Pytree of arrays, rescaled as in `assert_scale_invariant`.
       axes: Which entries form one weight vector, as in `normax.weight_norm`.
-      rtol: Tolerance relative to the largest entry of each array's gradient. A
-        gradient that is, in units of the loss, a thousandth of the largest array's
-        or less may be rounding, and is held to that thousandth.
+      rtol: Tolerance relative to the largest entry of each array's gradient. Gradients
+        so small that they may be rounding have a larger one.
       atol: Absolute tolerance.
       custom_message: Added to the message of the error.
 
@@ -245,11 +186,10 @@ def assert_inverse_gradient_scaling(
       >>> def loss_fn(w):
       ...     return jnp.sum(jnp.sin(w / jnp.linalg.norm(w, axis=0, keepdims=True)))
       >>> w = jnp.array([[3.0, 1.0], [4.0, 2.0]])
-      >>> normax.assert_inverse_gradient_scaling(loss_fn, w)
+      >>> normax.testing.assert_inverse_gradient_scaling(loss_fn, w)
 
     References:
-      van Laarhoven, L2 Regularization versus Batch and Weight Normalization,
-      2017, section 3.
+      van Laarhoven, L2 Regularization versus Batch and Weight Normalization, 2017, §3.
     """
     gradient = jax.grad(compiled(loss_fn), allow_int=True)
     gradients = jax.tree.leaves(gradient(params))
@@ -275,6 +215,7 @@ def assert_inverse_gradient_scaling(
     check_all(claim, comparisons, custom_message)
 
 
+@full_precision()
 def assert_orthogonal_gradient(
     loss_fn: Callable[[PyTree], Any],
     params: PyTree,
@@ -288,16 +229,15 @@ def assert_orthogonal_gradient(
 
     $$\langle w, \nabla_w L\rangle = 0$$
 
-    which is the derivative of $L(\alpha w)$ at $\alpha = 1$, and holds for every
+    This is the derivative of $L(\alpha w)$ at $\alpha = 1$, and holds for every
     scale-invariant loss.
 
     Args:
-      loss_fn: Called as `loss_fn(params)`; returns a scalar. It is compiled.
+      loss_fn: Called as `loss_fn(params)`; returns a scalar.
       params: Pytree of arrays.
       axes: Which entries form one weight vector, as in `normax.weight_norm`.
       rtol: Largest cosine of the angle between a weight vector and its gradient.
-        Where $\|w\| \|\nabla_w L\|$ is a thousandth of the largest vector's or less,
-        it may be rounding, and the product is held to that thousandth.
+        Products so small that they may be rounding have a larger one.
       atol: Absolute tolerance of the product, in units of the loss.
       custom_message: Added to the message of the error.
 
@@ -315,11 +255,10 @@ def assert_orthogonal_gradient(
       >>> def loss_fn(w):
       ...     return jnp.sum(jnp.sin(w / jnp.linalg.norm(w, axis=0, keepdims=True)))
       >>> w = jnp.array([[3.0, 1.0], [4.0, 2.0]])
-      >>> normax.assert_orthogonal_gradient(loss_fn, w)
+      >>> normax.testing.assert_orthogonal_gradient(loss_fn, w)
 
     References:
-      van Laarhoven, L2 Regularization versus Batch and Weight Normalization,
-      2017, section 3.
+      van Laarhoven, L2 Regularization versus Batch and Weight Normalization, 2017, §3.
     """
     gradients = jax.grad(compiled(loss_fn), allow_int=True)(params)
 

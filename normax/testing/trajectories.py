@@ -19,10 +19,10 @@ from normax._core.comparisons import (
     named_leaves,
 )
 from normax._core.norms import nonzero
-from normax._core.programs import compiled
+from normax._core.programs import compiled, full_precision
 
-# What rounding may change in an output, in units of the precision of the largest
-# entry; and how much more runs must change it, lest rounding hides a difference.
+# Rounding may change an output by this much, in units of the precision of its largest
+# entry. Runs must change it by this many times more, or rounding hides a difference.
 _ROUNDING, _RESOLUTION = 32, 20.0
 
 Run: TypeAlias = tuple[optax.GradientTransformation, Callable[..., Any], PyTree]
@@ -45,6 +45,7 @@ def _check_same_structure(
         )
 
 
+@full_precision()
 def assert_rescaling_equivalent(
     params: PyTree,
     other: PyTree,
@@ -59,14 +60,12 @@ def assert_rescaling_equivalent(
     $$f(\tilde w) = f(w), \qquad \operatorname{sign} \tilde w = \operatorname{sign} w$$
 
     A rescaling multiplies what enters a unit by a positive factor and divides what
-    leaves it by the same. So the function stays, and so does the sign of every
-    parameter. Equal parameters are rescaling equivalent too.
+    leaves it by the same. So it keeps the function, and the sign of every parameter.
 
     Args:
       params: Pytree of arrays $w$.
       other: Pytree $\tilde w$ of the same structure and shapes.
-      fn: Called as `fn(params)`; returns a pytree of arrays, for instance the
-        network's outputs on a batch. It is compiled.
+      fn: The network's outputs on a batch, a pytree of arrays: `fn(params)`.
       rtol: Tolerance relative to the largest entry of each output.
       atol: Absolute tolerance.
       custom_message: Added to the message of the error.
@@ -75,8 +74,7 @@ def assert_rescaling_equivalent(
       None.
 
     Raises:
-      AssertionError: The structure, a shape, an output or a sign differs, or an output
-        is not finite.
+      AssertionError: A shape, an output or a sign differs, or is not finite.
       RuntimeError: Under `jax.jit` without `chex.chexify`.
 
     Examples:
@@ -86,11 +84,11 @@ def assert_rescaling_equivalent(
       >>> def fn(params):
       ...     return jax.nn.relu(jnp.arange(3.0) * params["in"]) * params["out"]
       >>> params = {"in": 2.0, "out": -1.0}
-      >>> normax.assert_rescaling_equivalent(params, {"in": 4.0, "out": -0.5}, fn)
+      >>> other = {"in": 4.0, "out": -0.5}
+      >>> normax.testing.assert_rescaling_equivalent(params, other, fn)
 
     References:
-      Neyshabur, Salakhutdinov, Srebro, Path-SGD: Path-Normalized Optimization in
-      Deep Neural Networks, 2015, section 2.
+      Neyshabur, Salakhutdinov, Srebro, Path-SGD, 2015, §2.
     """
     _check_same_structure(params, other, custom_message)
     compiled_fn = compiled(fn)
@@ -115,7 +113,7 @@ def assert_rescaling_equivalent(
 
 
 def _outputs(fn: Callable[[PyTree], PyTree], steps: int) -> Callable[..., PyTree]:
-    """Return the compiled function from a run to `fn` before and after every step."""
+    """Return the compiled function of a run that evaluates `fn` at every step."""
 
     @functools.partial(jax.jit, static_argnums=(0, 1))
     def train(tx, loss_fn, params, batches):
@@ -145,6 +143,7 @@ def _outputs(fn: Callable[[PyTree], PyTree], steps: int) -> Callable[..., PyTree
     return train
 
 
+@full_precision()
 def _check_runs(
     claim, first, second, fn, steps, batches, rtol, atol, custom_message
 ) -> None:
@@ -160,8 +159,8 @@ def _check_runs(
         offset = x[0] - y[0]
         rounding = _ROUNDING * jnp.finfo(y.dtype).eps * largest(y)
         changes.append(change.max() / nonzero(rounding))
-        # Functions that differ a little at the start, as by the epsilon of batch norm,
-        # change a little differently, in proportion.
+        # The epsilon of batch norm makes functions differ a little at the start. Then
+        # their changes differ too, in proportion.
         relative = rtol + 10 * largest(offset) / nonzero(largest(y[0]))
         tolerances = relative * jax.lax.cummax(change) + rounding
         comparisons[0].append(
@@ -196,24 +195,19 @@ def assert_equivalent_trajectories(
 
     $$f(\tilde w_t) = f(w_t), \qquad t = 0, 1, \dots, \text{steps}$$
 
-    The start must be equal to within `rtol` of the largest output. From there on the
-    *changes* are compared, to within `rtol` of the largest change so far and 32 units
-    of precision of the largest output, so that a small learning rate hides no
-    difference. Runs that change it by less than 20 times these prove nothing, and fail.
-    Where the start differs by a share of the outputs, as by the epsilon of batch norm,
-    ten times that share is added to `rtol`.
+    After the start, *changes* of the outputs are compared, so that a small learning
+    rate hides no difference. Runs that change the outputs by little more than rounding
+    prove nothing, and fail. Tolerances: docs/theory/invariance.md.
 
     Args:
-      first: The transformation, the loss and the initial parameters,
-        `(tx, loss_fn, params)`. The loss is called as `loss_fn(params)`, or
-        `loss_fn(params, batch)`. The transformation is given `value`, `grad` and
-        `value_fn`, as `optax.lbfgs` wants them.
+      first: The transformation, the loss and the first parameters, `(tx, loss_fn,
+        params)`. `tx.update` is given `value`, `grad` and `value_fn`, as by
+        `optax.lbfgs`. The loss is `loss_fn(params)`, or `loss_fn(params, batch)`.
       second: The other run; the structure of its parameters may differ.
-      fn: Called as `fn(params)` with the parameters of either run; returns a pytree
-        of arrays, for instance the network's outputs on a batch.
+      fn: The outputs that are compared, a pytree of arrays: `fn(params)`.
       steps: Number of steps.
-      batches: Pytree of arrays with a leading axis of length `steps`, the batch of
-        every step; None for a loss of the parameters alone.
+      batches: Pytree of arrays, with the batches of all steps along their first axis;
+        None for a loss of the parameters alone.
       rtol: Relative tolerance.
       atol: Absolute tolerance.
       custom_message: Added to the message of the error.
@@ -222,8 +216,8 @@ def assert_equivalent_trajectories(
       None.
 
     Raises:
-      AssertionError: The functions part; the message names the first step. Or an
-        output is not finite, or never changes.
+      AssertionError: Outputs part, at a step that the message names. Or an output is
+        not finite, or never changes.
       ValueError: `steps` is not positive.
       RuntimeError: Under `jax.jit` without `chex.chexify`.
 
@@ -237,13 +231,12 @@ def assert_equivalent_trajectories(
       ...     return fn(w)[0]
       >>> w = jnp.array([3.0, 4.0])
       >>> first, second = optax.sgd(0.4), optax.sgd(0.1)
-      >>> normax.assert_equivalent_trajectories(
+      >>> normax.testing.assert_equivalent_trajectories(
       ...     (first, loss_fn, 2 * w), (second, loss_fn, w), fn
       ... )
 
     References:
-      van Laarhoven, L2 Regularization versus Batch and Weight Normalization,
-      2017, section 3.1.
+      van Laarhoven, L2 Regularization versus Batch and Weight Normalization, 2017, §3.
     """
     claim = "assert_equivalent_trajectories: both runs must visit the same functions"
     _check_runs(claim, first, second, fn, steps, batches, rtol, atol, custom_message)
@@ -264,8 +257,7 @@ def assert_rescaling_invariant(
 ) -> None:
     r"""Check that an optimizer does not see how a network is scaled.
 
-    $$\tilde w_0 \sim w_0 \;\Rightarrow\; f(\tilde w_t) = f(w_t), \qquad
-    t = 0, 1, \dots, \text{steps}$$
+    $$\tilde w_0 \sim w_0 \;\Rightarrow\; f(\tilde w_t) = f(w_t), \qquad t \ge 0$$
 
     where $\tilde w \sim w$ are rescaling equivalent. Path-SGD is rescaling invariant;
     gradient descent is not.
@@ -275,11 +267,10 @@ def assert_rescaling_invariant(
       loss_fn: Called as `loss_fn(params)`, or `loss_fn(params, batch)`.
       params: Pytree of arrays $w_0$.
       rescaled: The same network rescaled, $\tilde w_0$.
-      fn: Called as `fn(params)`; returns a pytree of arrays, for instance the
-        network's outputs on a batch.
+      fn: As in `assert_equivalent_trajectories`.
       steps: Number of steps.
       batches: As in `assert_equivalent_trajectories`.
-      rtol: Relative tolerance, as in `assert_equivalent_trajectories`.
+      rtol: As in `assert_equivalent_trajectories`.
       atol: Absolute tolerance.
       custom_message: Added to the message of the error.
 
@@ -287,8 +278,7 @@ def assert_rescaling_invariant(
       None.
 
     Raises:
-      AssertionError: The two are not rescaling equivalent, or their functions part;
-        the message names the first step.
+      AssertionError: The two are not rescaling equivalent, or their outputs part.
       ValueError: `steps` is not positive.
       RuntimeError: Under `jax.jit` without `chex.chexify`.
 
@@ -301,17 +291,15 @@ def assert_rescaling_invariant(
       >>> def loss_fn(params):
       ...     return jnp.sum((fn(params) - 1) ** 2)
       >>> params, rescaled = {"in": 1.0, "out": 0.5}, {"in": 2.0, "out": 0.25}
+      >>> check = normax.testing.assert_rescaling_invariant
       >>> try:
-      ...     normax.assert_rescaling_invariant(
-      ...         optax.sgd(0.1), loss_fn, params, rescaled, fn
-      ...     )
+      ...     check(optax.sgd(0.1), loss_fn, params, rescaled, fn)
       ... except AssertionError as error:
       ...     print(str(error).split("; ")[1][:6])
       step 1
 
     References:
-      Neyshabur, Salakhutdinov, Srebro, Path-SGD: Path-Normalized Optimization in
-      Deep Neural Networks, 2015, section 2 and Theorem 4.1.
+      Neyshabur, Salakhutdinov, Srebro, Path-SGD, 2015, §2 and Theorem 4.1.
     """
     assert_rescaling_equivalent(
         params, rescaled, fn, rtol=rtol, atol=atol, custom_message=custom_message

@@ -1,1 +1,21 @@
-"""Update rules with their theory: effective rates, equilibria, schedules."""
+"""Update rules with their theory: effective learning rates, equilibria, schedules.
+
+Behind normalization layers, gradient noise lengthens a weight vector and weight decay
+shortens it, until both balance. The rules in `UPDATE_RULES` know where, and when.
+"""
+
+from normax.theory.rules import UPDATE_RULES
+from normax.theory.schedules import (
+    exponential_equivalent_schedule,
+    harmonic_schedule,
+    optimal_momentum,
+)
+from normax.theory.update_rule import UpdateRule
+
+__all__ = [
+    "UPDATE_RULES",
+    "UpdateRule",
+    "exponential_equivalent_schedule",
+    "harmonic_schedule",
+    "optimal_momentum",
+]

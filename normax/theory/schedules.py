@@ -18,51 +18,32 @@ def exponential_equivalent_schedule(
 ) -> optax.Schedule:
     r"""Growing learning rate that does without weight decay what decay does.
 
-    Decay alone would multiply the weights by $a_t$ in $t$ steps,
+    $$\eta_t = \frac{\eta}{a_t\, a_{t+1}}, \qquad a_0 = 1, \quad a_1 = 1 - \eta\lambda,
+    \quad a_{t+1} = (1 + \rho - \eta\lambda)\,a_t - \rho\,a_{t-1}$$
 
-    $$a_{t+1} = (1 + \rho - \eta\lambda)\,a_t - \rho\,a_{t-1}, \qquad
-    a_0 = 1, \quad a_1 = 1 - \eta\lambda.$$
-
-    For a scale-invariant loss, $\nabla L(a x) = \nabla L(x) / a$. So $w_t = a_t x_t$,
-    where $x$ starts at $w_0$ and is trained with the same momentum $\rho$, in optax's
-    convention, no decay, and the learning rate
-
-    $$\eta_t = \frac{\eta}{a_t\, a_{t+1}}.$$
-
-    Both visit the same functions at every step, exactly. Without momentum $a_t =
-    (1-\eta\lambda)^t$ and $\eta_t = \eta\,(1-\eta\lambda)^{-(2t+1)}$. With it the rate
-    soon grows by $r_+^{-2} \approx 1 + 2\eta\lambda/(1-\rho)$ per step, where $r_\pm$
-    are the roots of $r^2 - (1 + \rho - \eta\lambda)\,r + \rho$. Nesterov momentum has
-    no such schedule: its step mixes two gradients, taken at different scales.
-
-    The relative error of the rate is a few times that of its type times the exponent
-    $\log(\eta_t / \eta) \approx 2t\,\eta\lambda / (1-\rho)$. Close to the limit, $\eta
-    \lambda = (1-\sqrt\rho)^2$, it is the square of the exponent that counts, in float64
-    or where an argument is traced. Where the exponent exceeds about 88 (float64: 709)
-    the rate leaves the range of the type and is infinite: such a run needs float64, or
-    to be continued from rescaled weights. The weights grow by half the exponent.
+    On a scale-invariant loss, the run without decay visits the same functions at every
+    step. For $\rho = 0$, $\eta_t = \eta\,(1-\eta\lambda)^{-(2t+1)}$. In float32 it is
+    infinite beyond $e^{88}\eta$. Derivation and rounding: docs/theory/theory.md.
 
     Args:
       learning_rate: Constant learning rate $\eta$ of the run with decay, positive.
       weight_decay: Its weight decay $\lambda$, coupled.
-      momentum: Its momentum $\rho$, that of `optax.sgd(η, momentum=ρ)`.
+      momentum: Its momentum $\rho$, as in `optax.sgd`; it may not be Nesterov's.
 
     Returns:
       A schedule: step count to learning rate, in float32 or better.
 
     Raises:
-      ValueError: An argument is out of range, or $\eta\lambda \ge (1-\sqrt\rho)^2$,
-        where decay alone would make the weights change sign.
+      ValueError: An argument is out of range, or $\eta\lambda \ge (1-\sqrt\rho)^2$.
 
     Examples:
       >>> import normax
-      >>> schedule = normax.exponential_equivalent_schedule(0.5, 0.2)
+      >>> schedule = normax.theory.exponential_equivalent_schedule(0.5, 0.2)
       >>> [round(float(schedule(t)), 4) for t in range(3)]
       [0.5556, 0.6859, 0.8468]
 
     References:
-      van Laarhoven, L2 Regularization versus Batch and Weight Normalization,
-      2017, section 3.1, for the scaling law.
+      van Laarhoven, 2017, arXiv:1706.05350, section 3.1, for the scaling law.
     """
     check_positive("learning_rate", learning_rate)
     check_range("weight_decay", weight_decay, low=0)
@@ -70,8 +51,8 @@ def exponential_equivalent_schedule(
     given = learning_rate, weight_decay, momentum
     dtype = at_least_float32(*given)[0].dtype
     known = not any(isinstance(value, jax.core.Tracer) for value in given)
-    # Known numbers are not rounded to float32 first: near the limit of the decay what
-    # remains of the difference of the roots would be rounding.
+    # Near the limit of the decay, rounding to float32 would leave nothing of the
+    # difference of the roots. Known numbers are therefore computed in float64.
     xp: Any = np if known else jnp
     eta, lam, rho = xp.broadcast_arrays(
         *(xp.asarray(value, np.float64 if known else dtype) for value in given)
@@ -83,10 +64,10 @@ def exponential_equivalent_schedule(
         low=0,
         below=1,
     )
-    # (r_+ - r_-)^2, without the root of rho, which has no derivative at 0.
+    # This is (r_+ - r_-)^2. The root of rho would have no derivative at 0.
     discriminant = (1 - rho - decay) ** 2 - 4 * rho * decay
     if known:
-        # Below the limit it is positive, but for rounding.
+        # Below the limit only rounding makes it negative.
         discriminant = np.maximum(discriminant, 0)
     width = xp.sqrt(discriminant)
     root = (1 - decay + rho + width) / 2
@@ -94,7 +75,7 @@ def exponential_equivalent_schedule(
     small = xp.minimum(slow, 0.5)
     log_root = xp.where(slow < 0.5, xp.log1p(-small), xp.log(root))
     ratio = rho / root**2
-    # 1 - ratio; smaller than 1, so that the power 0 of the ratio 0 is 1.
+    # This is 1 - ratio. It stays below 1, so that the power 0 of the ratio 0 is 1.
     gap = xp.minimum(width / root, 1 - jnp.finfo(dtype).eps)
     eta, log_root, share, gap, log_ratio = (
         jnp.asarray(constant, dtype)
@@ -105,7 +86,7 @@ def exponential_equivalent_schedule(
         t = jnp.asarray(count, dtype)
 
         def transient(t):
-            # a_t / r_+^t = 1 + (1 - r_+) (ratio + ... + ratio^t)
+            # This is a_t / r_+^t = 1 + (1 - r_+) (ratio + ... + ratio^t).
             terms = -jnp.expm1(t * log_ratio) / nonzero(gap)
             return 1 + share * jnp.where(gap == 0, t, terms)
 
@@ -124,12 +105,10 @@ def harmonic_schedule(
 
     $$\eta_t = \frac{\eta}{t / N + c}$$
 
-    It starts at $\eta / c$ and has halved after $cN$ steps.
-
     Args:
       init_value: Numerator $\eta$, positive: the rate where $t / N + c = 1$.
       transition_steps: Steps $N$ in which the denominator grows by one, positive.
-      offset: Denominator $c$ at the start, positive.
+      offset: Denominator $c$ at the start, positive. The rate halves in $cN$ steps.
 
     Returns:
       A schedule: step count to learning rate, in float32 or better.
@@ -139,13 +118,12 @@ def harmonic_schedule(
 
     Examples:
       >>> import normax
-      >>> schedule = normax.harmonic_schedule(1.0, transition_steps=100, offset=10)
+      >>> schedule = normax.theory.harmonic_schedule(1.0, 100, offset=10)
       >>> [round(float(schedule(t)), 4) for t in (0, 100, 1000)]
       [0.1, 0.0909, 0.05]
 
     References:
-      Zaytsev, Burnaev, Deep learning models and how to train them (lecture), where
-      0.001 / (t / N + 10) is among the popular choices.
+      Zaytsev, Burnaev, Deep learning models and how to train them (lecture).
     """
     check_positive("init_value", init_value)
     check_positive("transition_steps", transition_steps)
@@ -164,38 +142,30 @@ def optimal_momentum(
 ) -> tuple[jax.Array, jax.Array]:
     r"""Learning rate and momentum with which heavy ball solves quadratics fastest.
 
-    For a quadratic whose Hessian has its eigenvalues in $[\mu, L]$,
-
     $$\eta = \Big(\frac{2}{\sqrt\mu + \sqrt L}\Big)^2, \qquad
-    \rho = \Big(\frac{\sqrt L - \sqrt\mu}{\sqrt L + \sqrt\mu}\Big)^2,$$
+    \rho = \Big(\frac{\sqrt L - \sqrt\mu}{\sqrt L + \sqrt\mu}\Big)^2$$
 
-    used as `optax.sgd(η, momentum=ρ)`, shrink the error per step by
-
-    $$\sqrt\rho = \frac{\sqrt\kappa - 1}{\sqrt\kappa + 1}, \qquad \kappa = L / \mu,$$
-
-    in the limit of many steps, the smallest factor that heavy ball can have on all
-    of $[\mu, L]$; that of gradient descent is $(\kappa - 1)/(\kappa + 1)$.
+    for a Hessian with eigenvalues in $[\mu, L]$. After many steps, each step of
+    `optax.sgd(η, momentum=ρ)` shrinks the error by $\sqrt\rho$.
 
     Args:
       smallest_curvature: Smallest eigenvalue $\mu$ of the Hessian, positive.
       largest_curvature: Largest eigenvalue $L$, at least $\mu$.
 
     Returns:
-      Learning rate and momentum, in the common shape of the arguments, in float32
-      or better.
+      Learning rate and momentum, in the arguments' common shape, float32 or better.
 
     Raises:
       ValueError: The curvatures are not positive, or in the wrong order.
 
     Examples:
       >>> import normax
-      >>> learning_rate, momentum = normax.optimal_momentum(1.0, 9.0)
+      >>> learning_rate, momentum = normax.theory.optimal_momentum(1.0, 9.0)
       >>> float(learning_rate), float(momentum)
       (0.25, 0.25)
 
     References:
-      Zaytsev, Burnaev, Deep learning models and how to train them (lecture),
-      "Momentum: multiple eigenvalues".
+      Zaytsev, Burnaev, Deep learning models and how to train them (lecture).
     """
     check_positive("smallest_curvature", smallest_curvature)
     check_positive("largest_curvature", largest_curvature)

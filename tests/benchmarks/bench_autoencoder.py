@@ -76,7 +76,7 @@ def main():
     def loss(params):
         return loss_of_outputs(outputs_fn(params))
 
-    tx = normax.hessian_free(
+    tx = normax.second_order.hessian_free(
         damping=options.damping,
         outputs_fn=outputs_fn,
         loss_of_outputs=loss_of_outputs,

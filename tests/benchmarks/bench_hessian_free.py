@@ -67,7 +67,9 @@ def test_step(curvature, iterations):
     params, batch = draw()
     # Little damping, or few iterations are enough; the Hessian has negative curvature.
     damping = {"Gauss-Newton": 1e-4, "Hessian": 0.3}[curvature]
-    tx = normax.hessian_free(1.0, damping, cg_iterations=iterations, cg_tolerance=0.0)
+    tx = normax.second_order.hessian_free(
+        1.0, damping, cg_iterations=iterations, cg_tolerance=0.0
+    )
 
     @jax.jit
     def gradient(params, batch):

@@ -45,7 +45,7 @@ def test_sweep_beside_a_loop(progress):
                 jax.block_until_ready(single(eta=eta, lam=lam))
 
     def sweep():
-        jax.block_until_ready(normax.grid_sweep(train, GRID, progress=progress))
+        jax.block_until_ready(normax.sweeps.grid_sweep(train, GRID, progress=progress))
 
     loop(), sweep()
     pairs = [(seconds(loop), seconds(sweep)) for _ in range(ROUNDS)]

@@ -144,7 +144,7 @@ def test_best_learning_rates_give_the_slope(rule: str, power: int) -> None:
 def test_scaled_kernels_with_a_scaled_rate_learn_the_same(
     rule: str, power: int, eta: float, lam: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Runs of one effective rate are one run, if the head's rate is not scaled too."""
+    """Equal effective rates train alike, unless the head's rate is scaled too."""
     course = convnet.make_course
     scale = 4.0
 
@@ -386,7 +386,7 @@ def test_table_1_names_its_misprints() -> None:
     for rule, (norm, rate) in table_1.PRINTED.items():
         derived_norm, derived_rate = table_1.derived(rule)
         np.testing.assert_allclose(norm, derived_norm, atol=1e-4)
-        # Right for normalized SGD alone.
+        # The printed rate is right for normalized SGD alone.
         right = np.allclose(rate, derived_rate, atol=1e-4)
         assert right == (rule == "normalized_sgd")
 
@@ -455,7 +455,7 @@ def test_finished_runs_of_path_sgd_are_not_repeated(
 ) -> None:
     results, out = path_sgd_run
     runs = {path: path.stat().st_mtime_ns for path in (out / "runs").iterdir()}
-    # Two step sizes for each of five choices, and six experiments.
+    # There are two step sizes for each of five choices, and six experiments.
     assert len(runs) == 2 * 5 + 6
     again = small_path_sgd(out)
     assert runs == {path: path.stat().st_mtime_ns for path in (out / "runs").iterdir()}
@@ -663,7 +663,7 @@ def test_second_order_methods_need_few_steps(trajectories: tuple[Any, Path]) -> 
     runs = trajectories[0]["runs"]
     steps = {name: {r: run["steps"] for r, run in runs[name].items()} for name in runs}
     assert steps["ravine"]["Newton"] == 1
-    assert steps["saddle"]["Newton"] == 41  # never: it goes to the saddle
+    assert steps["saddle"]["Newton"] == 41  # It goes to the saddle and never succeeds.
     np.testing.assert_allclose(runs["saddle"]["Newton"]["path"][-1], 0, atol=1e-5)
     for name in runs:
         assert steps[name]["Hessian-free"] <= 15

@@ -21,13 +21,13 @@ studies: Any = importlib.import_module("studies")
 
 SMALL = ["--epochs", "2", "--images", "40", "--channels", "2", "2", "2", "2"]
 SPACE = {"eta": (1e-3, 1e1), "lambda": (1e-2, 1e1)}
-# Waits in its first sweep until the other process, too, has asked for trials.
+# The process waits in its first sweep until the other one has asked for trials too.
 PROCESS = """
 import os, pathlib, sys, time
 examples, folder, *arguments = sys.argv[1:]
 sys.path.insert(0, examples)
 import hyperparameter_search, normax
-sweep = normax.sweep
+sweep = normax.sweeps.sweep
 
 def patient(*args):
     pathlib.Path(folder, f"{os.getpid()}.ready").touch()
@@ -37,7 +37,7 @@ def patient(*args):
         time.sleep(0.1)
     sys.exit("the other process never asked")
 
-normax.sweep = patient
+normax.sweeps.sweep = patient
 hyperparameter_search.main([*arguments, "--out", folder])
 """
 
@@ -52,7 +52,7 @@ def small_run(
 
 
 def oracle(theta: Any, momentum: float) -> Any:
-    """Product of rate and decay for which SGD with momentum turns by an angle."""
+    """Return the product of rate and decay for which momentum turns by an angle."""
     return (1 + momentum) * (1 - np.cos(theta))
 
 
@@ -136,7 +136,7 @@ def test_divergence_counts_as_the_largest_error(
         errors = points["lam"] + points["seed"] / 100
         return {"diverged": points["eta"] > 1, "test_error": errors}
 
-    monkeypatch.setattr(normax, "sweep", sweep)
+    monkeypatch.setattr(normax.sweeps, "sweep", sweep)
     points = {"eta": np.r_[0.5, 2], "lambda": np.r_[0.3, 0.4], "seed": np.r_[5, 6]}
     errors = search.train_at("sgd", None, None)(points)
     np.testing.assert_allclose(errors, [0.35, 1])

@@ -56,7 +56,7 @@ def test_equal_runs_part_by_rounding_alone(
     np.testing.assert_array_equal(double["test_error"], decay["test_error"])
     np.testing.assert_allclose(double["training_loss"], decay["training_loss"], 1e-6)
     single = select(small_run, rule, name, "float32")
-    # Not zero: the runs do not share their arithmetic.
+    # The runs differ by rounding, because they do not share their arithmetic.
     assert 0 < single["difference"][0] < 1e-5
     assert 0 < single["logits"][0] < 1e-5
 
@@ -111,7 +111,7 @@ def test_picture_csv_and_table_are_written(small_run: tuple[Any, Path]) -> None:
 
 def test_largest_decay_is_what_the_schedule_admits() -> None:
     largest = example.LARGEST_DECAY * (1 - example.MOMENTUM)
-    make = normax.exponential_equivalent_schedule
+    make = normax.theory.exponential_equivalent_schedule
     make(1.0, largest * (1 - 1e-6), example.MOMENTUM)
     with pytest.raises(ValueError, match="below 1"):
         make(1.0, largest * (1 + 1e-6), example.MOMENTUM)

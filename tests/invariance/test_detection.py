@@ -13,6 +13,7 @@ from flax import nnx
 
 import normax
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 KEY = jax.random.key(3)
 RNG = np.random.default_rng(0)
 X = RNG.normal(size=(32, 6)).astype(np.float32)
@@ -205,13 +206,6 @@ def words(axes):
     return {jax.tree_util.keystr(p): word for p, word in found if word != "none"}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def precision(quick_compilation):
-    # That of the detection, so that what it compiled serves the tests.
-    with jax.default_matmul_precision("highest"):
-        yield
-
-
 @pytest.fixture(scope="module")
 def found():
     # One loss, so that all are compiled at once.
@@ -241,11 +235,11 @@ def test_other_keys_find_the_same(found):
 def test_what_is_found_is_scale_invariant(found):
     total, params, report = found
     axes = report.axes | {"embedding": "none"}
-    normax.assert_scale_invariant(total, params, axes)
-    normax.assert_orthogonal_gradient(total, params, axes, rtol=3e-3)
+    normax.testing.assert_scale_invariant(total, params, axes)
+    normax.testing.assert_orthogonal_gradient(total, params, axes, rtol=3e-3)
     # The epsilon of the embedding's norm shows at the weights as they are.
     with pytest.raises(AssertionError, match="embedding"):
-        normax.assert_orthogonal_gradient(total, params, report.axes, rtol=3e-4)
+        normax.testing.assert_orthogonal_gradient(total, params, report.axes, rtol=3e-4)
 
 
 def test_axes_fit_everything_that_takes_axes(found):
@@ -273,7 +267,7 @@ def test_axes_fit_everything_that_takes_axes(found):
         return decayed, optax.apply_updates(params, updates)
 
     decayed, updated = update(params)
-    normax.assert_unit_norm(updated, axes)
+    normax.testing.assert_unit_norm(updated, axes)
     found = jax.tree.map(lambda u: "decayed" if np.any(u) else "none", decayed)
     assert set(words(found)) == set(words(axes))
 
@@ -373,10 +367,13 @@ def test_what_the_loss_closes_over_may_change():
 
     w = arrays()["head"]
     assert normax.scale_invariant_axes(loss, w, key=KEY) == "layer"
-    normax.assert_scale_invariant(loss, w, "layer")
+    normax.testing.assert_scale_invariant(loss, w, "layer")
     scale = 1.0
     assert normax.scale_invariant_axes(loss, w, key=KEY) == "none"
-    for check in (normax.assert_scale_invariant, normax.assert_orthogonal_gradient):
+    for check in (
+        normax.testing.assert_scale_invariant,
+        normax.testing.assert_orthogonal_gradient,
+    ):
         with pytest.raises(AssertionError):
             check(loss, w, "layer")
 
@@ -471,7 +468,7 @@ def test_nnx():
         "['layers'][0]['kernel']": "unit",
         "['layers'][3]['kernel']": (0, 2),
     }
-    normax.assert_scale_invariant(loss, params, axes)
+    normax.testing.assert_scale_invariant(loss, params, axes)
     mask = functools.partial(normax.weight_decay_mask, axes)
     tx = optax.chain(optax.adamw(0.1, mask=mask), normax.project_unit_norm(axes))
     optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
@@ -481,7 +478,7 @@ def test_nnx():
         optimizer.update(model, nnx.grad(lambda model: squares(model(X)))(model))
 
     step(model, optimizer)
-    normax.assert_unit_norm(nnx.state(model, nnx.Param), axes)
+    normax.testing.assert_unit_norm(nnx.state(model, nnx.Param), axes)
 
 
 @pytest.mark.parametrize(

@@ -90,9 +90,9 @@ def radial_parts(kernel, slope):
     return parts
 
 
-@pytest.mark.parametrize("name", normax.nn.INVARIANCES)
+@pytest.mark.parametrize("name", normax.invariance.INVARIANCES)
 def test_every_cell(name):
-    call, row = LAYERS[name], normax.nn.INVARIANCES[name]
+    call, row = LAYERS[name], normax.invariance.INVARIANCES[name]
     kernel, x = draw(SHAPE, 1), draw((6, 6, 6, 3), 2)
     factors = jnp.exp(draw((1, 1, 1, 8), 8))
     changed = {
@@ -141,8 +141,8 @@ def test_batch_renorm_is_invariant_once_its_statistics_have_followed():
 
 
 def test_rows_are_classes_of_the_package():
-    assert LAYERS.keys() == normax.nn.INVARIANCES.keys()
-    for name in normax.nn.INVARIANCES:
+    assert LAYERS.keys() == normax.invariance.INVARIANCES.keys()
+    for name in normax.invariance.INVARIANCES:
         assert inspect.isclass(getattr(normax.nn, name.split(",")[0]))
 
 
@@ -152,8 +152,10 @@ def test_layers_of_flax_are_its_own():
 
 
 def test_table_shows_every_row():
-    lines = normax.nn.invariance_table().splitlines()[2:]
-    for line, (name, row) in zip(lines, normax.nn.INVARIANCES.items(), strict=True):
+    lines = normax.invariance.invariance_table().splitlines()[2:]
+    for line, (name, row) in zip(
+        lines, normax.invariance.INVARIANCES.items(), strict=True
+    ):
         assert line.startswith(name)
         cells = line[len(name) :].split()
         assert cells[:-1] == ["yes" if cell else "-" for cell in row[:-1]]

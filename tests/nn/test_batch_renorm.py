@@ -264,7 +264,8 @@ def errors_on_digits(norm, batch_size, seeds):
         model.eval()
         return jnp.mean(jnp.argmax(model(x_test), -1) != y_test)
 
-    # Drawn one by one: XLA takes long to compile random numbers into the program.
+    # XLA takes long to compile random numbers into a larger program. So the models are
+    # drawn one by one.
     models = [make(key) for key in jax.random.split(jax.random.key(0), seeds)]
     states = []
     for model in models:

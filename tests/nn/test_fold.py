@@ -72,7 +72,7 @@ LAYERS = {
 
 
 def normalization(features, kind=BatchNorm, seed=3, **options):
-    """Return one that is settled, with scales of both signs."""
+    """Return a normalization with nonzero statistics and scales of both signs."""
     norm = kind(features, rngs=RNGS, **options)
     norm.mean[...] = draw((features,), seed)
     norm.var[...] = jnp.abs(draw((features,), seed + 1)) + 0.1
@@ -96,7 +96,7 @@ def test_pair_of_layers(name, use_bias):
     norm, x = normalization(6), draw(shape, 9)
     before = values(layer), values(norm)
     folded = fold_batch_norm(layer, norm)
-    # In float64, from the layer's own output.
+    # The reference is computed in float64 from the layer's own output.
     mean, var, gamma, beta = (
         np.asarray(v[...], np.float64)
         for v in (norm.mean, norm.var, norm.scale, norm.bias)

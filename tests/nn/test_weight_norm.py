@@ -21,7 +21,7 @@ def draw(shape, seed=0, scale=1.0, dtype=jnp.float32):
     return jax.device_put(values.astype(dtype))
 
 
-# Drawn without JAX, which would compile an initializer for every shape.
+# NumPy draws these values, because JAX would compile an initializer for every shape.
 INIT = {
     "kernel_init": lambda key, shape, dtype: draw(shape, sum(shape), 0.5, dtype),
     "bias_init": lambda key, shape, dtype: draw(shape, 1, 1.0, dtype),
@@ -42,7 +42,8 @@ def block(rngs, **init):
 
 
 LAYERS = {
-    # layer, shape of its inputs, and the axes of the weight vectors of its kernels
+    # Each entry has a layer, the shape of its inputs, and the axes of its kernels'
+    # weight vectors.
     "linear": (functools.partial(nnx.Linear, 3, 5), (7, 3), {"kernel": (0,)}),
     "conv": (
         functools.partial(nnx.Conv, 4, 6, (3, 3), strides=2, feature_group_count=2),

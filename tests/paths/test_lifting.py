@@ -545,10 +545,10 @@ def test_numbers_beside_dead_ones_keep_their_size(name, size):
 def test_the_larger_of_path_and_bias_counts(size, expected):
     params = {"deep": [jnp.full((1, 1), size)] * 12, "b": jnp.full((1,), 2.0)}
     forward = lambda p, x: deep(p["deep"], x) + p["b"][None]  # noqa: E731
-    norm = normax.log_path_norm(forward, params, shape(1, 1))
+    norm = normax.path_norm(forward, params, shape(1, 1), log=True)
     np.testing.assert_allclose(norm, np.log(expected), rtol=1e-6)
     without = params | {"b": jnp.zeros((1,))}
-    norm = normax.log_path_norm(forward, without, shape(1, 1))
+    norm = normax.path_norm(forward, without, shape(1, 1), log=True)
     np.testing.assert_allclose(norm, 12 * np.log(size), rtol=1e-6)
 
 
@@ -558,8 +558,8 @@ def test_what_is_below_the_range_of_its_layer_counts_as_zero():
 
     params = {"deep": [jnp.full((1, 1), 1e10)] * 12, "last": jnp.array([[0.0], [1.0]])}
     assert normax.path_norm(forward, params, shape(1, 1)) == 0
-    norm = normax.log_path_norm(
-        forward, params | {"last": jnp.ones((2, 1))}, shape(1, 1)
+    norm = normax.path_norm(
+        forward, params | {"last": jnp.ones((2, 1))}, shape(1, 1), log=True
     )
     np.testing.assert_allclose(norm, 12 * np.log(1e10), rtol=1e-6)
 
@@ -573,6 +573,48 @@ def test_concatenated_weights_are_edges_of_their_own():
         return x @ jnp.concatenate([v["w"], v["w"]], axis=1) @ v["v"]
 
     check(forward, {"w": draw(2, 3), "v": draw(6, 1)}, shape(1, 2), 1.5, twin)
+
+
+PADDINGS = {
+    "all sides": lambda w, s: jnp.pad(w, ((1, 0), (2, 1)), constant_values=s),
+    "one axis": lambda w, s: jnp.pad(w, ((0, 0), (0, 3)), constant_values=s),
+    "inside": lambda w, s: jax.lax.pad(w, s, ((1, 0, 1), (0, 0, 2))),
+    "cut": lambda w, s: jax.lax.pad(w, s, ((-1, 2, 0), (1, 0, 0))),
+    "part of the array": lambda w, s: jnp.pad(w, 1, constant_values=w[0, 1]),
+    "twice": lambda w, s: jnp.pad(
+        jnp.pad(w, ((0, 1), (0, 0)), constant_values=s), 1, constant_values=2 * s
+    ),
+}
+
+
+@pytest.mark.parametrize("p", [1.0, 2.0])
+@pytest.mark.parametrize("name", PADDINGS)
+def test_learned_padding_of_weights(name, p):
+    pad = PADDINGS[name]
+    params = {"w": draw(2, 2), "s": draw(1)[0]}
+    rows, columns = jax.eval_shape(pad, params["w"], params["s"]).shape
+    params |= {"a": draw(1, rows), "v": draw(columns, 1)}
+
+    def forward(params, x):
+        return relu(x @ params["a"]) @ pad(params["w"], params["s"]) @ params["v"]
+
+    # Every entry of the padded array is an edge, and F is linear in it.
+    w, s, a, v = (np.asarray(params[k], np.float64) for k in "wsav")
+    edges = np.outer(np.abs(a.ravel()) ** p, np.abs(v.ravel()) ** p)
+    numbers = [*w.ravel(), float(s)]
+    total, derivatives = 0.0, np.zeros(5)
+    for k in range(5):
+        # Which entries hold this number, and how often: padding with nothing but it.
+        one = [float(k == j) for j in range(5)]
+        held = pad(jnp.array(one[:4]).reshape(2, 2), jnp.float32(one[4]))
+        held = np.abs(np.asarray(held, np.float64)) ** p
+        derivatives[k] = np.sum(held * edges)
+        total += derivatives[k] * abs(numbers[k]) ** p
+    norm = normax.path_norm(forward, params, shape(1, 1), p)
+    np.testing.assert_allclose(norm, total ** (1 / p), rtol=3e-6)
+    scales = normax.path_scales(forward, params, shape(1, 1), p)
+    got = [*scales["w"].ravel(), scales["s"]]
+    np.testing.assert_allclose(got, derivatives ** (2 / p), rtol=3e-6)
 
 
 def test_parts_of_a_parameter_are_combined():
@@ -746,7 +788,7 @@ def test_resnet_18():
     forward, params, twin, folded_params, _, x = resnet((2, 3, 4, 5), 8)
     with jax.enable_x64(True):
         total = jax.jit(twin)(powers(folded_params, 2), np.ones(x.shape))
-    log_norm = normax.log_path_norm(forward, params, x)
+    log_norm = normax.path_norm(forward, params, x, log=True)
     np.testing.assert_allclose(
         log_norm, np.log(np.sum(np.asarray(total))) / 2, rtol=2e-6
     )
@@ -772,7 +814,7 @@ def test_vgg_11():
     twin = VGG(lambda x, *args: 4 * nn.avg_pool(x, *args))
     with jax.enable_x64(True):
         total = jax.jit(twin.apply)({"params": powers(params, 2)}, np.ones(x.shape))
-    log_norm = normax.log_path_norm(forward, params, x)
+    log_norm = normax.path_norm(forward, params, x, log=True)
     np.testing.assert_allclose(
         log_norm, np.log(np.sum(np.asarray(total))) / 2, rtol=2e-6
     )
@@ -1049,6 +1091,7 @@ def test_examples_in_a_batch_are_told_from_steps_and_rows():
     )
 
 
+@pytest.mark.devices(4)
 def test_inputs_of_an_explicit_mesh():
     mesh = jax.make_mesh((4,), ("x",), axis_types=(AxisType.Explicit,))
     w = draw(4, 4)

@@ -1,5 +1,6 @@
 """What has no paths raises, and the message leads to the line that is to blame."""
 
+import functools
 import inspect
 import math
 
@@ -22,7 +23,7 @@ def message_of(activation, params=PARAMS, x=X):
         return activation(params, x @ params["w"]) @ params["v"]
 
     with pytest.raises(ValueError) as error:
-        normax.log_path_norm(forward, params, x)
+        normax.path_norm(forward, params, x, log=True)
     return str(error.value)
 
 
@@ -189,9 +190,9 @@ def test_what_no_output_uses_may_be_anything():
         (h, _), _ = jax.lax.scan(body, (h, 0.0), jnp.ones(2))
         return h @ params["v"]
 
-    expected = normax.log_path_norm(plain, PARAMS, X)
+    expected = normax.path_norm(plain, PARAMS, X, log=True)
     np.testing.assert_allclose(
-        normax.log_path_norm(monitored, PARAMS, X), expected, rtol=1e-6
+        normax.path_norm(monitored, PARAMS, X, log=True), expected, rtol=1e-6
     )
 
 
@@ -269,6 +270,13 @@ def stacked(x, kernels, *more):
             "add",
         ),
         (lambda params, x: halves(x, params["w"][:, TWICE], 1), "w", "add"),
+        (
+            lambda params, x: halves(
+                x, jnp.pad(X.T, ((0, 0), (0, 7)), constant_values=params["w"][0, 0]), 1
+            ),
+            "w",
+            "add",
+        ),
         (lambda params, x: scanned_halves(x, params["w"]), "w", "add"),
         (lambda params, x: carried(x, params["w"]), "w", "add"),
         (lambda params, x: stacked(x, (params["w"][None],) * 2), "w", "mul"),
@@ -282,7 +290,7 @@ def stacked(x, kernels, *more):
 def test_path_scales_need_edge_weights(forward, blamed, primitive):
     params = {"v": jnp.array([[3.0], [4.0], [0.0], [0.0]]), "g": jnp.full((1, 1), 2.0)}
     params["w"] = jnp.eye(4)
-    assert np.isfinite(normax.log_path_norm(forward, params, X))
+    assert np.isfinite(normax.path_norm(forward, params, X, log=True))
     with pytest.raises(ValueError) as error:
         normax.path_scales(forward, params, X)
     message = str(error.value)
@@ -298,7 +306,12 @@ def test_weight_norm_has_the_path_norm_of_its_effective_weights():
 
 @pytest.mark.parametrize("p", [0.99, 0.0, -1.0, float("nan"), float("inf")])
 @pytest.mark.parametrize(
-    "function", [normax.path_norm, normax.log_path_norm, normax.path_scales]
+    "function",
+    [
+        normax.path_norm,
+        functools.partial(normax.path_norm, log=True),
+        normax.path_scales,
+    ],
 )
 def test_p_is_at_least_one(function, p):
     with pytest.raises(ValueError, match="p must be"):

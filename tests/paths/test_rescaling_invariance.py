@@ -74,7 +74,7 @@ def test_theorem_4_1(optimizer):
 
     keys = jax.random.split(jax.random.key(0), 6)
     params = jax.vmap(draw)(keys)
-    rescaled = jax.vmap(lambda key, w: normax.random_rescaling(key, w, 1.0))(
+    rescaled = jax.vmap(lambda key, w: normax.rescaling.random_rescaling(key, w, 1.0))(
         keys, params
     )
     after, after_rescaled = run(params), run(rescaled)
@@ -91,10 +91,10 @@ def test_theorem_4_1(optimizer):
 
 def test_which_optimizers_are_rescaling_invariant():
     params = draw(jax.random.key(3))
-    rescaled = normax.random_rescaling(jax.random.key(4), params, 1.0)
+    rescaled = normax.rescaling.random_rescaling(jax.random.key(4), params, 1.0)
     fn = functools.partial(network, x=X)
     check = functools.partial(
-        normax.assert_rescaling_invariant, steps=5, loss_fn=loss, params=params,
+        normax.testing.assert_rescaling_invariant, steps=5, loss_fn=loss, params=params,
         rescaled=rescaled, fn=fn,
     )  # fmt: skip
     check(normax.path_sgd(0.05, momentum=0.9, nesterov=True, update_every=2))
@@ -128,7 +128,7 @@ def chain(*weights):
 def test_figure_1b_weights_explode():
     x = jnp.ones((1, 1))
     balanced, unbalanced = chain(1.0, 1.0, 1.0), chain(100.0, 1e-4, 100.0)
-    same = normax.rescale_units(balanced, [100.0, 0.01])
+    same = normax.rescaling.rescale_units(balanced, [100.0, 0.01])
     np.testing.assert_allclose(np.stack(same), np.stack(unbalanced), 1e-6)
     exploded = np.stack(step(optax.sgd(1.0), unbalanced, x)).ravel()
     np.testing.assert_allclose(exploded, [100.0, 1e4, 100.0], 1e-3)
@@ -144,7 +144,7 @@ def test_figure_1c_poor_updates():
         jnp.array([[6.0, 1.0], [1.0, 2.0]]),
         jnp.array([[1.0, 1.0], [4.0, 1.0]]),
     ]
-    unbalanced = normax.rescale_units(balanced, [10.0])
+    unbalanced = normax.rescaling.rescale_units(balanced, [10.0])
     expected = np.array([[[60, 10], [10, 20]], [[0.1, 0.1], [0.4, 0.1]]])
     np.testing.assert_allclose(np.stack(unbalanced), expected, 1e-6)
     sgd = np.stack(step(optax.sgd(1.0), balanced, x))
@@ -153,7 +153,7 @@ def test_figure_1c_poor_updates():
     expected = [[[60.2, 10.5], [10.2, 20.5]], [[70.1, 70.1], [30.4, 30.1]]]
     np.testing.assert_allclose(sgd, expected, 1e-6)
     tx = normax.path_sgd(1.0)
-    after = normax.rescale_units(step(tx, balanced, x), [10.0])
+    after = normax.rescaling.rescale_units(step(tx, balanced, x), [10.0])
     np.testing.assert_allclose(np.stack(step(tx, unbalanced, x)), np.stack(after), 1e-5)
     # By hand: gamma of the first weight is 1 + 1, its gradient -2.
     np.testing.assert_allclose(step(tx, balanced, x)[0][0, 0], 7.0)
@@ -163,9 +163,9 @@ def test_gauge_freedom():
     # The lecture's z = w4 w3 w2 w1 x with two sets of weights for one function.
     x = jnp.ones((1, 1))
     ones, w = chain(1.0, 1.0, 1.0, 1.0), chain(1.0, 0.01, 100.0, 1.0)
-    rescaled = normax.rescale_units(ones, [1.0, 0.01, 1.0])
+    rescaled = normax.rescaling.rescale_units(ones, [1.0, 0.01, 1.0])
     np.testing.assert_allclose(np.stack(rescaled), np.stack(w), 1e-6)
-    np.testing.assert_allclose(np.stack(normax.balance(w)), 1.0, 1e-6)
+    np.testing.assert_allclose(np.stack(normax.rescaling.balance(w)), 1.0, 1e-6)
     outputs = [
         [float(plain_stack(step(tx, start, x), x)[0, 0]) for start in (ones, w)]
         for tx in (optax.sgd(0.1), normax.path_sgd(0.1))
@@ -181,7 +181,9 @@ def test_the_unbalanced_start_of_the_paper_trains_as_the_balanced_one():
     labels = np.argmax(x @ rng.normal(size=(20, 10)), axis=1)
     params = draw(jax.random.key(0), (20, 64, 64, 10), gain=1.0)
     keys = [0, 94, 96]
-    unbalanced = [normax.random_rescaling(jax.random.key(key), params) for key in keys]
+    unbalanced = [
+        normax.rescaling.random_rescaling(jax.random.key(key), params) for key in keys
+    ]
     spread = [float(jnp.max(w["Dense_0"]["kernel"])) for w in unbalanced]
     spread += [float(jnp.max(w["Dense_1"]["kernel"])) for w in unbalanced]
     assert max(spread) > 1e25

@@ -48,7 +48,7 @@ def first(tree):
 @functools.partial(jax.jit, static_argnames=("loss", "steps", "functions"))
 def solve(loss, params, functions=(None, None), steps=1, diagonal=None, **numbers):
     """Run with conjugate gradients that converge, unless told otherwise."""
-    tx = normax.hessian_free(**({"cg_tolerance": 0.0} | numbers))
+    tx = normax.second_order.hessian_free(**({"cg_tolerance": 0.0} | numbers))
     extra = dict(zip(("outputs_fn", "loss_of_outputs"), functions, strict=True))
     return trajectory(tx, params, loss, steps, curvature_diagonal=diagonal, **extra)
 
@@ -100,7 +100,9 @@ def test_direction_is_newtons():
 
     @jax.jit
     def newton(w, damping, decay):
-        return trajectory(normax.newton(0.5, damping, decay), w, quartic)[0][0]
+        return trajectory(normax.second_order.newton(0.5, damping, decay), w, quartic)[
+            0
+        ][0]
 
     for damping, decay in ((0.0, 0.0), (0.3, 0.0), (0.0, 0.2), (0.3, 0.2)):
         numbers = dict(damping=damping, weight_decay=decay)
@@ -268,15 +270,22 @@ def test_every_number_of_every_step_against_numpy(numbers):
 
 def test_functions_given_once_or_at_every_step():
     """Those of the step go first: a batch is what they close over."""
-    once = normax.hessian_free(1.0, 0.1, 0.0, logits, cross_entropy)
+    once = normax.second_order.hessian_free(1.0, 0.1, 0.0, logits, cross_entropy)
     params, given = classifier(), dict(outputs_fn=logits, loss_of_outputs=cross_entropy)
 
     @jax.jit
     def directions():
         runs = [
             trajectory(once, params, classifier_loss),
-            trajectory(normax.hessian_free(1.0, 0.1), params, classifier_loss, **given),
-            trajectory(normax.hessian_free(1.0, 0.1), params, classifier_loss),
+            trajectory(
+                normax.second_order.hessian_free(1.0, 0.1),
+                params,
+                classifier_loss,
+                **given,
+            ),
+            trajectory(
+                normax.second_order.hessian_free(1.0, 0.1), params, classifier_loss
+            ),
             trajectory(once, params, classifier_loss, outputs_fn=affine_logits),
         ]
         return [ravel_pytree(state.direction)[0] for _, state in runs]
@@ -295,7 +304,7 @@ def test_mini_batches():
     rng = np.random.default_rng(5)
     inputs = rng.normal(size=(2000, 6))
     labels = np.argmax(np.tanh(inputs @ rng.normal(size=(6, 3))), 1)
-    tx = normax.hessian_free(1.0, 1.0)
+    tx = normax.second_order.hessian_free(1.0, 1.0)
 
     @jax.jit
     def train(params):
@@ -577,7 +586,7 @@ def test_memory_is_a_multiple_of_the_parameters():
         return jnp.tanh(jnp.ones((4, 300), jnp.float32) @ params["in"]) @ params["out"]
 
     for functions in ((None, None), (outputs_fn, half_square)):
-        tx = normax.hessian_free()
+        tx = normax.second_order.hessian_free()
         extra = dict(zip(("outputs_fn", "loss_of_outputs"), functions, strict=True))
 
         def step(params, state, tx=tx, extra=extra):
@@ -601,7 +610,7 @@ def test_constants():
 
     @jax.jit
     def update(params):
-        tx = normax.hessian_free(damping=0.0, cg_tolerance=0.0)
+        tx = normax.second_order.hessian_free(damping=0.0, cg_tolerance=0.0)
         grads = jax.grad(loss, allow_int=True)(params) | {"b": None}
         updates, state = tx.update(grads, tx.init(params), params, value_fn=loss)
         assert jax.tree.structure(state) == jax.tree.structure(tx.init(params))
@@ -615,7 +624,9 @@ def test_constants():
     assert b is None and kept["count"] is None
     np.testing.assert_array_equal(kept["b"], 0)
 
-    tx = optax.masked(normax.hessian_free(damping=0.0), {"a": True, "b": False})
+    tx = optax.masked(
+        normax.second_order.hessian_free(damping=0.0), {"a": True, "b": False}
+    )
     params = {"a": params["a"], "b": params["b"]}
     grads = jax.grad(quadratic)(params)
 
@@ -631,7 +642,7 @@ def test_half_precision_is_computed_in_float32():
         "a": draw((2, 3), dtype=jnp.bfloat16),
         "b": draw((1,), dtype=jnp.bfloat16),
     }
-    tx = normax.hessian_free(damping=1.0)
+    tx = normax.second_order.hessian_free(damping=1.0)
 
     @jax.jit
     def update(params):
@@ -661,7 +672,7 @@ def test_no_implicit_promotion(functions, diagonal):
 
 def test_learning_rate_schedule():
     schedule = optax.piecewise_constant_schedule(0.5, {2: 0.1})
-    tx = normax.hessian_free(schedule, damping=0.0, warm_start=0.0)
+    tx = normax.second_order.hessian_free(schedule, damping=0.0, warm_start=0.0)
     w = jax.jit(lambda w: trajectory(tx, w, quadratic, 4)[0])(draw(7))
     minimum = np.linalg.solve(FACTOR @ FACTOR.T + np.eye(7), TARGET)
     gaps = np.linalg.norm(np.stack([draw(7), *w]) - minimum, axis=1)
@@ -677,7 +688,7 @@ def test_derivative_of_the_step():
         def loss(w):
             return quartic(w) * scale
 
-        tx = normax.hessian_free(0.5, damping, 0.1, cg_tolerance=0.0)
+        tx = normax.second_order.hessian_free(0.5, damping, 0.1, cg_tolerance=0.0)
         g = jax.grad(loss)(w) + shift
         return tx.update(g, tx.init(w), w, value_fn=loss)[0]
 
@@ -695,7 +706,7 @@ def test_derivative_of_the_step():
 
 
 def test_what_is_not_finite_shows():
-    w, tx = draw(7), normax.hessian_free()
+    w, tx = draw(7), normax.second_order.hessian_free()
 
     @jax.jit
     def update(g, w, before):
@@ -736,8 +747,8 @@ def test_what_is_not_finite_shows():
 )
 def test_wrong_arguments_raise(arguments, message):
     with pytest.raises(ValueError, match=message):
-        normax.hessian_free(**arguments)
-    tx, w = normax.hessian_free(), jnp.ones(3)
+        normax.second_order.hessian_free(**arguments)
+    tx, w = normax.second_order.hessian_free(), jnp.ones(3)
     with pytest.raises(ValueError, match="`value_fn` is None; call update"):
         tx.update(w, tx.init(w), w)
     with pytest.raises(ValueError, match="give both, or neither"):

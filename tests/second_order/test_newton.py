@@ -45,7 +45,9 @@ def newton(
 ):
     """Weights after each of `steps` steps; the numbers are traced."""
     axes = AXES if static.pop("spheres", False) else "none"
-    tx = normax.newton(rate, damping, decay, axes=axes, rtol=rtol, **static)
+    tx = normax.second_order.newton(
+        rate, damping, decay, axes=axes, rtol=rtol, **static
+    )
     return trajectory(tx, params, loss, steps)
 
 
@@ -147,7 +149,9 @@ def test_saddle_free_leaves_saddles():
 def test_the_gradient_is_the_one_given():
     """Decay that is added before changes the gradient and not the Hessian."""
     w, decay = draw(7), 0.3
-    chain = optax.chain(optax.add_decayed_weights(decay), normax.newton(0.5, decay))
+    chain = optax.chain(
+        optax.add_decayed_weights(decay), normax.second_order.newton(0.5, decay)
+    )
     np.testing.assert_allclose(
         trajectory(chain, w, quartic, 1)[0],
         one_step(quartic, w, 0.5, decay=decay),
@@ -160,7 +164,7 @@ def test_an_array_without_a_gradient_is_a_constant():
 
     @jax.jit
     def update(params):
-        tx = normax.newton()
+        tx = normax.second_order.newton()
         grads = jax.grad(quadratic)(params) | {"b": None}
         return tx.update(grads, tx.init(params), params, value_fn=quadratic)[0]
 
@@ -331,10 +335,10 @@ def test_units_of_measurement():
         if name != "normalized_sgd"  # it concerns arrays of rank two
     }
     rules["lbfgs"] = optax.lbfgs()
-    rules["newton"] = normax.newton(0.5)
-    rules["damped"] = normax.newton(0.5, damping=0.1)
-    rules["saddle_free"] = normax.newton(0.5, saddle_free=True)
-    free = functools.partial(normax.hessian_free, 0.5)
+    rules["newton"] = normax.second_order.newton(0.5)
+    rules["damped"] = normax.second_order.newton(0.5, damping=0.1)
+    rules["saddle_free"] = normax.second_order.newton(0.5, saddle_free=True)
+    free = functools.partial(normax.second_order.hessian_free, 0.5)
     rules["hessian_free"] = free(damping=0.0)
     rules["one_iteration"] = free(damping=0.0, cg_iterations=1)
     rules["damped_free"] = free(damping=0.1)
@@ -364,7 +368,7 @@ def test_hessian_free_is_consistent_before_it_converges():
     """If preconditioned by the diagonal of the curvature itself."""
 
     def preconditioned(power):
-        tx = normax.hessian_free(
+        tx = normax.second_order.hessian_free(
             0.5, damping=0.0, cg_iterations=1, preconditioner_power=power
         )
 
@@ -391,7 +395,7 @@ def test_derivative_of_the_step(saddle_free):
             squares = a * w[0] ** 2 + b * w[1] ** 2 - 2 * w[2] ** 2
             return squares / 2 + c * w[0] * w[1] + d * w[0] * w[2]
 
-        tx = normax.newton(0.5, damping, saddle_free=saddle_free)
+        tx = normax.second_order.newton(0.5, damping, saddle_free=saddle_free)
         g = jax.grad(loss)(w) + 1
         return tx.update(g, tx.init(w), w, value_fn=loss)[0]
 
@@ -410,15 +414,16 @@ def test_what_is_not_finite_shows():
     w = draw(7)
     bad = w.at[2].set(jnp.nan)
     assert np.all(np.isnan(one_step(quartic, bad)))
-    tx = normax.newton()
+    tx = normax.second_order.newton()
     update = jax.jit(lambda g: tx.update(g, tx.init(w), w, value_fn=quartic)[0])
     assert np.any(np.isnan(update(bad))) and not np.any(np.isnan(update(w)))
 
 
 def test_more_parameters_than_fit_raise():
     params = {"a": jnp.ones((30, 30)), "b": jnp.ones(101)}
-    tx = normax.newton(max_parameters=1000)
-    message = r"at most max_parameters=1000 .* there are 1001.*normax\.hessian_free"
+    tx = normax.second_order.newton(max_parameters=1000)
+    fix = r"raise max_parameters .* use normax\.second_order\.hessian_free"
+    message = rf"at most max_parameters=1000 .* there are 1001; {fix}"
     with pytest.raises(ValueError, match=message):
         tx.init(params)
     with pytest.raises(ValueError, match=message):
@@ -436,9 +441,9 @@ def test_more_parameters_than_fit_raise():
 )
 def test_wrong_arguments_raise(arguments, message):
     with pytest.raises(ValueError, match=message):
-        normax.newton(**arguments)
-    tx, w = normax.newton(), jnp.ones(3)
+        normax.second_order.newton(**arguments)
+    tx, w = normax.second_order.newton(), jnp.ones(3)
     with pytest.raises(ValueError, match="`value_fn` is None; call update"):
         tx.update(w, tx.init(w), w)
     with pytest.raises(ValueError, match="lie within the array's rank"):
-        normax.newton(axes=(3,)).init(jnp.ones((2, 2)))
+        normax.second_order.newton(axes=(3,)).init(jnp.ones((2, 2)))

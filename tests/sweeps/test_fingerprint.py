@@ -155,7 +155,7 @@ def test_a_resumed_sweep_returns_the_results_of_its_own_data(way, tmp_path):
     for size in (1, 2, 1):
         value = VALUES["jax"](size)
         run = WAYS[way](value)
-        found = normax.sweep(run, {"rate": RATES}, checkpoint_dir=tmp_path)
+        found = normax.sweeps.sweep(run, {"rate": RATES}, checkpoint_dir=tmp_path)
         np.testing.assert_allclose(found, RATES * expected(value), rtol=1e-6)
     assert len(list(tmp_path.iterdir())) == 4
 
@@ -165,7 +165,7 @@ def test_values_of_every_kind_are_told_apart_on_disk(kind, tmp_path):
     for size in (1, 2):
         value = VALUES[kind](size)
         run = WAYS["jit"](value)
-        found = normax.sweep(run, {"rate": RATES}, checkpoint_dir=tmp_path)
+        found = normax.sweeps.sweep(run, {"rate": RATES}, checkpoint_dir=tmp_path)
         np.testing.assert_allclose(found, RATES * expected(value), rtol=1e-5)
 
 
@@ -183,7 +183,7 @@ def other_programs():
         "dtype": lambda rate: rate * jnp.sum(ones.astype(jnp.bfloat16)),
         "number of steps": lambda rate: lax.fori_loop(0, 3, lambda _, r: r + 1, rate),
         "more steps": lambda rate: lax.fori_loop(0, 4, lambda _, r: r + 1, rate),
-        "precision": lambda rate: rate * jnp.dot(ones, ones, precision="highest"),
+        "precision": lambda rate: rate * jnp.dot(ones, ones, precision="high"),
         "no precision": lambda rate: rate * jnp.dot(ones, ones),
         "sequence": lambda rate: (rate * 2, rate + 2),
         "other sequence": lambda rate: (rate + 2, rate * 2),
@@ -205,7 +205,7 @@ def test_every_program_has_a_digest_of_its_own():
     ("setting", "value"),
     [
         ("jax_threefry_partitionable", False),
-        ("jax_default_matmul_precision", "highest"),
+        ("jax_default_matmul_precision", "high"),
     ],
 )
 def test_settings_that_change_results_make_another_run(setting, value):
@@ -255,9 +255,9 @@ def test_callbacks_are_refused(name, tmp_path):
     import jax.experimental  # noqa: F401
 
     with pytest.raises(ValueError, match=r"callback.*leave it out of `train_fn`"):
-        normax.sweep(callbacks()[name], {"rate": RATES}, checkpoint_dir=tmp_path)
+        normax.sweeps.sweep(callbacks()[name], {"rate": RATES}, checkpoint_dir=tmp_path)
     assert not list(tmp_path.iterdir())
-    normax.sweep(callbacks()[name], {"rate": RATES})
+    normax.sweeps.sweep(callbacks()[name], {"rate": RATES})
 
 
 class Equal:
@@ -279,4 +279,6 @@ class Equal:
 def test_functions_that_are_equal_are_not_the_same():
     runs = [Equal(jnp.float32(data)) for data in (1.0, 2.0)]
     for run, data in zip(runs, (1.0, 2.0), strict=True):
-        np.testing.assert_array_equal(normax.sweep(run, {"rate": RATES}), data * RATES)
+        np.testing.assert_array_equal(
+            normax.sweeps.sweep(run, {"rate": RATES}), data * RATES
+        )

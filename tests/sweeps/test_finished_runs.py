@@ -70,7 +70,7 @@ import sys
 sys.path.insert(0, {str(__file__.rpartition("/")[0])!r})
 import normax, test_finished_runs
 train = test_finished_runs.make_train(rounds=1000)
-normax.grid_sweep(
+normax.sweeps.grid_sweep(
     train, test_finished_runs.GRID, batch_size=1, checkpoint_dir={str(tmp_path)!r}
 )
 """
@@ -88,36 +88,36 @@ normax.grid_sweep(
     before = len(finished())
     assert 2 <= before < 6
     train = make_train(rounds=1000)
-    results = normax.grid_sweep(train, GRID, checkpoint_dir=tmp_path)
+    results = normax.sweeps.grid_sweep(train, GRID, checkpoint_dir=tmp_path)
     assert len(done) == 6 - before
-    assert_same(results, normax.grid_sweep(make_train(), GRID))
+    assert_same(results, normax.sweeps.grid_sweep(make_train(), GRID))
     # What the killed process had begun to write is gone.
     assert sorted(tmp_path.iterdir()) == sorted(finished())
 
 
 def test_a_finer_grid_takes_over_the_runs_of_a_coarser_one(tmp_path, done):
     train = make_train()
-    normax.grid_sweep(train, GRID, batch_size=1, checkpoint_dir=tmp_path)
+    normax.sweeps.grid_sweep(train, GRID, batch_size=1, checkpoint_dir=tmp_path)
     done.clear()
     finer = GRID | {"decay": np.array([0.0, 0.05, 0.1])}
-    results = normax.grid_sweep(train, finer, checkpoint_dir=tmp_path)
+    results = normax.sweeps.grid_sweep(train, finer, checkpoint_dir=tmp_path)
     assert sorted(done) == [1, 4, 7]
-    assert_same(results, normax.grid_sweep(train, finer))
+    assert_same(results, normax.sweeps.grid_sweep(train, finer))
     done.clear()
     points = {"rate": [0.01, 0.5], "decay": [0.1, 0.0]}
-    normax.sweep(train, points, checkpoint_dir=tmp_path)
+    normax.sweeps.sweep(train, points, checkpoint_dir=tmp_path)
     assert done == [1]
 
 
 def test_what_has_changed_runs_anew(tmp_path, done):
-    first = normax.grid_sweep(make_train(), GRID, checkpoint_dir=tmp_path)
+    first = normax.sweeps.grid_sweep(make_train(), GRID, checkpoint_dir=tmp_path)
     done.clear()
     train = make_train(target=(1.0, 2.0, 4.0))
-    results = normax.grid_sweep(train, GRID, checkpoint_dir=tmp_path)
+    results = normax.sweeps.grid_sweep(train, GRID, checkpoint_dir=tmp_path)
     assert len(done) == 6
     assert not np.array_equal(results["w"], first["w"])
     longer = GRID | {"decay": np.array([0.0, 0.1], np.float16)}
-    normax.grid_sweep(train, longer, checkpoint_dir=tmp_path)
+    normax.sweeps.grid_sweep(train, longer, checkpoint_dir=tmp_path)
     assert len(done) == 12
 
 
@@ -129,10 +129,13 @@ def test_what_is_stored_is_what_ran(tmp_path):
         return factor * x
 
     points = {"x": [1.0, 2.0]}
-    normax.sweep(scale, points)
+    normax.sweeps.sweep(scale, points)
     factor = 10.0
-    assert normax.sweep(scale, points, checkpoint_dir=tmp_path).tolist() == [1, 2]
-    anew = normax.sweep(lambda x: factor * x, points, checkpoint_dir=tmp_path)
+    assert normax.sweeps.sweep(scale, points, checkpoint_dir=tmp_path).tolist() == [
+        1,
+        2,
+    ]
+    anew = normax.sweeps.sweep(lambda x: factor * x, points, checkpoint_dir=tmp_path)
     assert anew.tolist() == [10, 20]
 
 
@@ -141,11 +144,13 @@ def test_what_is_stored_is_what_ran(tmp_path):
 def test_arrays_that_change_in_place(inside, stored_first, tmp_path):
     data, points = np.ones(3, np.float32), {"x": [1.0, 2.0]}
     run = lambda x: x * inside(lambda: jnp.sum(data))()  # noqa: E731
-    first = normax.sweep(run, points, checkpoint_dir=tmp_path if stored_first else None)
+    first = normax.sweeps.sweep(
+        run, points, checkpoint_dir=tmp_path if stored_first else None
+    )
     assert first.tolist() == [3, 6]
     data += 1
     for again in (run, lambda x: run(x)):
-        found = normax.sweep(again, points, checkpoint_dir=tmp_path)
+        found = normax.sweeps.sweep(again, points, checkpoint_dir=tmp_path)
         assert found.tolist() == [6, 12]
 
 
@@ -159,7 +164,7 @@ def test_two_processes_may_finish_the_same_run(tmp_path):
     assert len(list(tmp_path.iterdir())) == 1
     x, empty = one.load(1)
     assert x == 1 and empty.shape == (0, 3) and one.load(0) is None
-    assert normax.sweep(lambda x: {}, points, checkpoint_dir=tmp_path) == {}
+    assert normax.sweeps.sweep(lambda x: {}, points, checkpoint_dir=tmp_path) == {}
 
 
 def test_an_error_while_storing_ends_the_sweep(tmp_path, monkeypatch):
@@ -179,7 +184,7 @@ def test_an_error_while_storing_ends_the_sweep(tmp_path, monkeypatch):
     shape = jax.ShapeDtypeStruct((), jnp.float32)
     points = {"x": jnp.arange(20.0)}
     with pytest.raises(OSError, match="the disk is full"):
-        normax.sweep(
+        normax.sweeps.sweep(
             lambda x: jax.pure_callback(note, shape, x),
             points,
             batch_size=1,
@@ -214,14 +219,14 @@ def damage(run, how):
 )
 def test_a_damaged_run_is_named(how, tmp_path):
     run = lambda x: x + 1  # noqa: E731
-    normax.sweep(run, {"x": [1.0]}, checkpoint_dir=tmp_path)
+    normax.sweeps.sweep(run, {"x": [1.0]}, checkpoint_dir=tmp_path)
     (stored,) = tmp_path.iterdir()
     damage(stored, how)
     message = rf"stored in {re.escape(str(stored))}, but it cannot be read .*; delete"
     with pytest.raises(ValueError, match=f"(?s){message}"):
-        normax.sweep(run, {"x": [1.0]}, checkpoint_dir=tmp_path)
+        normax.sweeps.sweep(run, {"x": [1.0]}, checkpoint_dir=tmp_path)
     shutil.rmtree(stored)
-    assert normax.sweep(run, {"x": [1.0]}, checkpoint_dir=tmp_path) == 2
+    assert normax.sweeps.sweep(run, {"x": [1.0]}, checkpoint_dir=tmp_path) == 2
 
 
 def test_only_what_dead_processes_left_is_deleted(tmp_path):
@@ -242,7 +247,7 @@ def test_only_what_dead_processes_left_is_deleted(tmp_path):
     for name, (written, _) in names.items():
         (tmp_path / name).mkdir()
         os.utime(tmp_path / name, (written, written))
-    normax.sweep(lambda x: {}, {"x": [1.0]}, checkpoint_dir=tmp_path)
+    normax.sweeps.sweep(lambda x: {}, {"x": [1.0]}, checkpoint_dir=tmp_path)
     for name, (_, kept) in names.items():
         assert (tmp_path / name).exists() == kept, name
 
@@ -252,12 +257,12 @@ def test_keys_are_hyperparameters_too(tmp_path):
         return jax.random.normal(key, (2,))
 
     one, other = (jax.random.split(jax.random.key(seed), 2) for seed in (0, 1))
-    first = normax.sweep(draw, {"key": one}, checkpoint_dir=tmp_path)
-    assert_same(first, normax.sweep(draw, {"key": one}, checkpoint_dir=tmp_path))
-    second = normax.sweep(draw, {"key": other}, checkpoint_dir=tmp_path)
+    first = normax.sweeps.sweep(draw, {"key": one}, checkpoint_dir=tmp_path)
+    assert_same(first, normax.sweeps.sweep(draw, {"key": one}, checkpoint_dir=tmp_path))
+    second = normax.sweeps.sweep(draw, {"key": other}, checkpoint_dir=tmp_path)
     np.testing.assert_allclose(second, jax.vmap(draw)(other), rtol=1e-6)
 
 
 def test_keys_cannot_be_stored(tmp_path):
     with pytest.raises(ValueError, match=r"returns random keys.*key_data"):
-        normax.sweep(jax.random.key, {"seed": [1, 2]}, checkpoint_dir=tmp_path)
+        normax.sweeps.sweep(jax.random.key, {"seed": [1, 2]}, checkpoint_dir=tmp_path)

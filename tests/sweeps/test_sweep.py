@@ -59,23 +59,29 @@ def assert_equal(results, expected):
 
 @pytest.mark.parametrize("batch_size", [None, 1, 5, 100])
 def test_the_grid_is_in_front(batch_size, expected):
-    results = normax.grid_sweep(train, GRID, batch_size=batch_size)
+    results = normax.sweeps.grid_sweep(train, GRID, batch_size=batch_size)
     assert results["losses"].shape == (3, 4, 40) and results["steps"].shape == (3, 4)
     assert_equal(results, expected)
 
 
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
-@pytest.mark.parametrize("shape", [(8,), (2, 2)])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        pytest.param((8,), marks=pytest.mark.devices(8)),
+        pytest.param((2, 2), marks=pytest.mark.devices(4)),
+    ],
+)
 @pytest.mark.parametrize("batch_size", [None, 16])
 def test_meshes(kind, shape, batch_size, expected):
     names = ("a", "b")[: len(shape)]
     mesh = jax.make_mesh(shape, names, axis_types=(kind,) * len(shape))
-    results = normax.grid_sweep(train, GRID, mesh=mesh, batch_size=batch_size)
+    results = normax.sweeps.grid_sweep(train, GRID, mesh=mesh, batch_size=batch_size)
     assert_equal(results, expected)
 
 
 def test_a_run_that_diverges_does_not_touch_the_others(expected):
-    results = normax.grid_sweep(train, GRID | {"rate": [0.01, 1.0, np.nan]})
+    results = normax.sweeps.grid_sweep(train, GRID | {"rate": [0.01, 1.0, np.nan]})
     assert np.all(np.isnan(results["w"][2]))
     np.testing.assert_allclose(results["w"][:2], expected["w"][:2], rtol=1e-5)
 
@@ -100,7 +106,7 @@ def test_it_is_traced_once_and_batched_as_far_as_allowed():
             lambda _: note(-1), jax.ShapeDtypeStruct((), jnp.float32), end
         )
 
-    normax.grid_sweep(run, {"x": jnp.arange(20.0)}, batch_size=2)
+    normax.sweeps.grid_sweep(run, {"x": jnp.arange(20.0)}, batch_size=2)
     assert len(traces) == 1 and len(most) == 40 and max(most) <= 2
 
 
@@ -109,11 +115,11 @@ def test_keys_integers_and_no_axis_at_all():
         return jax.random.normal(key, (2,)) * count, count
 
     keys = jax.random.split(jax.random.key(0), 3)
-    drawn, counts = normax.grid_sweep(draw, {"key": keys, "count": [1, 2]})
+    drawn, counts = normax.sweeps.grid_sweep(draw, {"key": keys, "count": [1, 2]})
     expected = jax.vmap(lambda key: jax.random.normal(key, (2,)))(keys)
     np.testing.assert_allclose(drawn, expected[:, None] * counts[..., None], rtol=1e-6)
     assert counts.dtype == jnp.int32
-    np.testing.assert_array_equal(normax.grid_sweep(lambda: TARGET, {}), TARGET)
+    np.testing.assert_array_equal(normax.sweeps.grid_sweep(lambda: TARGET, {}), TARGET)
 
 
 @pytest.mark.parametrize("batch_size", [1, 2])
@@ -122,18 +128,18 @@ def test_keys_are_results_too(batch_size):
         return {"key": jax.random.key(seed), "seed": seed}
 
     seeds = jnp.arange(3)
-    found = normax.grid_sweep(draw, {"seed": seeds}, batch_size=batch_size)
+    found = normax.sweeps.grid_sweep(draw, {"seed": seeds}, batch_size=batch_size)
     assert jnp.all(found["key"] == jax.vmap(jax.random.key)(seeds))
 
 
 def test_progress_is_shown(capsys):
-    normax.grid_sweep(lambda x: x, {"x": [1.0, 2.0, 3.0]}, progress=True)
+    normax.sweeps.grid_sweep(lambda x: x, {"x": [1.0, 2.0, 3.0]}, progress=True)
     assert "3/3" in capsys.readouterr().err
 
 
 def test_points_need_not_form_a_grid(expected):
     points = {"rate": GRID["rate"][[2, 0, 1]], "decay": GRID["decay"][[3, 0, 2]]}
-    results = normax.sweep(train, points)
+    results = normax.sweeps.sweep(train, points)
     assert_equal(results, {k: v[[2, 0, 1], [3, 0, 2]] for k, v in expected.items()})
 
 
@@ -146,7 +152,9 @@ def test_the_program_is_kept_as_long_as_the_function(batch_size):
         return 2 * x
 
     for count in (3, 1, 4, 3):
-        results = normax.sweep(run, {"x": np.arange(count)}, batch_size=batch_size)
+        results = normax.sweeps.sweep(
+            run, {"x": np.arange(count)}, batch_size=batch_size
+        )
         np.testing.assert_array_equal(results, 2 * np.arange(count))
     assert len(traces) == 1
     function = weakref.ref(run)
@@ -162,12 +170,12 @@ def test_contexts_reach_the_runs():
         seen.append(jax.config.jax_default_matmul_precision)
         return x - 1
 
-    with jax.enable_x64(True), jax.default_matmul_precision("highest"):
-        results = normax.sweep(run, {"x": np.array([1 + 1e-12, 1.0])})
+    with jax.enable_x64(True), jax.default_matmul_precision("high"):
+        results = normax.sweeps.sweep(run, {"x": np.array([1 + 1e-12, 1.0])})
         assert results.dtype == jnp.float64
     np.testing.assert_allclose(results, [1e-12, 0.0], rtol=1e-3)
-    assert seen == ["highest"]
-    assert normax.sweep(run, {"x": np.ones(2)}).dtype == jnp.float32
+    assert seen == ["high"]
+    assert normax.sweeps.sweep(run, {"x": np.ones(2)}).dtype == jnp.float32
 
 
 @dataclasses.dataclass
@@ -201,14 +209,14 @@ class Fixed:
 )
 def test_every_callable_is_a_run(train_fn):
     for _ in range(2):
-        assert normax.sweep(train_fn, {"x": [1.0, 2.0]}).tolist() == [2, 4]
+        assert normax.sweeps.sweep(train_fn, {"x": [1.0, 2.0]}).tolist() == [2, 4]
 
 
 def test_points_have_one_length():
     with pytest.raises(ValueError, match=r"one value.*\{'x': 2, 'y': 1\}.*grid_sweep"):
-        normax.sweep(train, {"x": [1.0, 2.0], "y": [1.0]})
+        normax.sweeps.sweep(train, {"x": [1.0, 2.0], "y": [1.0]})
     with pytest.raises(ValueError, match=r"one value of every.*\{\}"):
-        normax.sweep(train, {})
+        normax.sweeps.sweep(train, {})
 
 
 def test_errors_are_those_of_the_run():
@@ -216,11 +224,11 @@ def test_errors_are_those_of_the_run():
         raise KeyError("mine")
 
     with pytest.raises(KeyError, match="mine"):
-        normax.grid_sweep(bad, {"x": [1.0]})
+        normax.sweeps.grid_sweep(bad, {"x": [1.0]})
     with pytest.raises(TypeError, match="unexpected keyword argument 'y'"):
-        normax.grid_sweep(lambda x: x, {"x": [1.0], "y": [1.0]})
+        normax.sweeps.grid_sweep(lambda x: x, {"x": [1.0], "y": [1.0]})
     for axis in (1.0, [[1.0]], []):
         with pytest.raises(ValueError, match=r"1-D array.*'x'.*shape"):
-            normax.grid_sweep(lambda x: x, {"x": axis})
+            normax.sweeps.grid_sweep(lambda x: x, {"x": axis})
     with pytest.raises(ValueError, match="batch_size must be at least 1"):
-        normax.grid_sweep(lambda x: x, {"x": [1.0]}, batch_size=0)
+        normax.sweeps.grid_sweep(lambda x: x, {"x": [1.0]}, batch_size=0)

@@ -58,10 +58,10 @@ def test_projected_weights_have_unit_norm(dtype):
         params = draw(dtype) | {"none": None, "count": jnp.ones((2, 2), jnp.int32)}
         for axes in ("unit", "layer"):
             projected = normax.projection_unit_norm(params, axes, radius=0.3)
-            normax.assert_unit_norm(projected, axes, radius=0.3)
+            normax.testing.assert_unit_norm(projected, axes, radius=0.3)
             scaled = jax.tree.map(lambda w: (1.02 * w).astype(w.dtype), projected)
             with pytest.raises(AssertionError, match=r"params\['dense'\]\['kernel'\]"):
-                normax.assert_unit_norm(scaled, axes, radius=0.3)
+                normax.testing.assert_unit_norm(scaled, axes, radius=0.3)
 
 
 def test_unit_norm_message_and_tolerance():
@@ -71,36 +71,40 @@ def test_unit_norm_message_and_tolerance():
         r"at \(1,\), is 5.0 instead of 1.0 .*measured: \[1. 5.\].*\[in training\]"
     )
     with pytest.raises(AssertionError, match=message):
-        normax.assert_unit_norm(w, custom_message="in training")
-    normax.assert_unit_norm(w, radius={"a": jnp.array([1.0, 5.0]), "b": 1.0})
-    normax.assert_unit_norm(w["a"] * 1.00001, radius=jnp.array([1.0, 5.0]), rtol=1e-4)
-    normax.assert_unit_norm(w["b"] * 1.00001, atol=1e-4)
+        normax.testing.assert_unit_norm(w, custom_message="in training")
+    normax.testing.assert_unit_norm(w, radius={"a": jnp.array([1.0, 5.0]), "b": 1.0})
+    normax.testing.assert_unit_norm(
+        w["a"] * 1.00001, radius=jnp.array([1.0, 5.0]), rtol=1e-4
+    )
+    normax.testing.assert_unit_norm(w["b"] * 1.00001, atol=1e-4)
     for wrong in (w["b"] * 1.00001, w["b"].at[0, 0].set(jnp.nan), 0 * w["b"]):
         with pytest.raises(AssertionError, match="params"):
-            normax.assert_unit_norm(wrong)
+            normax.testing.assert_unit_norm(wrong)
     # Every vector is held to its own radius, however different the others'.
     radii = jnp.array([1e-6, 1.0])
     with pytest.raises(AssertionError, match="1 of 2"):
-        normax.assert_unit_norm(jnp.eye(2) * jnp.array([[2e-6, 1.0]]), radius=radii)
+        normax.testing.assert_unit_norm(
+            jnp.eye(2) * jnp.array([[2e-6, 1.0]]), radius=radii
+        )
 
 
 def test_scale_invariant_networks():
-    normax.assert_scale_invariant(network, draw(), AXES)
+    normax.testing.assert_scale_invariant(network, draw(), AXES)
     layer = {"dense": {"kernel": "layer", "bias": "none"}, "head": "none"}
-    normax.assert_scale_invariant(layer_network, draw(), layer)
+    normax.testing.assert_scale_invariant(layer_network, draw(), layer)
     for check, fn in (
-        (normax.assert_scale_invariant, layer_network),
-        (normax.assert_inverse_gradient_scaling, layer_loss),
-        (normax.assert_orthogonal_gradient, layer_loss),
+        (normax.testing.assert_scale_invariant, layer_network),
+        (normax.testing.assert_inverse_gradient_scaling, layer_loss),
+        (normax.testing.assert_orthogonal_gradient, layer_loss),
     ):
         with pytest.raises(AssertionError, match=r"params\['dense'\]\['kernel'\]"):
             check(fn, draw(), AXES)
 
 
 ABOUT_A_LOSS = [
-    normax.assert_scale_invariant,
-    normax.assert_inverse_gradient_scaling,
-    normax.assert_orthogonal_gradient,
+    normax.testing.assert_scale_invariant,
+    normax.testing.assert_inverse_gradient_scaling,
+    normax.testing.assert_orthogonal_gradient,
 ]
 
 
@@ -164,7 +168,7 @@ def test_rounding_is_no_gradient(check):
 def test_functions_that_come_close_to_invariance(fn, axes):
     w = draw()["dense"]["kernel"]
     with pytest.raises(AssertionError, match="assert_scale_invariant"):
-        normax.assert_scale_invariant(fn, 1.5 * w / jnp.linalg.norm(w), axes)
+        normax.testing.assert_scale_invariant(fn, 1.5 * w / jnp.linalg.norm(w), axes)
 
 
 @pytest.mark.parametrize("check", ABOUT_A_LOSS[:2])
@@ -192,7 +196,7 @@ def test_one_array_at_a_time():
 
     params = {"a": jnp.ones((2, 3)), "b": jnp.ones((3, 2))}
     with pytest.raises(AssertionError, match=r"(?s)\['a'\].*and 3 more.*\['b'\]"):
-        normax.assert_scale_invariant(product, params, "layer")
+        normax.testing.assert_scale_invariant(product, params, "layer")
 
 
 def test_outputs_in_bfloat16():
@@ -201,9 +205,9 @@ def test_outputs_in_bfloat16():
         return {"y": jnp.asarray(INPUTS, w.dtype) @ (w / norm)}
 
     kernel = draw(jnp.bfloat16)["dense"]["kernel"]
-    normax.assert_scale_invariant(fn, kernel, rtol=1e-6)
+    normax.testing.assert_scale_invariant(fn, kernel, rtol=1e-6)
     with pytest.raises(AssertionError, match=r"outputs\['y'\] for params"):
-        normax.assert_scale_invariant(fn, kernel, (1,))
+        normax.testing.assert_scale_invariant(fn, kernel, (1,))
 
 
 def test_nnx_state():
@@ -246,7 +250,7 @@ def test_wrong_axes_raise():
 
 def test_under_jit():
     def checks(params):
-        normax.assert_unit_norm(params, AXES, custom_message="norms")
+        normax.testing.assert_unit_norm(params, AXES, custom_message="norms")
         for check in ABOUT_A_LOSS:
             check(loss, params, AXES | {"head": "none"})
         return params

@@ -63,21 +63,23 @@ def second_order(learning_rate):
 
 def test_rescaled_networks_are_equivalent():
     params = draw()
-    normax.assert_rescaling_equivalent(params, params, network)
-    normax.assert_rescaling_equivalent(params, rescale(params, FACTORS), network)
+    normax.testing.assert_rescaling_equivalent(params, params, network)
+    normax.testing.assert_rescaling_equivalent(
+        params, rescale(params, FACTORS), network
+    )
     other = rescale(params, FACTORS) | {"bias": params["bias"]}
     message = (
         r"(?s)assert_rescaling_equivalent: fn must be the same.*outputs\['y'\]: .* of "
         r"24 values are off.*measured.*expected.*\[unbalanced\]"
     )
     with pytest.raises(AssertionError, match=message):
-        normax.assert_rescaling_equivalent(
+        normax.testing.assert_rescaling_equivalent(
             params, other, network, custom_message="unbalanced"
         )
-    normax.assert_rescaling_equivalent(params, other, network, rtol=1e3)
+    normax.testing.assert_rescaling_equivalent(params, other, network, rtol=1e3)
     nan = params | {"bias": params["bias"].at[0].set(jnp.nan)}
     with pytest.raises(AssertionError, match="nan"):
-        normax.assert_rescaling_equivalent(nan, nan, network)
+        normax.testing.assert_rescaling_equivalent(nan, nan, network)
 
 
 def test_the_same_function_is_not_yet_a_rescaling():
@@ -86,12 +88,12 @@ def test_the_same_function_is_not_yet_a_rescaling():
 
     params = {"in": draw()["in"]}
     with pytest.raises(AssertionError, match=r"keep the signs.*params\['in'\]"):
-        normax.assert_rescaling_equivalent(params, {"in": -params["in"]}, even)
+        normax.testing.assert_rescaling_equivalent(params, {"in": -params["in"]}, even)
     for other in ({"in": params["in"][:, :3]}, params | {"out": jnp.ones(2)}):
         with pytest.raises(
             AssertionError, match=r"structure and the shapes.*params\['(in|out)'\]"
         ):
-            normax.assert_rescaling_equivalent(params, other, even)
+            normax.testing.assert_rescaling_equivalent(params, other, even)
 
 
 def test_gradient_descent_is_not_rescaling_invariant():
@@ -99,13 +101,13 @@ def test_gradient_descent_is_not_rescaling_invariant():
     message = r"(?s)assert_rescaling_invariant.*step 1, outputs\['y'\].*\[by SGD\]"
     for rate in (1e-5, 1e-2):
         with pytest.raises(AssertionError, match=message):
-            normax.assert_rescaling_invariant(
+            normax.testing.assert_rescaling_invariant(
                 *(optax.sgd(rate), loss, params, rescaled, network),
                 steps=STEPS,
                 custom_message="by SGD",
             )
     with pytest.raises(AssertionError, match="assert_rescaling_equivalent"):
-        normax.assert_rescaling_invariant(
+        normax.testing.assert_rescaling_invariant(
             optax.sgd(1e-2), loss, params, draw(2), network, steps=STEPS
         )
 
@@ -115,14 +117,14 @@ def test_a_rescaling_invariant_optimizer():
     tx, params = second_order(0.3), draw()
     for factors in (FACTORS, FACTORS**-2):
         rescaled = rescale(params, factors)
-        normax.assert_rescaling_invariant(
+        normax.testing.assert_rescaling_invariant(
             tx, loss, params, rescaled, network, steps=STEPS
         )
 
 
 def test_optimizers_that_want_the_value():
     tx = optax.lbfgs(0.1)
-    normax.assert_equivalent_trajectories(
+    normax.testing.assert_equivalent_trajectories(
         (tx, loss, draw()), (tx, loss, draw()), network, steps=2
     )
 
@@ -138,13 +140,13 @@ def invariant_loss(params):
 def test_equivalent_rates():
     w, alpha = draw()["in"], 3.0
     first = (optax.sgd(0.1 * alpha**2), invariant_loss, alpha * w)
-    normax.assert_equivalent_trajectories(
+    normax.testing.assert_equivalent_trajectories(
         first, (optax.sgd(0.1), invariant_loss, w), invariant
     )
     message = r"(?s)assert_equivalent_trajectories.*; step 1, outputs: .* values"
     for rate in (0.0, 0.099, 0.1 * alpha):
         with pytest.raises(AssertionError, match=message):
-            normax.assert_equivalent_trajectories(
+            normax.testing.assert_equivalent_trajectories(
                 first, (optax.sgd(rate), invariant_loss, w), invariant
             )
 
@@ -156,11 +158,13 @@ def test_the_first_step_that_differs_is_named():
     with pytest.raises(
         AssertionError, match=r"step 5, outputs.*(?s:.*)and 4 more: step 6"
     ):
-        normax.assert_equivalent_trajectories(*runs, invariant, steps=9)
-    normax.assert_equivalent_trajectories(*runs, invariant, steps=4)
+        normax.testing.assert_equivalent_trajectories(*runs, invariant, steps=9)
+    normax.testing.assert_equivalent_trajectories(*runs, invariant, steps=4)
     start = (optax.sgd(0.1), invariant_loss, draw(2)["in"])
     with pytest.raises(AssertionError, match="step 0, outputs"):
-        normax.assert_equivalent_trajectories(start, runs[0], invariant, steps=1)
+        normax.testing.assert_equivalent_trajectories(
+            start, runs[0], invariant, steps=1
+        )
 
 
 def test_batches():
@@ -172,7 +176,7 @@ def test_batches():
         (optax.sgd(0.1 * a**2, momentum=0.9), batch_loss, a * w) for a in (1.0, 0.2)
     ]
     kwargs = dict(steps=STEPS, batches=batches)
-    normax.assert_equivalent_trajectories(*runs, invariant, **kwargs)
+    normax.testing.assert_equivalent_trajectories(*runs, invariant, **kwargs)
 
     # The batches must be used, each in its own step.
     def shuffled_loss(params, batch):
@@ -180,7 +184,9 @@ def test_batches():
 
     other = (runs[1][0], shuffled_loss, runs[1][2])
     with pytest.raises(AssertionError, match="step 4"):
-        normax.assert_equivalent_trajectories(runs[0], other, invariant, **kwargs)
+        normax.testing.assert_equivalent_trajectories(
+            runs[0], other, invariant, **kwargs
+        )
 
 
 def test_runs_that_prove_nothing_fail():
@@ -188,12 +194,12 @@ def test_runs_that_prove_nothing_fail():
     for rate in (0.0, 1e-12):
         run = (optax.sgd(rate), invariant_loss, w)
         with pytest.raises(AssertionError, match=r"and change them.*largest change"):
-            normax.assert_equivalent_trajectories(run, run, invariant)
+            normax.testing.assert_equivalent_trajectories(run, run, invariant)
     run = (optax.sgd(jnp.nan), invariant_loss, w)
     with pytest.raises(AssertionError, match=r"step 1.*nan"):
-        normax.assert_equivalent_trajectories(run, run, invariant)
+        normax.testing.assert_equivalent_trajectories(run, run, invariant)
     with pytest.raises(ValueError, match="steps must be at least 1"):
-        normax.assert_equivalent_trajectories(run, run, invariant, steps=0)
+        normax.testing.assert_equivalent_trajectories(run, run, invariant, steps=0)
 
 
 def own_rate():
@@ -222,7 +228,7 @@ def test_no_learning_rate_hides_a_wrong_one(epsilon):
     w, tx = draw()["in"], own_rate()
 
     def compare(rate, factor):
-        normax.assert_equivalent_trajectories(
+        normax.testing.assert_equivalent_trajectories(
             (tx, loss_fn, (2 * w, factor * rate)), (tx, loss_fn, (w, rate)), fn
         )
 
@@ -242,7 +248,7 @@ def test_under_jit():
     def check(params):
         run = (tx, invariant_loss, params)
         other = (optax.sgd(0.4), invariant_loss, 2 * params)
-        normax.assert_equivalent_trajectories(run, other, invariant)
+        normax.testing.assert_equivalent_trajectories(run, other, invariant)
         return params
 
     w = draw()["in"]

@@ -52,7 +52,7 @@ def decayed(eta, lam, **hyper):
     [(0.05, 0.4, 0.0, 50), (0.02, 0.1, 0.9, 300), (0.1, 0.8, 0.5, 60)],
 )
 def test_growing_rate_is_weight_decay(eta, lam, rho, steps):
-    schedule = normax.exponential_equivalent_schedule(eta, lam, rho)
+    schedule = normax.theory.exponential_equivalent_schedule(eta, lam, rho)
     expected = directions(decayed(eta, lam, momentum=rho), steps)
     grown = directions(optax.sgd(schedule, momentum=rho), steps)
     np.testing.assert_allclose(grown, expected, rtol=0, atol=1e-9)
@@ -64,7 +64,7 @@ def test_growing_rate_is_weight_decay(eta, lam, rho, steps):
 
 
 def test_without_momentum_it_is_the_printed_power():
-    schedule = normax.exponential_equivalent_schedule(0.5, 0.2)
+    schedule = normax.theory.exponential_equivalent_schedule(0.5, 0.2)
     t = np.arange(100)
     np.testing.assert_allclose(schedule(t), 0.5 * 0.9 ** -(2.0 * t + 1), rtol=1e-12)
 
@@ -77,7 +77,7 @@ def test_rate_of_momentum_is_that_of_the_decaying_weights():
         w = w + v
         norms.append(w)
     norms = np.array(norms)
-    schedule = normax.exponential_equivalent_schedule(eta, lam, rho)
+    schedule = normax.theory.exponential_equivalent_schedule(eta, lam, rho)
     expected = eta / (norms[:-1] * norms[1:])
     np.testing.assert_allclose(schedule(np.arange(200)), expected, rtol=1e-10)
 
@@ -85,9 +85,9 @@ def test_rate_of_momentum_is_that_of_the_decaying_weights():
 @pytest.mark.parametrize("rho", [0.0, 0.9])
 def test_float32_at_100_000_steps(rho):
     eta, lam = 0.1, 4e-3 * (1 - rho)
-    precise = normax.exponential_equivalent_schedule(eta, lam, rho)(100_000)
+    precise = normax.theory.exponential_equivalent_schedule(eta, lam, rho)(100_000)
     with jax.enable_x64(False):
-        schedule = normax.exponential_equivalent_schedule(eta, lam, rho)
+        schedule = normax.theory.exponential_equivalent_schedule(eta, lam, rho)
         rate = schedule(jnp.asarray(100_000, jnp.int32))
         assert rate.dtype == jnp.float32
         np.testing.assert_allclose(rate, precise, rtol=80 * 3e-7)
@@ -108,7 +108,7 @@ def recursion(number, eta, lam, rho, steps):
 
 @jax.jit
 def traced_rates(eta, lam, rho, steps):
-    return normax.exponential_equivalent_schedule(eta, lam, rho)(steps)
+    return normax.theory.exponential_equivalent_schedule(eta, lam, rho)(steps)
 
 
 @pytest.mark.parametrize("x64", [False, True])
@@ -122,7 +122,7 @@ def test_rates_up_to_the_limit_of_the_decay(rho, below, x64):
     with decimal.localcontext(prec=100):
         expected = recursion(decimal.Decimal, 1.0, lam, rho, steps)
         with jax.enable_x64(x64):
-            make = normax.exponential_equivalent_schedule
+            make = normax.theory.exponential_equivalent_schedule
             runs = [np.asarray(make(1.0, lam, rho)(np.arange(steps)))]
             if x64:
                 runs.append(traced_rates(1.0, lam, rho, np.arange(steps)))
@@ -141,14 +141,14 @@ def test_derivative_by_momentum_at_none(steps):
     start, moved = (
         recursion(fractions.Fraction, 0.5, 0.3, rho, steps + 1)[steps] for rho in (0, h)
     )
-    make = normax.exponential_equivalent_schedule
+    make = normax.theory.exponential_equivalent_schedule
     slope_of = jax.grad(lambda rho, t: make(0.5, 0.3, rho)(t))
     for slope in (slope_of(0.0, steps), jax.jit(slope_of)(0.0, steps)):
         np.testing.assert_allclose(slope, float((moved - start) / h), atol=1e-13)
 
 
 def test_schedules_are_traceable_and_broadcast():
-    make = normax.exponential_equivalent_schedule
+    make = normax.theory.exponential_equivalent_schedule
     rates = jax.jit(lambda eta, t: make(eta, 0.1, 0.5)(t))(0.2, 7)
     np.testing.assert_allclose(rates, make(0.2, 0.1, 0.5)(7))
     slope = jax.grad(lambda eta: make(eta, 0.1)(3))(0.2)
@@ -164,7 +164,7 @@ def test_schedules_are_traceable_and_broadcast():
 
 
 def test_harmonic_schedule():
-    schedule = normax.harmonic_schedule(0.001, 50, 10)
+    schedule = normax.theory.harmonic_schedule(0.001, 50, 10)
     t = np.arange(1000)
     np.testing.assert_allclose(schedule(t), 0.001 / (t / 50 + 10), rtol=1e-12)
     tx = optax.sgd(schedule)
@@ -196,7 +196,9 @@ def convergence_rate(learning_rate, momentum):
 
 def test_optimal_momentum_converges_as_the_lecture_says_and_no_neighbour_faster():
     condition = CURVATURES[-1] / CURVATURES[0]
-    learning_rate, momentum = normax.optimal_momentum(CURVATURES[0], CURVATURES[-1])
+    learning_rate, momentum = normax.theory.optimal_momentum(
+        CURVATURES[0], CURVATURES[-1]
+    )
     expected = (condition**0.5 - 1) / (condition**0.5 + 1)
     factors = np.array([[1, 1], [1.1, 1], [0.9, 1], [1, 1.05], [1, 0.95], [0.95, 0.95]])
     runs = jax.jit(jax.vmap(convergence_rate))(
@@ -213,7 +215,7 @@ def test_optimal_momentum_converges_as_the_lecture_says_and_no_neighbour_faster(
 
 
 def test_optimal_momentum_of_a_sphere_is_one_newton_step():
-    learning_rate, momentum = normax.optimal_momentum(4.0, np.array([4.0, 16.0]))
+    learning_rate, momentum = normax.theory.optimal_momentum(4.0, np.array([4.0, 16.0]))
     np.testing.assert_allclose(learning_rate, [0.25, 1 / 9], rtol=1e-12)
     np.testing.assert_allclose(momentum, [0, 1 / 9], rtol=1e-12)
 
@@ -222,28 +224,49 @@ def test_optimal_momentum_of_a_sphere_is_one_newton_step():
     "call, message",
     [
         (
-            lambda: normax.exponential_equivalent_schedule(0.0, 0.1),
+            lambda: normax.theory.exponential_equivalent_schedule(0.0, 0.1),
             "learning_rate must",
         ),
         (
-            lambda: normax.exponential_equivalent_schedule(0.1, -1.0),
+            lambda: normax.theory.exponential_equivalent_schedule(0.1, -1.0),
             "weight_decay must",
         ),
-        (lambda: normax.exponential_equivalent_schedule(2.0, 0.5), "below 1, got 1"),
         (
-            lambda: normax.exponential_equivalent_schedule(0.1, 0.1, 1.0),
+            lambda: normax.theory.exponential_equivalent_schedule(2.0, 0.5),
+            "below 1, got 1",
+        ),
+        (
+            lambda: normax.theory.exponential_equivalent_schedule(0.1, 0.1, 1.0),
             "momentum must",
         ),
         (
-            lambda: normax.exponential_equivalent_schedule(0.1, 0.1, 0.9),
+            lambda: normax.theory.exponential_equivalent_schedule(0.1, 0.1, 0.9),
             "below 1, got 3",
         ),
-        (lambda: normax.harmonic_schedule(0.0, 1, 1), "init_value must be positive"),
-        (lambda: normax.harmonic_schedule(1.0, 0, 1), "transition_steps must be"),
-        (lambda: normax.harmonic_schedule(1.0, 1, -1), "offset must be positive"),
-        (lambda: normax.optimal_momentum(0.0, 1.0), "smallest_curvature must be"),
-        (lambda: normax.optimal_momentum(1.0, np.inf), "largest_curvature must be"),
-        (lambda: normax.optimal_momentum(2.0, 1.0), "must be at least 1 and finite"),
+        (
+            lambda: normax.theory.harmonic_schedule(0.0, 1, 1),
+            "init_value must be positive",
+        ),
+        (
+            lambda: normax.theory.harmonic_schedule(1.0, 0, 1),
+            "transition_steps must be",
+        ),
+        (
+            lambda: normax.theory.harmonic_schedule(1.0, 1, -1),
+            "offset must be positive",
+        ),
+        (
+            lambda: normax.theory.optimal_momentum(0.0, 1.0),
+            "smallest_curvature must be",
+        ),
+        (
+            lambda: normax.theory.optimal_momentum(1.0, np.inf),
+            "largest_curvature must be",
+        ),
+        (
+            lambda: normax.theory.optimal_momentum(2.0, 1.0),
+            "must be at least 1 and finite",
+        ),
     ],
 )
 def test_arguments_that_cannot_be_right(call, message):

@@ -9,16 +9,17 @@ from flax import nnx
 from jax import lax
 
 from normax._core.norms import at_least_float32
+from normax._core.programs import full_precision
 from normax.nn.batch_renorm import BatchRenorm
 from normax.nn.weight_norm import output_axes
 
-# Not their subclasses, which may compute something else.
+# Subclasses are left out, since they may compute something else.
 LAYERS = (nnx.Linear, nnx.Conv, nnx.ConvTranspose)
 BATCH_NORMS = (nnx.BatchNorm, BatchRenorm)
 
 
 def misfit(layer: Any, batch_norm: Any) -> str | None:
-    """Say why a pair cannot be one layer; None if it can."""
+    """Return why a pair cannot become one layer, or None if it can."""
     if type(layer) not in LAYERS:
         names = ", ".join(kind.__name__ for kind in LAYERS)
         return f"the layer must be one of {names}, got {type(layer).__name__}"
@@ -27,13 +28,13 @@ def misfit(layer: Any, batch_norm: Any) -> str | None:
         return f"batch_norm must be one of {names}, got {type(batch_norm).__name__}"
     if batch_norm.num_features != layer.out_features:
         return (
-            f"batch_norm must have the features that the layer puts out, but has "
+            "batch_norm must have as many features as the layer's output, but has "
             f"{batch_norm.num_features} and the layer {layer.out_features}"
         )
     spatial = len(getattr(layer, "kernel_size", ()))
     if layer.kernel.ndim != spatial + 2 or batch_norm.mean.ndim != 1:
         return (
-            "neither may be a stack of several, but the kernel has shape "
+            "neither may hold a stack of several, but the kernel has shape "
             f"{layer.kernel.shape} and the mean {batch_norm.mean.shape}"
         )
     if batch_norm.axis not in (-1, layer.kernel.ndim - 1):
@@ -52,20 +53,18 @@ def fold_batch_norm(layer: Any, batch_norm: nnx.BatchNorm) -> Any:
     b' = \frac{\gamma}{\sigma}\, (b - \mu) + \beta, \quad
     \sigma = (\text{var} + \varepsilon)^{1/2}$$
 
-    with the running statistics $\mu$ and var. The result computes in the layer's dtype
-    and keeps those of its parameters; in float32 it differs from the pair by rounding,
-    which `folding_error` measures.
+    Here $\mu$ and var are the running statistics. Rounding alone changes the outputs;
+    `folding_error` measures it.
 
     Args:
       layer: A `Linear`, `Conv` or `ConvTranspose` of Flax NNX.
       batch_norm: The `BatchNorm` or `BatchRenorm` that is called on its output.
 
     Returns:
-      A new layer of the same kind, with a bias. The arguments are not changed.
+      A new layer of the same kind and dtypes, with a bias.
 
     Raises:
-      ValueError: The layer is of another kind, or `batch_norm` does not normalize its
-        output features.
+      ValueError: The layer is of another kind, or `batch_norm` does not fit it.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -80,12 +79,13 @@ def fold_batch_norm(layer: Any, batch_norm: nnx.BatchNorm) -> Any:
       (Array([[0.5], [1. ]], dtype=float32), Array([-1.5], dtype=float32))
 
     References:
-      Zaytsev, Burnaev, Deep learning models and how to train them (lecture), "Batch
-      normalization layer". Ioffe, Szegedy, Batch Normalization, 2015.
+      Ioffe, Szegedy, Batch Normalization, 2015.
     """
     reason = misfit(layer, batch_norm)
     if reason is not None:
-        raise ValueError(f"{reason}; call it where it stands instead.")
+        raise ValueError(
+            f"{reason}; keep batch_norm in the model and call it where it stands."
+        )
     kernel, bias, mean, var, scale, shift = at_least_float32(
         layer.kernel[...],
         0.0 if layer.bias is None else layer.bias[...],
@@ -110,13 +110,14 @@ def fold_batch_norm(layer: Any, batch_norm: nnx.BatchNorm) -> Any:
 
 
 def inference(model: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a copy of a module in inference mode; other functions as they are."""
+    """Return a copy of a module in inference mode; return other functions as given."""
     if isinstance(model, nnx.Module):
         model = nnx.clone(model)
         model.eval()
     return model
 
 
+@full_precision()
 def folding_error(
     model: Callable[..., Any], folded: Callable[..., Any], *args: Any, **kwargs: Any
 ) -> jax.Array:
@@ -124,9 +125,11 @@ def folding_error(
 
     $$\max_i |f(x)_i - f'(x)_i|$$
 
+    Only the rounding of folding is to be measured. So float32 matrices are multiplied
+    in full precision, also on a GPU, unless a function names another.
+
     Args:
-      model: What was folded: a module, such as `nnx.Sequential(layer, batch_norm)`, or
-        any function.
+      model: The original module, or any function.
       folded: The module or function that takes its place.
       *args: Inputs of both.
       **kwargs: Further inputs of both.
@@ -135,7 +138,7 @@ def folding_error(
       The largest absolute difference of all outputs, float32 or better, of shape ().
 
     Raises:
-      ValueError: The two put out pytrees of different structure.
+      ValueError: The two return pytrees of different structure.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -149,8 +152,7 @@ def folding_error(
       True
 
     References:
-      Zaytsev, Burnaev, Deep learning models and how to train them (lecture), "Batch
-      normalization layer".
+      Zaytsev, Burnaev, Deep learning models and how to train them (lecture).
     """
     expected, found = (inference(f)(*args, **kwargs) for f in (model, folded))
 

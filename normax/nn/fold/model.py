@@ -17,7 +17,7 @@ from normax.nn.fold.layer import (
     inference,
     misfit,
 )
-from normax.nn.weight_norm import KeyPath, WeightNorm
+from normax.nn.weight_norm import KeyPath, WeightNorm, path_name
 
 _WRAPPERS = (WeightNorm, nnx.WeightNorm, nnx.SpectralNorm)
 
@@ -27,10 +27,9 @@ class FoldedModel(NamedTuple):
 
     Attributes:
       model: The folded model, in inference mode.
-      pairs: Names of the layers, and of the batch normalizations folded into them.
+      pairs: Names of each layer and of the batch normalization folded into it.
       left: Names of the batch normalizations that remain.
-      max_error: Largest difference between the outputs of the two models on the
-        inputs, as in `folding_error`.
+      max_error: The `folding_error` on the given inputs.
     """
 
     model: Any
@@ -47,24 +46,24 @@ class _Identity(nnx.Module):
 
 @dataclasses.dataclass(eq=False)
 class _Mark:
-    """The name of a module's calls, and whether anything else was asked of it.
+    """The name of a module's calls in a jaxpr, and whether the model reads it too."""
 
-    No two are equal, so that a program that was traced before is traced again.
-    """
-
+    # Marks compare by identity. JAX therefore finds no trace of an earlier fold in its
+    # cache, and each fold records its own calls and reads.
     name: str
     read: bool = False
 
 
 class _Marked(nnx.Module):
-    """A module whose calls show in a jaxpr, as those of a jitted function."""
+    """A module whose calls show in a jaxpr as calls of a named, jitted function."""
 
     def __init__(self, module: nnx.Module, mark: _Mark):
         self.module = module
         self.mark = mark
 
     def __getattr__(self, name: str) -> Any:
-        # An object that Flax has not filled in yet has no module either.
+        # Flax looks attributes up before it has set `module`. Without this check the
+        # lookup of `module` would call this method again, without end.
         if name in ("module", "mark") or name.startswith("_"):
             raise AttributeError(name)
         self.mark.read = True
@@ -79,7 +78,7 @@ class _Marked(nnx.Module):
 
 
 def _replaced(model: nnx.Module, replacements: dict[KeyPath, nnx.Module]) -> Any:
-    """Return a model that shares the variables, with other modules at some paths."""
+    """Return the model with other modules at some paths; variables are shared."""
     model = nnx.clone(model, variables=False)
     nodes = dict(nnx.iter_graph(model))
     for (*path, key), module in replacements.items():
@@ -92,7 +91,7 @@ def _replaced(model: nnx.Module, replacements: dict[KeyPath, nnx.Module]) -> Any
 
 
 def _sub_jaxprs(jaxpr: Jaxpr, marks: set[str]) -> Iterator[Jaxpr]:
-    """Yield a jaxpr and all in its equations but those of marked calls."""
+    """Yield a jaxpr and all nested ones, except those inside of marked calls."""
     yield jaxpr
     for eqn in jaxpr.eqns:
         if eqn.params.get("name") in marks:
@@ -102,9 +101,9 @@ def _sub_jaxprs(jaxpr: Jaxpr, marks: set[str]) -> Iterator[Jaxpr]:
 
 
 def _calls_in_a_row(jaxpr: Jaxpr, marks: set[str]) -> list[tuple[str, str]]:
-    """Find marked calls whose output goes to one other marked call and nowhere else.
+    """Find marked calls whose only use is as input of another marked call.
 
-    A mark that is called more than once is in none of the pairs.
+    A module that is called more than once is in no pair.
     """
     calls: dict[str, int] = dict.fromkeys(marks, 0)
     pairs = []
@@ -134,12 +133,10 @@ def fold_batch_norms(model: nnx.Module, *args: Any, **kwargs: Any) -> FoldedMode
 
     $$\text{BN}(w * x + b) \to w' * x + b'$$
 
-    wherever the input of a `BatchNorm` or `BatchRenorm` is the output of a `Linear`,
-    `Conv` or `ConvTranspose` that goes nowhere else, both are called once, and the
-    model reads no attribute of them, such as `layer.kernel`. Layers stacked by
-    `nnx.vmap` are left, and those in `WeightNorm` or Flax's `SpectralNorm`. The pairs
-    are found in the trace of one call of the model, whatever its code, and merged by
-    `fold_batch_norm`.
+    The pairs are found in the trace of one call of the model, whatever its code, and
+    merged by `fold_batch_norm`. In a pair, a `BatchNorm` or `BatchRenorm` follows a
+    `Linear`, `Conv` or `ConvTranspose`, and nothing else uses that layer or its output.
+    All others are left as they are. Rules: docs/theory/normalizers.md.
 
     Args:
       model: A Flax NNX module; it is not changed.
@@ -147,8 +144,7 @@ def fold_batch_norms(model: nnx.Module, *args: Any, **kwargs: Any) -> FoldedMode
       **kwargs: Further inputs of the model.
 
     Returns:
-      A `FoldedModel`: the new model in inference mode, the names of what was folded and
-      of what was left, and the largest error on the inputs.
+      A `FoldedModel`: the new model, what was folded, what was left, and the error.
 
     Raises:
       TraceContextError: The model normalizes with the statistics of the batch though it
@@ -168,13 +164,13 @@ def fold_batch_norms(model: nnx.Module, *args: Any, **kwargs: Any) -> FoldedMode
       True
 
     References:
-      Zaytsev, Burnaev, Deep learning models and how to train them (lecture), "Batch
-      normalization layer".
+      Zaytsev, Burnaev, Deep learning models and how to train them (lecture).
     """
     original: Any = inference(model)
     modules: dict[str, tuple[KeyPath, Any]] = {}
     nodes = list(nnx.iter_graph(original))
-    # They compute the weights that they look up in their layers.
+    # A wrapper computes weights from those of its layer, so the layer's own kernel is
+    # not what the model applies.
     wrappers = [path for path, module in nodes if isinstance(module, _WRAPPERS)]
     for path, module in nodes:
         if any(path[: len(wrapper)] == wrapper for wrapper in wrappers):
@@ -189,8 +185,8 @@ def fold_batch_norms(model: nnx.Module, *args: Any, **kwargs: Any) -> FoldedMode
             for name, (path, module) in modules.items()
         },
     )
-    # Cloned inside: transformations of Flax write to the variables that they are
-    # given, which must be of the trace they are used in.
+    # Transformations of Flax write to the variables they are given, and JAX lets a
+    # trace write only to variables that it created. So the model is cloned inside.
     jaxpr = jax.make_jaxpr(lambda: nnx.clone(marked)(*args, **kwargs))().jaxpr
     replacements: dict[KeyPath, nnx.Module] = {}
     pairs = []
@@ -207,13 +203,9 @@ def fold_batch_norms(model: nnx.Module, *args: Any, **kwargs: Any) -> FoldedMode
         for path, module in modules.values()
         if type(module) in BATCH_NORMS and path not in replacements
     )
-
-    def name(path: KeyPath) -> str:
-        return "/".join(map(str, path))
-
     return FoldedModel(
         folded,
-        tuple((name(layer), name(norm)) for layer, norm in pairs),
-        tuple(map(name, left)),
+        tuple((path_name(layer), path_name(norm)) for layer, norm in pairs),
+        tuple(map(path_name, left)),
         folding_error(original, folded, *args, **kwargs),
     )

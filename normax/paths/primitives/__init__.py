@@ -1,1 +1,8 @@
-"""Rules of the path transform, a file for each kind of primitive."""
+"""Primitives of the path transform, a file for each kind.
+
+Importing this enters all of them into `primitive_spec.SPECS`.
+"""
+
+from normax.paths.primitives import elementwise, linear, reductions, scan, structural
+
+__all__ = ["elementwise", "linear", "reductions", "scan", "structural"]

@@ -21,18 +21,21 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
-from jax import lax
 
 from normax._core.norms import at_least_float32
-from normax._core.programs import reduced_axes, window
-from normax.paths.arithmetic import Scaled
-from normax.paths.lifting import NotHomogeneous, PathTransform, rule, weight_pull
-from normax.paths.primitives.structural import bind, evaluate_constants, structural
+from normax.paths import numbers
+from normax.paths.lifting import PathTransform
+from normax.paths.numbers import Scaled
+from normax.paths.primitive_spec import Entries, NotHomogeneous, primitive
+from normax.paths.primitives.structural import (
+    evaluate_constants,
+    pull_moved,
+    structural,
+)
 from normax.paths.values import (
     Activation,
     Factors,
@@ -42,11 +45,36 @@ from normax.paths.values import (
     Weight,
     without_infinities,
 )
+from normax.paths.weights import refuse
+
+_COMPUTED: dict[str, Any] = {"entries": Entries.COMPUTED, "mixes": None}
+_NONLINEAR: dict[str, Any] = _COMPUTED | {"pull": None, "uniform": None}
+
+# How cotangents go back through what is computed of weights.
+
+
+def _pull_sum(transform, eqn, inputs, cotangents):
+    for x in inputs:
+        _accumulate_unbroadcast(transform, x, cotangents[0], eqn.outvars[0].aval.shape)
+
+
+def _pull_product(transform, eqn, inputs, cotangents):
+    for x, other in (inputs, inputs[::-1]):
+        if x.params:
+            factors = (*cotangents[0], transform.size(other))
+            _accumulate_unbroadcast(transform, x, factors, eqn.outvars[0].aval.shape)
+
+
+def _pull_quotient(transform, eqn, inputs, cotangents):
+    numerator, divisor = inputs
+    inverse = _reciprocal(transform, divisor)
+    _pull_product(transform, eqn, (numerator, inverse), cotangents)
+
 
 # Affine operations. The constant goes through the same equation as the activation.
 
 
-@rule("add", "add_any", "sub")
+@primitive("add", "add_any", "sub", pull=_pull_sum, uniform=None, **_COMPUTED)
 def _add(transform, eqn, inputs):
     shape = eqn.outvars[0].aval.shape
     if all(isinstance(x, Activation) and x.constant for x in inputs):
@@ -62,7 +90,7 @@ def _add(transform, eqn, inputs):
 
 def _sum_of(transform: PathTransform, paths: Sequence[Path], shape) -> Path:
     arithmetic = transform.arithmetic
-    values = [transform.arithmetic.broadcast((path.value,), shape) for path in paths]
+    values = [numbers.broadcast((path.value,), shape) for path in paths]
 
     def pull(factors):
         for path in paths:
@@ -79,7 +107,7 @@ def _accumulate_unbroadcast(transform, node, factors: Factors, shape) -> None:
             for axis in range(len(shape))
             if node.shape == () or node.shape[axis] != shape[axis]
         )
-        whole = transform.arithmetic.broadcast(factors, shape)
+        whole = numbers.broadcast(factors, shape)
         factors = (
             transform.arithmetic.sum(whole, stretched, keepdims=node.shape != ()),
         )
@@ -89,8 +117,7 @@ def _accumulate_unbroadcast(transform, node, factors: Factors, shape) -> None:
 def _multiply(
     transform: PathTransform, x: Activation, w: Weight, constant: Any, shape
 ) -> Activation:
-    arithmetic, path = transform.arithmetic, x.path
-    size = transform.size(w)
+    path, size = x.path, transform.size(w)
 
     def pull(factors):
         _accumulate_unbroadcast(transform, path, (*factors, size), shape)
@@ -99,7 +126,7 @@ def _multiply(
     if w.uniform is not None and abs(w.uniform) == 1 and path.shape == shape:
         new = path
     else:
-        product = arithmetic.multiply(*_same_rank(path.value, size))
+        product = numbers.multiply(*_same_rank(path.value, size))
         new = transform.new(product, pull)
     if w.uniform is None:
         return Activation(new, constant)
@@ -114,7 +141,14 @@ def _same_rank(*values: Scaled) -> list[Scaled]:
     ]
 
 
-@rule("mul")
+@primitive(
+    "mul",
+    pull=_pull_product,
+    uniform=None,
+    zero=True,
+    takes_signs=True,
+    **_COMPUTED,
+)
 def _mul(transform, eqn, inputs):
     x, w = sorted(inputs, key=lambda value: not isinstance(value, Activation))
     if isinstance(w, Sign) and isinstance(x, Activation) and w.source is x.source:
@@ -125,7 +159,13 @@ def _mul(transform, eqn, inputs):
     return [_multiply(transform, x, w, constant, eqn.outvars[0].aval.shape)]
 
 
-@rule("div")
+@primitive(
+    "div",
+    pull=_pull_quotient,
+    uniform=None,
+    refuses=lambda eqn, inputs: bool(inputs[1].params),  # a divisor is no edge weight
+    **_COMPUTED,
+)
 def _div(transform, eqn, inputs):
     x, w = inputs
     if not (isinstance(x, Activation) and isinstance(w, Weight)):
@@ -139,42 +179,21 @@ def _reciprocal(transform: PathTransform, w: Weight) -> Weight:
     uniform = 1 / w.uniform if w.uniform else None
     inverse = Weight(1 / at_least_float32(w.value)[0], w.params, uniform)
     if w.params:  # a divisor is no edge weight
-        transform.refuse([inverse], "div")
+        refuse(transform, [inverse], "div")
     return inverse
 
 
-@rule("neg")
+@primitive("neg", pull=_pull_sum, uniform=-1, **_COMPUTED)
 def _neg(transform, eqn, inputs):
     (x,) = inputs
     constant = x.constant and evaluate_constants(transform, eqn, inputs)[0]
     return [Activation(x.path, constant, x.source, -x.multiple)]
 
 
-@weight_pull("add", "add_any", "sub", "neg")
-def _pull_sum(transform, eqn, inputs, cotangents):
-    for x in inputs:
-        _accumulate_unbroadcast(transform, x, cotangents[0], eqn.outvars[0].aval.shape)
-
-
-@weight_pull("mul")
-def _pull_product(transform, eqn, inputs, cotangents):
-    for x, other in (inputs, inputs[::-1]):
-        if x.params:
-            factors = (*cotangents[0], transform.size(other))
-            _accumulate_unbroadcast(transform, x, factors, eqn.outvars[0].aval.shape)
-
-
-@weight_pull("div")
-def _pull_quotient(transform, eqn, inputs, cotangents):
-    numerator, divisor = inputs
-    inverse = _reciprocal(transform, divisor)
-    _pull_product(transform, eqn, (numerator, inverse), cotangents)
-
-
 # Nonlinearities.
 
 
-@rule("gt", "ge", "lt", "le")
+@primitive("gt", "ge", "lt", "le", **_NONLINEAR)
 def _compare(transform, eqn, inputs):
     del transform, eqn
     x, zero = sorted(inputs, key=lambda value: not isinstance(value, Activation))
@@ -183,7 +202,7 @@ def _compare(transform, eqn, inputs):
     return [Sign(x.source)]
 
 
-@rule("abs")
+@primitive("abs", **_NONLINEAR)
 def _abs(transform, eqn, inputs):
     del eqn
     return [Activation(transform.flush(inputs[0]))]
@@ -203,7 +222,7 @@ def _steepest(
     return [Activation(transform.flush(max(slopes, key=lambda x: abs(x.multiple))))]
 
 
-@rule("max", "min")
+@primitive("max", "min", **_NONLINEAR)
 def _max(transform, eqn, inputs):
     x, other = sorted(inputs, key=lambda value: not isinstance(value, Activation))
     shape = eqn.outvars[0].aval.shape
@@ -222,7 +241,7 @@ def _max(transform, eqn, inputs):
     return [Activation(_sum_of(transform, paths, shape))]
 
 
-@rule("clamp")
+@primitive("clamp", **_NONLINEAR)
 def _clamp(transform, eqn, inputs):
     low, x, high = inputs
     bounds = [getattr(bound, "uniform", None) for bound in (low, high)]
@@ -231,7 +250,7 @@ def _clamp(transform, eqn, inputs):
     return _abs(transform, eqn, [x])
 
 
-@rule("select_n")
+@primitive("select_n", pull=pull_moved, uniform=None, takes_signs=True, **_COMPUTED)
 def _select_n(transform, eqn, inputs):
     which, *cases = inputs
     if isinstance(which, Sign):
@@ -240,70 +259,3 @@ def _select_n(transform, eqn, inputs):
         raise NotHomogeneous("the activations choose among other values")
     cases = [without_infinities(x) if isinstance(x, Weight) else x for x in cases]
     return structural(transform, eqn, [which, *cases])
-
-
-# Pooling and reductions.
-
-
-def _linear_layer(
-    transform: PathTransform,
-    x: Activation,
-    fn: Callable[[jax.Array], jax.Array],
-    axes: tuple[int, ...],
-    out_axes: tuple[int, ...],
-) -> list[Value]:
-    arithmetic, path = transform.arithmetic, transform.flush(x)
-    value = arithmetic.linear(fn, path.value, axes)
-
-    def pull(factors):
-        cotangent = transform.arithmetic.broadcast(factors, value.root.shape)
-        back = _transpose(fn, path.value.root)
-        transform.accumulate(path, (arithmetic.linear(back, cotangent, out_axes),))
-
-    return [Activation(transform.new(value, pull))]
-
-
-def _transpose(fn: Callable[..., Any], *operands: jax.Array) -> Callable[..., Any]:
-    shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in operands]
-    transposed = jax.linear_transpose(fn, *shapes)
-    if len(operands) > 1:
-        return transposed
-    return lambda cotangent: transposed(cotangent)[0]
-
-
-@rule("reduce_sum", "reduce_max", "reduce_min")
-def _reduce(transform, eqn, inputs):
-    arithmetic, axes = transform.arithmetic, reduced_axes(eqn)
-    path = transform.flush(inputs[0])
-
-    def pull(factors):
-        total = transform.arithmetic.broadcast(factors, eqn.outvars[0].aval.shape)
-        spread = (jnp.expand_dims(array, axes) for array in total)
-        transform.accumulate(path, (Scaled(*spread),))
-
-    return [Activation(transform.new(arithmetic.sum(path.value, axes), pull))]
-
-
-@rule("reduce_window_sum", "reduce_window_max", "reduce_window_min")
-def _reduce_window(transform, eqn, inputs):
-    options = window(eqn)
-    windows = options["window_dimensions"]
-    before, after = eqn.invars[0].aval.shape, eqn.outvars[0].aval.shape
-    axes = tuple(
-        axis
-        for axis, size in enumerate(windows)
-        if size > 1 or before[axis] != after[axis]
-    )
-    pool = functools.partial(
-        lax.reduce_window,
-        init_value=0.0,
-        computation=lax.add,
-        **options,
-    )
-    return _linear_layer(transform, inputs[0], pool, axes, axes)
-
-
-@rule("cumsum")
-def _cumsum(transform, eqn, inputs):
-    axes = reduced_axes(eqn)
-    return _linear_layer(transform, inputs[0], lambda x: bind(eqn, x), axes, axes)

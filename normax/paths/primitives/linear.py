@@ -18,9 +18,17 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from normax._core.programs import contraction, convolution
-from normax.paths.arithmetic import Scaled, of_rank, where_live
-from normax.paths.lifting import NotHomogeneous, PathTransform, rule
+from normax._core.programs import (
+    contracted_lengths,
+    contraction,
+    convolution,
+    convolved_lengths,
+)
+from normax.paths import numbers
+from normax.paths.contraction import contract, weigh
+from normax.paths.lifting import PathTransform
+from normax.paths.numbers import Scaled, of_rank, where_live
+from normax.paths.primitive_spec import Entries, NotHomogeneous, primitive
 from normax.paths.values import Activation, Path, Weight
 
 
@@ -104,13 +112,13 @@ class _Layer:
         self, transform: PathTransform, x: Scaled, w: jax.Array, back: bool, shape
     ) -> Scaled:
         """Take path values forward, or cotangents back, to a given shape."""
-        arithmetic, x = transform.arithmetic, transform.arithmetic.common(x)
+        arithmetic, x = transform.arithmetic, numbers.common(x)
         source, target = self.inputs, self.outputs
         if back:
             source, target = target, source
-        units = arithmetic.scale(source.of_activation(x.root))
+        units = numbers.scale(source.of_activation(x.root))
         values = arithmetic.value(x.root / source.to_activation(units))
-        scaled, scale = arithmetic.weigh(
+        scaled, scale = weigh(
             w, source.to_kernel(units), target.of_kernel, target.to_kernel
         )
         # `weigh` leaves sums in range; apply in full precision on every device.
@@ -121,7 +129,7 @@ class _Layer:
         else:
             result = layer(values)
         root = target.to_activation(scale) * where_live(arithmetic.root, result)
-        return arithmetic.normalize(Scaled(root, of_rank(x.exponent, len(shape))))
+        return numbers.normalize(Scaled(root, of_rank(x.exponent, len(shape))))
 
     def correlate(
         self, transform: PathTransform, x: Scaled, cotangent: Scaled, shape
@@ -130,8 +138,8 @@ class _Layer:
         arithmetic = transform.arithmetic
         values, scales, exponent = [], [], jnp.zeros((), jnp.int32)
         for units, of in ((self.inputs, x), (self.outputs, cotangent)):
-            of = arithmetic.common(of)
-            scale = arithmetic.scale(units.of_activation(of.root))
+            of = numbers.common(of)
+            scale = numbers.scale(units.of_activation(of.root))
             values.append(arithmetic.value(of.root / units.to_activation(scale)))
             scales.append(units.to_kernel(scale))
             exponent = exponent + of_rank(of.exponent, len(shape))
@@ -140,7 +148,7 @@ class _Layer:
             functools.partial(self.apply, values[0]), zeros
         )(values[1])
         root = scales[0] * scales[1] * where_live(arithmetic.root, result)
-        return arithmetic.normalize(Scaled(root, exponent))
+        return numbers.normalize(Scaled(root, exponent))
 
 
 def _flip(fn):
@@ -155,30 +163,30 @@ def _matmul(transform: PathTransform, layer: _Layer, path: Path, w: Weight, shap
     def lay(value: Scaled, units: _Units) -> Scaled:
         return Scaled(*(units.of_activation(part) for part in value))
 
-    def contract(value: Scaled, units: _Units, target: _Units, shape) -> Scaled:
+    def multiply(value: Scaled, units: _Units, target: _Units, shape) -> Scaled:
         others = tuple(
             i for i in range(len(units.kernel)) if i not in target.axes.values()
         )
-        total = arithmetic.contract(jnp.asarray(w.value), lay(value, units), others)
+        total = contract(arithmetic, jnp.asarray(w.value), lay(value, units), others)
         root = jnp.reshape(target.to_activation(total.root), shape)
         return Scaled(root, of_rank(total.exponent, len(shape)))
 
     def pull(factors):
-        cotangent = transform.arithmetic.broadcast(factors, shape)
-        back = contract(cotangent, outputs, inputs, path.shape)
+        cotangent = numbers.broadcast(factors, shape)
+        back = multiply(cotangent, outputs, inputs, path.shape)
         transform.accumulate(path, (back,))
         outer = (lay(path.value, inputs), lay(cotangent, outputs))
         transform.accumulate(w, outer)
 
-    return transform.new(contract(path.value, inputs, outputs, shape), pull)
+    return transform.new(multiply(path.value, inputs, outputs, shape), pull)
 
 
 def _positions(transform: PathTransform, layer: _Layer, path: Path, w: Weight, shape):
     """Apply a layer to many positions."""
-    kernel = transform.arithmetic.cast(w.value, path.value)
+    kernel = numbers.cast(w.value, path.value)
 
     def pull(factors):
-        cotangent = transform.arithmetic.broadcast(factors, shape)
+        cotangent = numbers.broadcast(factors, shape)
         back = layer.propagate(transform, cotangent, kernel, True, path.shape)
         transform.accumulate(path, (back,))
         if w.params:
@@ -189,7 +197,14 @@ def _positions(transform: PathTransform, layer: _Layer, path: Path, w: Weight, s
     return transform.new(value, pull)
 
 
-@rule("dot_general")
+@primitive(
+    "dot_general",
+    pull=None,
+    entries=Entries.COMPUTED,
+    uniform=None,
+    mixes=contracted_lengths,
+    zero=True,
+)
 def _dot_general(transform, eqn, inputs):
     if all(isinstance(x, Activation) for x in inputs):
         raise NotHomogeneous("both factors depend on the inputs")
@@ -224,7 +239,13 @@ def _dot_general(transform, eqn, inputs):
     return [Activation(apply_layer(transform, layer, path, w, shape))]
 
 
-@rule("conv_general_dilated")
+@primitive(
+    "conv_general_dilated",
+    pull=None,
+    entries=Entries.COMPUTED,
+    uniform=None,
+    mixes=convolved_lengths,
+)
 def _conv_general_dilated(transform, eqn, inputs):
     x, w = inputs
     if not (isinstance(x, Activation) and isinstance(w, Weight)):

@@ -20,8 +20,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from normax.paths.arithmetic import Scaled
-from normax.paths.lifting import PathTransform, rule
+from normax._core.programs import scanned_length
+from normax.paths import numbers
+from normax.paths.lifting import PathTransform
+from normax.paths.numbers import Scaled
+from normax.paths.primitive_spec import Entries, primitive
 from normax.paths.values import (
     Activation,
     Origin,
@@ -122,7 +125,7 @@ class _Body:
         if isinstance(kind, Unsupported):
             return kind
         if isinstance(value, Weight) and kind.active:
-            path = Path(self.arithmetic.zeros(value.shape, self.dtype))
+            path = Path(numbers.zeros(value.shape, self.dtype))
             return Activation(path, without_infinities(value))
         if kind.constant and value.constant is None:
             return Activation(value.path, Weight(zeros(variable)))
@@ -141,8 +144,8 @@ class _Body:
         """Return path values in the one dtype and form that they have here."""
         x, axes = Scaled(x.root.astype(self.dtype), x.exponent), range(x.root.ndim)
         if not stacked:
-            return self.arithmetic.normalize(self.arithmetic.common(x))
-        root, exponent = self.arithmetic.common(x, tuple(axes)[1:])
+            return numbers.normalize(numbers.common(x))
+        root, exponent = numbers.common(x, tuple(axes)[1:])
         shape = (len(root), *exponent.shape[1:])
         return Scaled(root, jnp.broadcast_to(exponent, shape))
 
@@ -208,9 +211,9 @@ class _Body:
     def dense(self, node: Any, cotangent: Any, stacked: bool = False) -> Any:
         """Return a cotangent as one array, which is 0 if there is none."""
         if cotangent is None:
-            whole = self.arithmetic.zeros(node.shape, self.dtype)
+            whole = numbers.zeros(node.shape, self.dtype)
         else:
-            whole = self.arithmetic.broadcast(cotangent, node.shape)
+            whole = numbers.broadcast(cotangent, node.shape)
         return self.fix(whole, stacked)
 
     def cotangents(self, nodes: Sequence[Sequence[Any]]) -> list[Any]:
@@ -239,7 +242,9 @@ def _accumulate(transform: PathTransform, nodes: Any, cotangents: Any) -> None:
                 transform.accumulate(node, (cotangent,))
 
 
-@rule("scan")
+@primitive(
+    "scan", pull=None, entries=Entries.COMPUTED, uniform=None, mixes=scanned_length
+)
 def _scan(transform: PathTransform, eqn, inputs: Sequence[Any]) -> Sequence[Value]:
     params, body = eqn.params, _Body(transform, eqn, inputs)
     first, last = params["num_consts"], params["num_consts"] + params["num_carry"]

@@ -16,22 +16,19 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import JaxprEqn
 
-from normax._core.programs import may_collide
-from normax.paths.arithmetic import Scaled, of_rank, where_live
-from normax.paths.lifting import (
-    JOINING,
-    SLICES,
-    UNIFORM,
-    NotHomogeneous,
-    PathTransform,
-    rule,
-    weight_pull,
+from normax._core.programs import (
+    bind,
+    broadcast_axes,
+    fill_value,
+    inverse_permutation,
+    may_collide,
 )
+from normax.paths import numbers
+from normax.paths.lifting import PathTransform
+from normax.paths.numbers import Scaled, of_rank, where_live
+from normax.paths.primitive_spec import SPECS, Entries, NotHomogeneous, primitive
 from normax.paths.values import Activation, Path, Sign, Weight, zeros
-
-
-def bind(eqn: JaxprEqn, *operands: Any) -> Any:
-    return eqn.primitive.bind(*operands, **eqn.params)
+from normax.paths.weights import evaluate_weights
 
 
 def evaluate_constants(
@@ -50,25 +47,14 @@ def evaluate_constants(
         Weight(zeros(atom)) if constant is None else constant
         for constant, atom in zip(constants, eqn.invars, strict=True)
     ]
-    return transform.evaluate_weights(eqn, filled)
+    return evaluate_weights(transform, eqn, filled)
 
 
-_RENAMING = {
-    "convert_element_type", "copy", "copy_p", "reduce_precision", "name",
-    "stop_gradient", "sharding_constraint", "reshard", "mesh_cast",
+_RENAMING = (
+    "name", "stop_gradient", "sharding_constraint", "reshard", "mesh_cast",
     "optimization_barrier",
-}  # fmt: skip
-_MOVING = {
-    "reshape", "squeeze", "expand_dims", "transpose", "rev", "slice", "split",
-    "concatenate", "stack", "unstack", "pad", "dynamic_slice", "gather",
-    "tile", "broadcast_in_dim",
-}  # fmt: skip
+)  # fmt: skip
 _WRITING = {"dynamic_update_slice": [0, 1], "scatter": [0, 2]}
-_MOVING |= set(_WRITING)
-UNIFORM.update({"neg", "reshape", "squeeze", "expand_dims", "broadcast_in_dim"})
-UNIFORM.update(_RENAMING - {"reduce_precision"})
-SLICES.update({"slice", "dynamic_slice", "gather", "split", "unstack"})
-JOINING.update({"concatenate", "stack", *_WRITING})
 
 
 def _data(name: str, count: int) -> list[int]:
@@ -87,7 +73,72 @@ def _move(eqn: JaxprEqn, operands: Sequence[Any], data: list[int], arrays: Any) 
     return bind(eqn, *filled)
 
 
-@rule(*_MOVING)
+def pull_moved(transform, eqn, inputs, cotangents):
+    """Send cotangents of weights back through a structural primitive."""
+    data = _data(eqn.primitive.name, len(inputs))
+    operands, nodes = [x.value for x in inputs], [inputs[i] for i in data]
+    _pull_moved(transform, eqn, operands, data, nodes, cotangents)
+    if eqn.primitive.name == "pad" and inputs[1].params:
+        _pull_padding(transform, eqn, inputs, cotangents[0])
+
+
+def _pull_padding(transform, eqn, inputs, cotangent) -> None:
+    """Send the cotangents of all padding to the number that it holds."""
+    array, number = inputs
+    root, exponent = numbers.broadcast(cotangent, eqn.outvars[0].aval.shape)
+    padding = bind(eqn, np.zeros(array.shape, bool), np.ones((), bool))
+    copies = Scaled(jnp.where(padding, root, 0), exponent)
+    total = transform.arithmetic.sum(copies, tuple(range(root.ndim)))
+    transform.accumulate(number, (numbers.normalize(total),))
+
+
+def _pull_renamed(transform, eqn, inputs, cotangents):
+    del eqn
+    for x, cotangent in zip(inputs, cotangents, strict=True):
+        if cotangent is not None:
+            transform.accumulate(x, cotangent)
+
+
+_MOVED: dict[str, Any] = {"pull": pull_moved, "mixes": None}
+
+
+@primitive(
+    "reshape",
+    "squeeze",
+    "expand_dims",
+    "broadcast_in_dim",
+    entries=Entries.COMPUTED,
+    uniform=1,
+    **_MOVED,
+)
+@primitive("transpose", "rev", entries=Entries.COMPUTED, uniform=None, **_MOVED)
+@primitive(
+    "slice",
+    "dynamic_slice",
+    "split",
+    "unstack",
+    entries=Entries.PARTS,
+    uniform=None,
+    **_MOVED,
+)
+@primitive("gather", entries=Entries.PARTS | Entries.COPIES, uniform=None, **_MOVED)
+@primitive("tile", entries=Entries.COPIES, uniform=None, **_MOVED)
+@primitive(
+    "concatenate",
+    "stack",
+    "pad",
+    "dynamic_update_slice",
+    entries=Entries.JOINED,
+    uniform=None,
+    **_MOVED,
+)
+@primitive(
+    "scatter",
+    entries=Entries.JOINED,
+    uniform=None,
+    **_MOVED,
+    refuses=lambda eqn, inputs: may_collide(eqn),
+)
 def structural(transform, eqn, inputs):
     data = _data(eqn.primitive.name, len(inputs))
     others = [x for position, x in enumerate(inputs) if position not in data]
@@ -96,33 +147,33 @@ def structural(transform, eqn, inputs):
     if eqn.primitive.name == "pad" and inputs[1].uniform != 0:
         raise NotHomogeneous("it pads an activation with something else than 0")
     # By default NaN, which paths from outside of the array then have as well.
-    fill = eqn.params.get("fill_value")
+    fill = fill_value(eqn)
     if fill and not np.isnan(fill):
         raise NotHomogeneous("it fills an activation with something else than 0")
     if any(isinstance(x, Sign) for x in inputs):
         raise NotHomogeneous("signs of activations are rearranged")
     if may_collide(eqn):
         raise NotHomogeneous("without `unique_indices` it may write to an entry twice")
-    arithmetic = transform.arithmetic
     constants = _structural_constants(transform, eqn, inputs, data)
     dtype = next(x.path.value.root.dtype for x in inputs if isinstance(x, Activation))
     # Weights among the data, such as a column of ones, are constants.
     paths = [
         inputs[i].path
         if isinstance(inputs[i], Activation)
-        else Path(arithmetic.zeros(inputs[i].shape, dtype))
+        else Path(numbers.zeros(inputs[i].shape, dtype))
         for i in data
     ]
     operands = [getattr(x, "value", None) for x in inputs]
-    roots, exponent = arithmetic.together([path.value for path in paths])
+    roots, exponent = numbers.together([path.value for path in paths])
     moved = _move(eqn, operands, data, roots)
     values = [
         Scaled(root, of_rank(exponent, root.ndim))
         for root in (moved if eqn.primitive.multiple_results else [moved])
     ]
     # Largest entries may be left out.
-    if eqn.primitive.name in SLICES or eqn.primitive.name in _WRITING:
-        values = [arithmetic.normalize(value) for value in values]
+    name = eqn.primitive.name
+    if Entries.PARTS in SPECS[name].entries or name in _WRITING:
+        values = [numbers.normalize(value) for value in values]
     results = [Path(value) for value in values]
     pull = functools.partial(_pull_moved, transform, eqn, operands, data, paths)
     transform.record(results, lambda *cotangents: pull(cotangents))
@@ -142,11 +193,11 @@ def _structural_constants(transform, eqn, inputs, data):
 
 def _pull_moved(transform, eqn, operands, data, nodes, cotangents) -> None:
     """Send cotangents back through a structural primitive."""
-    arithmetic, name = transform.arithmetic, eqn.primitive.name
+    name = eqn.primitive.name
     if name == "transpose" and len(cotangents[0]) > 1:
-        inverse = np.argsort(eqn.params["permutation"])
+        inverse = inverse_permutation(eqn)
         factors = tuple(
-            Scaled(*(jnp.transpose(array, tuple(inverse)) for array in factor))
+            Scaled(*(jnp.transpose(array, inverse) for array in factor))
             if factor.root.ndim
             else factor
             for factor in cotangents[0]
@@ -155,9 +206,7 @@ def _pull_moved(transform, eqn, operands, data, nodes, cotangents) -> None:
     shapes = [variable.aval.shape for variable in eqn.outvars]
     dtype = next(c for c in cotangents if c is not None)[0].root.dtype
     values = [
-        arithmetic.zeros(shape, dtype)
-        if c is None
-        else transform.arithmetic.broadcast(c, shape)
+        numbers.zeros(shape, dtype) if c is None else numbers.broadcast(c, shape)
         for c, shape in zip(cotangents, shapes, strict=True)
     ]
     if name == "broadcast_in_dim":
@@ -172,31 +221,31 @@ def _pull_moved(transform, eqn, operands, data, nodes, cotangents) -> None:
         moved = _move(eqn, operands, data, arrays)
         return moved if eqn.primitive.multiple_results else [moved]
 
-    roots, exponent = arithmetic.together(values)
+    roots, exponent = numbers.together(values)
     moved = jax.linear_transpose(move, *primals)([x.astype(dtype) for x in roots])
     for node, root in zip(nodes, moved, strict=True):
         value = Scaled(root, of_rank(exponent, root.ndim))
-        transform.accumulate(node, (arithmetic.normalize(value),))
+        transform.accumulate(node, (numbers.normalize(value),))
 
 
 def _scatter(transform, eqn, operands, values):
     # An entry may be taken several times, and its copies differ in scale.
     arithmetic, shape = transform.arithmetic, eqn.invars[0].aval.shape
-    (root,), exponent = arithmetic.together(values)
+    (root,), exponent = numbers.together(values)
     entries = np.arange(math.prod(shape), dtype=np.int32).reshape(shape)
     # What is filled in comes from nowhere: from behind the last entry.
-    params = eqn.params | {"fill_value": entries.size} if operands[1:] else eqn.params
-    index = eqn.primitive.bind(jnp.asarray(entries), *operands[1:], **params)
+    outside = {"fill_value": entries.size} if operands[1:] else {}
+    index = bind(eqn, jnp.asarray(entries), *operands[1:], **outside)
     none = jnp.zeros(entries.size, root.dtype)
-    scale = arithmetic.scale(none.at[index].max(root, mode="drop"))
+    scale = numbers.scale(none.at[index].max(root, mode="drop"))
     copies = arithmetic.value(root / scale.at[index].get(mode="clip"))
     total = where_live(arithmetic.root, none.at[index].add(copies, mode="drop"))
     root = jnp.reshape(scale * total, shape)
-    return arithmetic.normalize(Scaled(root, of_rank(exponent, root.ndim)))
+    return numbers.normalize(Scaled(root, of_rank(exponent, root.ndim)))
 
 
 def _unbroadcast(transform, eqn, values):
-    kept = eqn.params["broadcast_dimensions"]
+    kept = broadcast_axes(eqn)
     shape = eqn.invars[0].aval.shape
     (value,) = values
     new = tuple(axis for axis in range(value.root.ndim) if axis not in kept)
@@ -211,14 +260,18 @@ def _unbroadcast(transform, eqn, values):
     return transform.arithmetic.sum(value, stretched, keepdims=True)
 
 
-@weight_pull(*_MOVING, "select_n")
-def _pull_moved_weight(transform, eqn, inputs, cotangents):
-    data = _data(eqn.primitive.name, len(inputs))
-    operands, nodes = [x.value for x in inputs], [inputs[i] for i in data]
-    _pull_moved(transform, eqn, operands, data, nodes, cotangents)
+_RENAMED: dict[str, Any] = {
+    "pull": _pull_renamed,
+    "entries": Entries.COMPUTED,
+    "mixes": None,
+}
 
 
-@rule(*_RENAMING)
+@primitive(
+    "convert_element_type", "copy", "copy_p", uniform=1, takes_signs=True, **_RENAMED
+)
+@primitive(*_RENAMING, uniform=1, **_RENAMED)
+@primitive("reduce_precision", uniform=None, **_RENAMED)
 def _renamed(transform, eqn, inputs):
     if all(isinstance(x, Sign) for x in inputs):
         return inputs
@@ -231,11 +284,3 @@ def _renamed(transform, eqn, inputs):
         else constant
         for x, constant in zip(inputs, constants, strict=True)
     ]
-
-
-@weight_pull(*_RENAMING)
-def _pull_renamed(transform, eqn, inputs, cotangents):
-    del eqn
-    for x, cotangent in zip(inputs, cotangents, strict=True):
-        if cotangent is not None:
-            transform.accumulate(x, cotangent)

@@ -1,0 +1,142 @@
+"""In which order, and in how few passes over memory, a compiler computes things.
+
+Nothing here changes a result. Each trick says what XLA does without it, and which
+benchmark of `tests/benchmarks/bench_scheduling.py` shows that.
+"""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import AxisType
+
+from normax._core.axes import PyTree
+
+
+@jax.custom_batching.custom_vmap
+def _everywhere(condition: jax.Array) -> jax.Array:
+    return jnp.all(condition)
+
+
+@_everywhere.def_vmap
+def _everywhere_vmap(axis_size, in_batched, condition):
+    # A whole batch shares one condition. If each of the batch had its own, `jax.vmap`
+    # would compute both branches, and the branches would have to be sharded alike.
+    del axis_size, in_batched
+    return _everywhere(condition), False
+
+
+def in_one_pass(
+    direct: Callable[..., tuple[Callable[[], Any], jax.Array]],
+    careful: Callable[..., Any],
+) -> Callable[..., Any]:
+    """Make a function that takes sums directly, and with care only where it must.
+
+    Args:
+      direct: Takes the operands to a function that finishes the result, and to a
+        condition that says where it is right, because nothing left the range of floats.
+      careful: Takes the operands to a result that is always right.
+
+    Returns:
+      A function of the operands.
+    """
+
+    def call(*operands):
+        finish, safe = direct(*operands)
+        return lax.cond(_everywhere(safe), finish, lambda: careful(*operands))
+
+    return call
+
+
+def on_cpu(fn: Callable[..., Any], otherwise: Callable[..., Any]) -> Callable[..., Any]:
+    """Make a function that is `fn` on a CPU, and `otherwise` on other devices."""
+    return lambda *operands: lax.platform_dependent(
+        *operands, cpu=fn, default=otherwise
+    )
+
+
+@jax.custom_batching.custom_vmap
+def _wait(array: jax.Array, event: jax.Array) -> jax.Array:
+    # No event is negative, and a NaN compares false, so the condition never holds. XLA
+    # cannot know that, and so computes the event first.
+    never = jnp.max(event) < 0
+    return jnp.where(never, jnp.sqrt(array), array)
+
+
+@_wait.def_vmap
+def _wait_vmap(axis_size, in_batched, array, event):
+    # The whole batch shares one condition. So only a batched array gives a batch.
+    del axis_size
+    return _wait(array, event), in_batched[0]
+
+
+@jax.custom_jvp
+@jax.jit
+def _wait_on_cpu(array: jax.Array, event: jax.Array) -> jax.Array:
+    return on_cpu(_wait, lambda array, event: array)(array, event)
+
+
+_wait_on_cpu.defjvp(
+    lambda primals, tangents: (_wait_on_cpu(*primals), tangents[0]),
+)
+
+
+def wait(array: jax.Array, event: jax.Array) -> jax.Array:
+    """Return `array`, on a CPU not before `event` is known.
+
+    Args:
+      array: Any array.
+      event: An array of non-negative numbers.
+
+    Returns:
+      `array`, unchanged. Inside `jax.shard_map` nothing waits, since an array that is
+      the same on all devices must not depend on an event that is not.
+    """
+    in_shard_map = AxisType.Manual in jax.sharding.get_abstract_mesh().axis_types
+    if in_shard_map or event.size == 0:
+        return array
+    return _wait_on_cpu(array, event)
+
+
+def in_turn(fn: Callable[..., tuple[Any, jax.Array]]) -> Callable[..., Any]:
+    """Make the calls of a function over several arrays wait for each other.
+
+    Args:
+      fn: Called as `fn(vector_axes, w, u, *others)`. It returns a result, and the
+        event, as in `wait`, after which the next array's update is computed.
+
+    Returns:
+      The function that returns the result alone.
+    """
+    done: list[jax.Array] = []
+
+    def call(vector_axes, w, u, *others):
+        u = wait(u, done[-1] if done else jnp.sum(w * w, vector_axes, keepdims=True))
+        result, event = fn(vector_axes, w, u, *others)
+        done.append(event)
+        return result
+
+    return call
+
+
+def event_of(arrays: Iterable[jax.Array]) -> jax.Array:
+    """Return a number, not negative, that is known when some arrays are."""
+    entries = (
+        lax.slice(x, (0,) * x.ndim, (1,) * x.ndim).reshape(()) for x in arrays if x.size
+    )
+    return sum((jnp.abs(x.astype(jnp.float32)) for x in entries), jnp.float32(0))
+
+
+def one_after(event: jax.Array, updates: PyTree) -> jax.Array:
+    """Return the number one, on a CPU not before an event and the updates are known."""
+    axis_types = jax.sharding.get_abstract_mesh().axis_types
+    if AxisType.Manual in axis_types or AxisType.Explicit in axis_types:
+        return jnp.float32(1)  # an entry is not on all devices, or differs on them
+    arrays = map(jnp.asarray, jax.tree.leaves(updates))
+    event += event_of(x for x in arrays if jnp.issubdtype(x.dtype, jnp.inexact))
+    event = lax.stop_gradient(jnp.sqrt(event))
+    # XLA does not know that no event is negative; a NaN compares false.
+    one = on_cpu(lambda event: jnp.where(event < 0, event, 1), jnp.ones_like)
+    return one(event)

@@ -1,0 +1,136 @@
+"""Contractions: sums of powers of weights times path values, whatever their range."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from normax._core.norms import nonzero
+from normax._core.scheduling import in_one_pass
+from normax.paths import numbers
+from normax.paths.arithmetic import PathArithmetic
+from normax.paths.numbers import Scaled, of_rank, range_of
+
+_LARGE = 2**18  # weights for which a second pass takes longer than its compilation
+
+
+def weigh(
+    weight: jax.Array,
+    root: jax.Array,
+    reduce: Callable[[jax.Array], jax.Array],
+    spread: Callable[[jax.Array], jax.Array],
+) -> tuple[jax.Array, jax.Array]:
+    r"""Scale a weight array so that its powers sum in the range of floats.
+
+    $$w_{ij}\,q_i^2 = a_{ij}\,s_j^2, \qquad \max_i |a_{ij}| = 1$$
+
+    Square roots of weights are multiplied, which leaves no range.
+
+    Args:
+      weight: The $w_{ij}$.
+      root: The $q_i$, broadcastable against the weights.
+      reduce: Takes an array like `weight` to its maxima over $i$.
+      spread: Takes these to an array that broadcasts against the weights.
+
+    Returns:
+      The $a_{ij}$, signed as the weights, and the $s_j$ as `reduce` shapes them.
+    """
+    half = jnp.sqrt(jnp.abs(lax.stop_gradient(weight))) * lax.stop_gradient(root)
+    scale = reduce(half)
+    # Twice the root, since XLA would write out a broadcast root for both passes.
+    factor = (2 * root) * spread(0.5 / nonzero(scale))
+    return weight * factor * factor, scale
+
+
+def _sums(
+    arithmetic: PathArithmetic, scaled: jax.Array, axes: tuple[int, ...]
+) -> jax.Array:
+    # Vectors, whatever the axes: XLA compiles one operation for each shape.
+    return jnp.sum(arithmetic.power(scaled), axis=axes)
+
+
+def _in_two_passes(
+    arithmetic: PathArithmetic,
+    axes: tuple[int, ...],
+    weight: jax.Array,
+    root: jax.Array,
+) -> jax.Array:
+    """Return roots of the sums; the first pass finds what to divide by."""
+    scaled, scale = weigh(
+        weight,
+        root,
+        lambda half: jnp.max(half, axis=axes, initial=0),
+        lambda scale: lax.expand_dims(scale, axes),
+    )
+    # The sum is at least 1, up to rounding, unless the scale is 0.
+    return scale * arithmetic.root(jnp.maximum(_sums(arithmetic, scaled, axes), 0.5))
+
+
+def _arithmetic(plain: Any, traced: tuple[jax.Array, ...]) -> PathArithmetic:
+    (p,) = traced or (plain,)
+    return PathArithmetic(p)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+def _in_one_pass(
+    p: Any,
+    axes: tuple[int, ...],
+    weight: jax.Array,
+    root: jax.Array,
+    *traced_p: jax.Array,
+) -> jax.Array:
+    """Return roots of the sums, in a second pass only if one did not do."""
+    arithmetic = _arithmetic(p, traced_p)
+
+    def directly(weight, root):
+        # In a vector of its own, so that weights are multiplied once. Its smallest
+        # numbers become NaN, which no range holds.
+        size = root * root
+        size = jnp.where((size > 2.0**-80) | (root == 0), size, jnp.nan)
+        sums = _sums(arithmetic, weight * size, axes)
+        low, high = range_of(sums, tuple(range(sums.ndim)))
+        return lambda: arithmetic.root(sums), (low > 2.0**-80) & (high < 2.0**80)
+
+    carefully = functools.partial(_in_two_passes, arithmetic, axes)
+    return in_one_pass(directly, carefully)(weight, root)
+
+
+@_in_one_pass.defjvp
+def _derivative(p, axes, primals, tangents):
+    # Where one pass does not do, what it overflows to has no derivative.
+    def carefully(weight, root, *traced_p):
+        return _in_two_passes(_arithmetic(p, traced_p), axes, weight, root)
+
+    return _in_one_pass(p, axes, *primals), jax.jvp(carefully, primals, tangents)[1]
+
+
+def contract(
+    arithmetic: PathArithmetic, weight: jax.Array, x: Scaled, axes: tuple[int, ...]
+) -> Scaled:
+    r"""Return the path values behind a dense layer, $\sum_i |w_{ij}|^p x_i$.
+
+    One pass over the weights does where all is of moderate size. Only the products of
+    the weights with $x$ need to be balanced, not the weights themselves.
+
+    Args:
+      arithmetic: Arithmetic of path values.
+      weight: Array of weights.
+      x: The $x_i$, of the shape of `weight` with length one on the other axes.
+      axes: The axes of $i$.
+
+    Returns:
+      The sums, with length one on `axes`.
+    """
+    weight, x = numbers.cast(weight, x), numbers.common(x)
+    if weight.size < _LARGE:
+        root = _in_two_passes(arithmetic, axes, weight, x.root)
+    elif isinstance(arithmetic.p, jax.Array):
+        # A traced power is an operand, since derivatives may be taken by it.
+        root = _in_one_pass(None, axes, weight, x.root, arithmetic.p)
+    else:
+        root = _in_one_pass(arithmetic.p, axes, weight, x.root)
+    sums = numbers.normalize(Scaled(root, of_rank(x.exponent, root.ndim)))
+    return Scaled(lax.expand_dims(sums.root, axes), of_rank(sums.exponent, weight.ndim))

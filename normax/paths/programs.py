@@ -1,0 +1,153 @@
+"""Compiled programs for the path scales, one for equal networks.
+
+`jax.jit` compiles anew for every function that it is given, and each transformation
+would give it a new one. So the programs of a network are kept with its function, and
+go when it goes.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Hashable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax, stages
+
+from normax._core.axes import PyTree
+from normax._core.programs import is_float, is_key, kept_with
+from normax._core.scheduling import event_of
+from normax.paths.arithmetic import PathArithmetic
+from normax.paths.feed_forward import dense_stack
+from normax.paths.norm import scale_factors, with_automatic_sharding
+from normax.paths.one_example import Forward
+
+Roots = tuple[PyTree, PyTree]
+Programs = tuple[stages.Wrapped, stages.Wrapped]
+
+
+class PathProgram(NamedTuple):
+    """A program that computes path scales.
+
+    Attributes:
+      programs: The program for one step, and the one that may leave the scales as
+        they are; functions of the parameters and the power.
+      power: The power, if it is an array.
+      network: The network, which the programs do not keep alive.
+    """
+
+    programs: Programs
+    power: tuple[jax.typing.ArrayLike, ...]
+    network: Any
+
+    def check(self, params: PyTree) -> None:
+        """Raise what the program would raise."""
+        if jax.tree.leaves(params):
+            jax.eval_shape(self.programs[0], (params, self.power))
+
+    def roots(self, params: PyTree) -> tuple[Roots, jax.Array]:
+        """Return factors of the inverse roots, and a number that is known with them."""
+        if jax.tree.leaves(params):
+            return self.programs[0]((params, self.power))
+        # A placeholder of optax.tree.map_params stands for the parameters.
+        return (params, params), jnp.float32(0)
+
+    def roots_if(
+        self, due: jax.typing.ArrayLike, params: PyTree, kept: Roots
+    ) -> tuple[Roots, jax.Array]:
+        """Return the same if they are due, otherwise those that were kept."""
+        if jax.tree.leaves(params):
+            return self.programs[1](due, (params, self.power), kept)
+        return self.roots(params)
+
+
+def _inverse_roots(params: PyTree, factors: PyTree, p: jax.typing.ArrayLike) -> Roots:
+    """Return the two factors of the inverse roots, each a tree like the parameters.
+
+    Optimizers' states hold such trees only, if they are to pass through Flax NNX.
+    """
+    arithmetic = PathArithmetic(p)
+
+    def pick(i):
+        return lambda leaf, pair: pair and pair[i]
+
+    pairs = jax.tree.map(
+        lambda leaf, product: product and arithmetic.inverse_roots(product),
+        params,
+        factors,
+    )
+    return jax.tree.map(pick(0), params, pairs), jax.tree.map(pick(1), params, pairs)
+
+
+def _fixed(leaf: Any) -> tuple[Any, Hashable]:
+    """Return what matters of an input, and a key that tells it from others.
+
+    An array whose entries are not known is its own key, which has no hash.
+    """
+    if not hasattr(leaf, "dtype"):
+        return leaf, (type(leaf), leaf)
+    shape = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+    if is_float(leaf) or isinstance(leaf, jax.ShapeDtypeStruct):
+        return shape, shape
+    if isinstance(leaf, jax.core.Tracer) or not getattr(
+        leaf, "is_fully_addressable", True
+    ):
+        return leaf, leaf
+    # A copy: whoever owns an array of NumPy may change it.
+    array = jax.random.key_data(leaf) if is_key(leaf) else np.array(leaf)
+    kept = leaf if is_key(leaf) else array
+    return kept, (leaf.shape, leaf.dtype, np.asarray(array).tobytes())
+
+
+def _compile(
+    network: Callable[[], Any], inputs: PyTree, p: jax.typing.ArrayLike | None
+) -> Programs:
+    """Return the programs of a network; the power is an argument if `p` is None."""
+
+    @jax.jit
+    @with_automatic_sharding
+    def compute(arguments):
+        params, power = arguments
+        (q,) = power or (p,)
+        forward, example = network(), inputs
+        if forward is dense_stack:
+            forward, example = dense_stack(params)
+        factors = scale_factors(forward, params, example, q)
+        # Of the largest entries of sums, so that these are known when exponents are.
+        exponents = (x for x in jax.tree.leaves(factors) if x.dtype == jnp.int32)
+        return _inverse_roots(params, factors, q), event_of(exponents)
+
+    @jax.jit
+    def compute_if(due, arguments, kept):
+        return lax.cond(due, lambda: compute(arguments), lambda: (kept, jnp.float32(0)))
+
+    return compute, compute_if
+
+
+def path_program(
+    forward: Forward | None, inputs: PyTree, p: jax.typing.ArrayLike
+) -> PathProgram:
+    """Return the program for the path scales of a network.
+
+    It is the same one for the same function object, inputs that mean the same and the
+    same number `p`, unless there is no telling: if inputs are traced integers, say.
+    """
+    network = dense_stack if forward is None else forward
+    leaves, structure = jax.tree.flatten(inputs)
+    fixed = [_fixed(leaf) for leaf in leaves]
+    inputs = jax.tree.unflatten(structure, [leaf for leaf, _ in fixed])
+    power = () if isinstance(p, int | float) else (p,)
+    number = None if power else p
+    key = (number, structure, tuple(key for _, key in fixed))
+    try:
+        hash(key)
+        programs = kept_with(network)
+        # A strong reference would keep the network, and so its programs, alive.
+        reference: Callable[[], Any] = weakref.ref(network)
+    except TypeError:  # No hash, or no weak references: this one is not kept.
+        return PathProgram(_compile(lambda: network, inputs, number), power, network)
+    if key not in programs:
+        programs[key] = _compile(reference, inputs, number)
+    return PathProgram(programs[key], power, network)

@@ -1,0 +1,89 @@
+"""What orders work for a compiler changes no number, and saves the memory it should."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+
+import normax
+from normax._core.scheduling import in_one_pass, one_after, wait
+
+
+def test_waiting_changes_nothing():
+    x = jnp.array([-1.0, 0.0, jnp.nan, jnp.inf, 2.0])
+    for event in (
+        jnp.ones(3),
+        jnp.array([jnp.nan]),
+        jnp.array([jnp.inf]),
+        jnp.zeros(1),
+    ):
+        np.testing.assert_array_equal(jax.jit(wait)(x, event), x)
+    gradient = jax.grad(lambda x: jnp.sum(wait(x, jnp.ones(2)) ** 2))(x[:2])
+    np.testing.assert_array_equal(gradient, 2 * x[:2])
+
+
+def wait_and_double(array, event):
+    return wait(array, event) * 2
+
+
+# Under vmap and shard_map an array may vary where another must not.
+def test_waiting_couples_no_arrays_of_a_batch():
+    batched = jax.vmap(wait_and_double, in_axes=(None, 0), out_axes=None)
+    np.testing.assert_array_equal(batched(jnp.ones(3), jnp.ones((4, 2))), 2)
+
+
+@pytest.mark.devices(2)
+def test_waiting_couples_no_arrays_of_several_devices():
+    mesh = jax.make_mesh((2,), ("x",), (AxisType.Auto,), devices=jax.devices()[:2])
+    specs = dict(in_specs=(P(), P("x")), out_specs=P())
+    mapped = jax.shard_map(wait_and_double, mesh=mesh, **specs)
+    np.testing.assert_array_equal(jax.jit(mapped)(jnp.ones(3), jnp.ones(4)), 2)
+
+
+@pytest.mark.parametrize("entry", [1.0, 0.0, -2.0, jnp.nan, jnp.inf, -jnp.inf])
+def test_one_comes_after_everything(entry):
+    updates = [jnp.full((2, 3), entry), jnp.arange(3), jnp.zeros((0, 4)), None]
+    for event in (0.0, 3.0, jnp.nan, jnp.inf):
+        assert jax.jit(one_after)(jnp.float32(event), updates) == 1
+
+
+def test_care_is_taken_where_the_direct_result_is_wrong():
+    largest = jnp.finfo(jnp.float32).max
+
+    def direct(x):
+        square = x * x
+        return lambda: jnp.sqrt(square), square < largest
+
+    norm = jax.jit(in_one_pass(direct, jnp.abs))
+    np.testing.assert_array_equal(norm(jnp.array([-3.0, 2.0])), [3.0, 2.0])
+    large = jnp.array([-3.0, 2e30])
+    np.testing.assert_array_equal(norm(large), jnp.abs(large))
+    batch = jnp.stack([large, jnp.ones(2)])
+    np.testing.assert_array_equal(jax.vmap(norm)(batch), jnp.abs(batch))
+    program = str(jax.make_jaxpr(jax.vmap(norm))(batch))
+    assert "cond[" in program, "a batch has one condition, so one of the branches runs"
+
+
+@pytest.mark.skipif(jax.__version_info__ < (0, 10), reason="planned otherwise")
+@pytest.mark.parametrize(
+    "tx", [normax.project_unit_norm(), normax.monitor_weight_dynamics()]
+)
+def test_memory_of_one_array_serves_all(tx):
+    tx = optax.chain(optax.adam(1e-3), tx)
+
+    @functools.partial(jax.jit, donate_argnums=(0, 1))
+    def step(params, state, grads):
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    def temporary_bytes(kernels):
+        params = [jnp.ones((256, 256)) for _ in range(kernels)]
+        lowered = step.lower(params, tx.init(params), params)
+        return lowered.compile().memory_analysis().temp_size_in_bytes
+
+    assert temporary_bytes(16) < temporary_bytes(4) + 4 * 256 * 256
