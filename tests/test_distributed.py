@@ -5,6 +5,8 @@ import socket
 import subprocess
 import sys
 
+import pytest
+
 PROCESSES = 2
 
 
@@ -52,6 +54,7 @@ def worker(process: int, port: int) -> None:
     print("agreed")
 
 
+@pytest.mark.slow
 def test_two_processes():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -29,7 +29,7 @@ SHAPES = {
 def params():
     rng = np.random.default_rng(0)
     return {
-        name: jnp.asarray(rng.normal(size=shape), jnp.float32)
+        name: jax.device_put(rng.normal(size=shape).astype(jnp.float32))
         for name, shape in SHAPES.items()
     }
 

@@ -234,6 +234,7 @@ def test_picture_and_csv_are_written(small_run: tuple[Any, Path]) -> None:
     assert search.table(results).count("regret in the end") == 3
 
 
+@pytest.mark.slow
 def test_two_processes_share_the_trials(
     tmp_path: Path, small_run: tuple[Any, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -116,7 +116,7 @@ def arrays(**shapes):
     rng = np.random.default_rng(1)
     shapes = {"first": {"kernel": (6, 8), "bias": (8,)}, "head": (8, 3)} | shapes
     return jax.tree.map(
-        lambda shape: jnp.asarray(rng.normal(size=shape), jnp.float32) / 2,
+        lambda shape: jax.device_put(rng.normal(size=shape).astype(jnp.float32)) / 2,
         {name: shape for name, shape in shapes.items() if shape},
         is_leaf=lambda node: isinstance(node, tuple),
     )
@@ -330,7 +330,7 @@ def test_no_false_positives_in_a_thousand_layers():
     rng, near = np.random.default_rng(5), 0
     for seed in range(250):
         params = {
-            str(shape): jnp.asarray(rng.normal(size=shape), jnp.float32)
+            str(shape): jax.device_put(rng.normal(size=shape).astype(jnp.float32))
             for shape in ACTIVATIONS
         }
         params["seed"] = jnp.asarray(seed)

@@ -20,7 +20,9 @@ RNGS = nnx.Rngs(0)
 
 
 def draw(shape, seed):
-    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
+    return jax.device_put(
+        np.random.default_rng(seed).normal(size=shape).astype(jnp.float32)
+    )
 
 
 def convolve(kernel, x):

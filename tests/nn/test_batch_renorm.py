@@ -26,7 +26,8 @@ RNGS = nnx.Rngs(0)
 
 def draw(shape, seed=0, scale=1.0, shift=0.0):
     rng = np.random.default_rng(seed)
-    return jnp.asarray(rng.normal(size=shape) * scale + shift, jnp.float32)
+    values = rng.normal(size=shape) * scale + shift
+    return jax.device_put(values.astype(np.float32))
 
 
 def init(key, shape, dtype):

@@ -23,7 +23,8 @@ RNGS = nnx.Rngs(0)
 
 
 def draw(shape, seed=0, scale=1.0, dtype=jnp.float32):
-    return jnp.asarray(np.random.default_rng(seed).normal(size=shape) * scale, dtype)
+    values = np.random.default_rng(seed).normal(size=shape) * scale
+    return jax.device_put(values.astype(dtype))
 
 
 INIT = {

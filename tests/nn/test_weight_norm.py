@@ -17,7 +17,8 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 def draw(shape, seed=0, scale=1.0, dtype=jnp.float32):
-    return jnp.asarray(np.random.default_rng(seed).normal(size=shape) * scale, dtype)
+    values = np.random.default_rng(seed).normal(size=shape) * scale
+    return jax.device_put(values.astype(dtype))
 
 
 # NumPy draws these values, because JAX would compile an initializer for every shape.

@@ -89,7 +89,7 @@ def test_roots_and_quotients(p):
         root, gamma = np.exp(log_x / p), np.exp(2 * log_x / p)
     np.testing.assert_allclose(arithmetic.pth_root(x), root, rtol=2e-6)
     np.testing.assert_allclose(arithmetic.path_scale(x), gamma, rtol=2e-6)
-    update = jnp.asarray(RNG.normal(size=50), jnp.float32)
+    update = jax.device_put(RNG.normal(size=50).astype(jnp.float32))
     quotient = divide_by_path_scale(update, *arithmetic.inverse_roots((x,)))
     expected = np.where(gamma == 0, 0, np.asarray(update) / np.where(gamma, gamma, 1))
     np.testing.assert_allclose(quotient, expected, rtol=3e-6)

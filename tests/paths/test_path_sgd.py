@@ -24,7 +24,7 @@ BATCH = jax.random.normal(jax.random.key(0), (16, 4))
 
 def draw(*shape, seed=0):
     rng = np.random.default_rng((seed, *shape))
-    return jnp.asarray(rng.normal(size=shape), jnp.float32)
+    return jax.device_put(rng.normal(size=shape).astype(jnp.float32))
 
 
 def stack(params, x):
@@ -48,6 +48,17 @@ def chain(params, x):
 
 
 ONE = jax.ShapeDtypeStruct((1, 4), jnp.float32)
+
+
+@functools.cache
+def log_scales_and_norm(forward, inputs, p=2):
+    """Return the compiled function from parameters to the logarithms of both."""
+
+    def both(params):
+        scales = normax.path_scales(forward, params, inputs, p, log=True)
+        return scales, normax.path_norm(forward, params, inputs, p, log=True)
+
+    return jax.jit(both)
 
 
 # Equation (8), written out in float64 for p = 2.
@@ -139,7 +150,7 @@ def test_the_walk_over_the_tree_is_the_transform(p):
     params = stack_params()
     updates = jax.tree.map(jnp.ones_like, params)
     walk = normax.scale_by_path_sgd(p=p)
-    got, _ = walk.update(updates, walk.init(params), params)
+    got, _ = jax.jit(walk.update)(updates, walk.init(params), params)
     scales = normax.path_scales(stack, params, ONE, p)
     chex.assert_trees_all_close(got, jax.tree.map(lambda s: 1 / s, scales), rtol=3e-6)
 
@@ -217,15 +228,12 @@ def test_rescaling_moves_the_path_scales_inversely():
     params = stack_params()
     ones = jax.tree.map(jnp.ones_like, params)
     change = jax.tree.map(jnp.log, rescaled(ones, FACTORS))
-    logs = functools.partial(normax.path_scales, stack, inputs=ONE, log=True)
-    expected = jax.tree.map(lambda g, c: g - 2 * c, logs(params), change)
-    got = logs(rescaled(params, FACTORS))
+    logs = log_scales_and_norm(stack, ONE)
+    scales, norm = logs(params)
+    expected = jax.tree.map(lambda g, c: g - 2 * c, scales, change)
+    got, other_norm = logs(rescaled(params, FACTORS))
     chex.assert_trees_all_close(got, expected, rtol=1e-6, atol=1e-5)
-    norms = [
-        normax.path_norm(stack, w, ONE, log=True)
-        for w in (params, rescaled(params, FACTORS))
-    ]
-    np.testing.assert_allclose(*norms, rtol=1e-6)
+    np.testing.assert_allclose(norm, other_norm, rtol=1e-6)
 
 
 @pytest.mark.parametrize("forward", [None, stack])
@@ -265,9 +273,9 @@ def test_chains(after):
     tx = optax.chain(normax.scale_by_path_sgd(), after)
     params = stack_params()
     grads = jax.tree.map(jnp.ones_like, params)
-    updates, state = tx.update(grads, tx.init(params), params)
+    updates, state = jax.jit(tx.update)(grads, tx.init(params), params)
     scaled = jax.tree.map(lambda s: np.float32(1 / s), numpy_scales(params))
-    expected, _ = after.update(scaled, after.init(params), params)
+    expected, _ = jax.jit(after.update)(scaled, after.init(params), params)
     chex.assert_trees_all_close(updates, expected, rtol=1e-5)
     chex.assert_tree_all_finite(state)
 
@@ -334,9 +342,8 @@ def test_depth_of_100(p, size):
     params = size * draw(100, 6, 6)
     total, scales = log_scales_of_stack(params, p)
     x = jax.ShapeDtypeStruct((1, 6), jnp.float32)
-    got = normax.path_norm(deep, params, x, p, log=True)
-    np.testing.assert_allclose(got, total / p, rtol=1e-6)
-    got = normax.path_scales(deep, params, x, p, log=True)
+    got, norm = log_scales_and_norm(deep, x, p)(params)
+    np.testing.assert_allclose(norm, total / p, rtol=1e-6)
     np.testing.assert_allclose(got, 2 / p * np.stack(scales), rtol=2e-6, atol=1e-4)
 
 
@@ -377,15 +384,14 @@ def test_factors_of_1e25_between_units(p, compensated):
     ]
     params = [jnp.asarray(w, jnp.float32) for w in params]
     total, scales = log_scales_of_stack(params, p)
-    got = normax.path_norm(chain, params, ONE, p, log=True)
-    np.testing.assert_allclose(got, total / p, rtol=1e-6)
-    logs = normax.path_scales(chain, params, ONE, p, log=True)
+    logs, norm = log_scales_and_norm(chain, ONE, p)(params)
+    np.testing.assert_allclose(norm, total / p, rtol=1e-6)
     tx = normax.scale_by_path_sgd(p=p)
     # An update as large as the weight divided by 1e20 gamma is a float again.
     with np.errstate(over="ignore", under="ignore"):
         sizes = [np.exp(np.clip(s * 2 / p, -80, 80)) for s in scales]
     grads = [jnp.asarray(s, jnp.float32) for s in sizes]
-    updates, _ = tx.update(grads, tx.init(params), params)
+    updates, _ = jax.jit(tx.update)(grads, tx.init(params), params)
     for log, scale, size, update in zip(logs, scales, sizes, updates, strict=True):
         np.testing.assert_allclose(log, 2 / p * scale, rtol=1e-6, atol=1e-5)
         expected = np.exp(np.log(size) - 2 / p * scale)
@@ -406,23 +412,21 @@ def test_convolutions_with_factors_of_1e25_between_units():
 
     x = jax.ShapeDtypeStruct((1, 4, 2), jnp.float32)
     params = [draw(3, 2, 3), draw(3, 3, 2)]
-    plain = normax.path_scales(forward, params, x, log=True)
+    logs = log_scales_and_norm(forward, x)
+    plain, plain_norm = logs(params)
     for factors in (jnp.array([1e25, 1e-25, 1]), jnp.array([1e-19, 1e-15, 1e-17])):
         c = jnp.log(factors)
         unbalanced = [params[0] * factors[None, None], params[1]]
-        expected_norm = normax.path_norm(forward, params, x, log=True)
         balanced = [unbalanced[0], params[1] / factors[None, ::-1, None]]
-        np.testing.assert_allclose(
-            normax.path_norm(forward, balanced, x, log=True), expected_norm, rtol=1e-6
-        )
-        first, second = normax.path_scales(forward, balanced, x, log=True)
+        (first, second), norm = logs(balanced)
+        np.testing.assert_allclose(norm, plain_norm, rtol=1e-6)
         np.testing.assert_allclose(
             first, plain[0] - 2 * c[None, None], rtol=1e-6, atol=2e-5
         )
         np.testing.assert_allclose(
             second, plain[1] + 2 * c[None, ::-1, None], rtol=1e-6, atol=2e-5
         )
-        first, second = normax.path_scales(forward, unbalanced, x, log=True)
+        first, second = logs(unbalanced)[0]
         np.testing.assert_allclose(first, plain[0], rtol=1e-6, atol=2e-5)
         np.testing.assert_allclose(
             second, plain[1] + 2 * c[None, ::-1, None], rtol=1e-6, atol=2e-5
@@ -436,8 +440,9 @@ def test_edges_that_no_path_uses():
     # Unit 0 hears nothing, unit 1 reaches nothing, weight (0, 2) is 0 but alive.
     params = [draw(4, 5).at[:, 0].set(0).at[0, 2].set(0), draw(5, 2).at[1].set(0)]
     params += [{"unused": draw(3)}]
-    scales = normax.path_scales(lambda w, x: chain(w[:2], x), params, ONE)
-    logs = normax.path_scales(lambda w, x: chain(w[:2], x), params, ONE, log=True)
+    forward = lambda w, x: chain(w[:2], x)  # noqa: E731
+    scales = normax.path_scales(forward, params, ONE)
+    logs, _ = log_scales_and_norm(forward, ONE)(params)
     into, out = np.square(params[0]).sum(0), np.square(params[1]).sum(1)
     np.testing.assert_allclose(scales[0], np.broadcast_to(out, (4, 5)), rtol=2e-6)
     np.testing.assert_allclose(
@@ -448,9 +453,9 @@ def test_edges_that_no_path_uses():
         jax.tree.map(jnp.isneginf, logs), jax.tree.map(lambda s: s == 0, scales)
     )
     assert np.all(scales[0][:, 1] == 0) and np.all(scales[1][0] == 0)
-    tx = normax.scale_by_path_sgd(lambda w, x: chain(w[:2], x), ONE)
+    tx = normax.scale_by_path_sgd(forward, ONE)
     grads = jax.tree.map(jnp.ones_like, params)
-    updates, _ = tx.update(grads, tx.init(params), params)
+    updates, _ = jax.jit(tx.update)(grads, tx.init(params), params)
     expected = jax.tree.map(
         lambda s: jnp.where(s == 0, 0, 1 / jnp.where(s == 0, 1, s)), scales
     )
@@ -460,22 +465,34 @@ def test_edges_that_no_path_uses():
     assert np.isneginf(normax.path_norm(chain, nothing, ONE, log=True))
 
 
+@functools.cache
+def first_step_and_scales(walk, update_every):
+    """Return the compiled function from three layers' parameters to both."""
+
+    def deep(params, x):
+        return chain(params[1:], relu(x @ params[0]))
+
+    inputs = jax.ShapeDtypeStruct((1, 1), jnp.float32)
+    network = (None, None) if walk else (deep, inputs)
+    tx = normax.scale_by_path_sgd(*network, update_every=update_every)
+
+    def both(params):
+        grads = jax.tree.map(jnp.ones_like, params)
+        updates, _ = tx.update(grads, tx.init(params), params)
+        return updates, normax.path_scales(deep, params, inputs)
+
+    return jax.jit(both)
+
+
 @pytest.mark.parametrize("update_every", [1, 2])
 @pytest.mark.parametrize("walk", [True, False])
 @pytest.mark.parametrize("dead", [0, 1, 2])
 def test_where_a_layer_is_dead_there_is_no_step(dead, walk, update_every):
-    def deep(params, x):
-        return chain(params[1:], relu(x @ params[0]))
-
     # Path values of one layer, 1e-2 to 1e2, beside those that are all 0.
-    unequal = jnp.logspace(-2, 2, 5)
-    params = [unequal[None], jnp.ones((5, 5)), unequal[:, None]]
-    params[dead] = jnp.zeros_like(params[dead])
-    forward, inputs = (None, None) if walk else (deep, jnp.ones((1, 1)))
-    tx = normax.scale_by_path_sgd(forward, inputs, update_every=update_every)
-    grads = jax.tree.map(jnp.ones_like, params)
-    updates, _ = tx.update(grads, tx.init(params), params)
-    scales = normax.path_scales(deep, params, jnp.ones((1, 1)))
+    unequal = np.logspace(-2, 2, 5, dtype=np.float32)
+    params = [unequal[None], np.ones((5, 5), np.float32), unequal[:, None]]
+    params[dead] = np.zeros_like(params[dead])
+    updates, scales = first_step_and_scales(walk, update_every)(params)
     for layer, (update, scale) in enumerate(zip(updates, scales, strict=True)):
         assert np.all(np.isfinite(update)) and np.all((update == 0) == (scale == 0))
         assert np.any(update) == (layer == dead)
@@ -530,18 +547,20 @@ def test_gradient_of_the_log_path_norm_is_the_share_of_each_edge(p):
     params = stack_params()
     params["Dense_2"]["bias"] = jnp.zeros(5)
     params["Dense_10"]["kernel"] = params["Dense_10"]["kernel"].at[0, 0].set(0)
-    gradient = jax.jit(
-        jax.grad(lambda w: normax.path_norm(stack, w, ONE, p, log=True))
-    )(params)
-    scales = normax.path_scales(stack, params, ONE, p)
-    total = normax.path_norm(stack, params, ONE, p) ** p
+
+    @jax.jit
+    def values(w):
+        gradient = jax.grad(lambda w: normax.path_norm(stack, w, ONE, p, log=True))(w)
+        scales = normax.path_scales(stack, w, ONE, p)
+        return gradient, scales, normax.path_norm(stack, w, ONE, p) ** p
+
+    gradient, scales, total = jax.device_get(values(params))
 
     def share(w, scale):
-        return jnp.sign(w) * jnp.abs(w) ** (p - 1) * scale ** (p / 2) / total
+        return np.sign(w) * np.abs(w) ** (p - 1) * scale ** (p / 2) / total
 
-    chex.assert_trees_all_close(
-        gradient, jax.tree.map(share, params, scales), rtol=2e-5
-    )
+    expected = jax.tree.map(share, jax.device_get(params), scales)
+    chex.assert_trees_all_close(gradient, expected, rtol=2e-5)
 
 
 def test_gradient_of_the_path_norm_by_finite_differences():
@@ -550,10 +569,11 @@ def test_gradient_of_the_path_norm_by_finite_differences():
         flat, unravel = jax.flatten_util.ravel_pytree(params)
         norm = jax.jit(lambda w: normax.path_norm(stack, unravel(w), ONE, 2))
         gradient = jax.grad(norm)(flat)
-        steps = 1e-6 * jnp.eye(flat.size)
-        differences = (
-            jax.vmap(norm)(flat[None] + steps) - jax.vmap(norm)(flat[None] - steps)
-        ) / 2e-6
+        steps = 1e-6 * np.eye(flat.size)
+        above, below = jax.jit(jax.vmap(jax.vmap(norm)))(
+            np.asarray(flat) + np.stack([steps, -steps])
+        )
+        differences = (above - below) / 2e-6
         np.testing.assert_allclose(gradient, differences, rtol=1e-6, atol=1e-8)
 
 
@@ -566,26 +586,39 @@ def test_second_derivatives_at_biases_of_zero(size):
     def norm(b):  # of 2 * (5, b_0) and b_1, in units of `size`
         return normax.path_norm(forward, b, jnp.ones((1, 2))) / size
 
-    b = jnp.zeros(2)
-    np.testing.assert_allclose(jax.grad(norm)(b), 0, atol=1e-6)
-    hessian = jax.jit(jax.hessian(norm))(b)
+    @jax.jit
+    def derivatives(b):
+        return norm(b), jax.grad(norm)(b), jax.hessian(norm)(b)
+
+    value, gradient, hessian = derivatives(jnp.zeros(2))
+    np.testing.assert_allclose(gradient, 0, atol=1e-6)
     np.testing.assert_allclose(hessian, [[0.4, 0], [0, 0.1]], rtol=1e-5, atol=1e-7)
-    np.testing.assert_allclose(norm(b), 10, rtol=1e-6)
+    np.testing.assert_allclose(value, 10, rtol=1e-6)
 
 
-@pytest.mark.parametrize("traced", [False, True])
+def norm_where_nothing_arrives(w, p):
+    forward = lambda w, x: jnp.pad(x, ((0, 0), (0, 1))) @ w  # noqa: E731
+    return normax.path_norm(forward, w[:, None], jnp.ones((1, 2)), p)
+
+
+HESSIANS = {
+    "traced": jax.jit(jax.hessian(norm_where_nothing_arrives)),
+    "known": jax.jit(jax.hessian(norm_where_nothing_arrives), static_argnums=1),
+}
+
+
+@pytest.mark.parametrize("power", HESSIANS)
 @pytest.mark.parametrize("p", [1.0, 1.5, 2.0, 3.0])
-def test_second_derivatives_where_nothing_arrives(p, traced):
-    def forward(w, x):
-        return jnp.pad(x, ((0, 0), (0, 1))) @ w
-
-    w, p = jnp.array([[3.0], [4.0], [1.0]]), jnp.float32(p) if traced else p
-    norm = lambda w: normax.path_norm(forward, w, jnp.ones((1, 2)), p)  # noqa: E731
-    hessian = jax.jit(jax.hessian(norm))(w)[:, 0, :, 0]
-    with jax.enable_x64(True):
-        live = jnp.array([3.0, 4.0])
-        power = lambda v: jnp.sum(v ** float(p)) ** (1 / float(p))  # noqa: E731
-        expected = jnp.zeros((3, 3)).at[:2, :2].set(jax.hessian(power)(live))
+def test_second_derivatives_where_nothing_arrives(p, power):
+    hessian = HESSIANS[power](np.array([3, 4, 1], np.float32), p)
+    # Of the p-norm of the weights that are reached.
+    live = np.array([3.0, 4.0])
+    size = np.sum(live**p) ** (1 / p)
+    expected = np.zeros((3, 3))
+    expected[:2, :2] = np.diag(live ** (p - 2)) - np.outer(live, live) ** (
+        p - 1
+    ) / np.sum(live**p)
+    expected *= (p - 1) * size ** (1 - p)
     np.testing.assert_allclose(hessian, expected, rtol=1e-4, atol=1e-6)
 
 
@@ -599,8 +632,9 @@ def test_ensembles_and_traced_powers():
 
     stacked = jax.tree.map(lambda *ws: jnp.stack(ws), *runs)
     batched = jax.jit(jax.vmap(values, in_axes=(0, None)))(stacked, 1.5)
+    one_run = jax.jit(values, static_argnums=1)
     for index, params in enumerate(runs):
-        expected = jax.jit(values, static_argnums=1)(params, 1.5)
+        expected = one_run(params, 1.5)
         one = jax.tree.map(lambda x: x[index], batched)  # noqa: B023
         chex.assert_trees_all_close(one, expected, rtol=5e-6)
     chex.assert_trees_all_equal(values(runs[0], 2), values(runs[0], 2.0))

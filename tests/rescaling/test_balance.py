@@ -19,9 +19,11 @@ def draw(seed, widths, biases=False, dtype=jnp.float64):
     rng = np.random.default_rng(seed)
     layers = []
     for n_in, n_out in itertools.pairwise(widths):
-        layers.append({"kernel": jnp.asarray(rng.normal(size=(n_in, n_out)), dtype)})
+        layers.append(
+            {"kernel": jax.device_put(rng.normal(size=(n_in, n_out)).astype(dtype))}
+        )
         if biases:
-            layers[-1]["bias"] = jnp.asarray(rng.normal(size=n_out), dtype)
+            layers[-1]["bias"] = jax.device_put(rng.normal(size=n_out).astype(dtype))
     return layers
 
 
@@ -30,8 +32,8 @@ def conv_draw(seed, biases=True):
     # The second convolution has two groups, and a flatten comes before the last layer.
     shapes = [(3, 2, 4), (2, 2, 4), (8, 1)]
     return [
-        {"kernel": jnp.asarray(rng.normal(size=shape))}
-        | ({"bias": jnp.asarray(rng.normal(size=shape[-1]))} if biases else {})
+        {"kernel": jax.device_put(rng.normal(size=shape))}
+        | ({"bias": jax.device_put(rng.normal(size=shape[-1]))} if biases else {})
         for shape in shapes
     ]
 
@@ -255,9 +257,10 @@ def test_dead_units_are_out_of_the_way():
     params[2]["kernel"] = params[2]["kernel"].at[2].set(0)
     params[2]["kernel"] = params[2]["kernel"].at[1].set(0)
     x = np.random.default_rng(0).normal(size=(8, 3)).astype(np.float32)
+    outputs = jax.jit(forward)
     for p in (1.0, 2.0):
         balanced = normax.rescaling.balance(params, p)
-        np.testing.assert_allclose(forward(balanced, x), forward(params, x), 1e-4, 1e-5)
+        np.testing.assert_allclose(outputs(balanced, x), outputs(params, x), 1e-4, 1e-5)
         alive = [
             {"kernel": params[0]["kernel"][:, 2:], "bias": params[0]["bias"][2:]},
             {
@@ -283,7 +286,7 @@ def test_depth_and_layers_of_any_scale():
     # The product of these scales overflows midway.
     scales = [1e20] * 8 + [1.0] * 8 + [1e-20] * 8
     params = [
-        jnp.asarray(rng.normal(size=(width, width)) * scale, jnp.float32)
+        jax.device_put((rng.normal(size=(width, width)) * scale).astype(np.float32))
         for scale in scales
     ]
     balanced = jax.tree.leaves(normax.rescaling.balance(params))

@@ -16,7 +16,9 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 def normal(seed, shapes, dtype=jnp.float32):
     rng = np.random.default_rng(seed)
-    return {k: jnp.asarray(rng.normal(size=s), dtype) for k, s in shapes.items()}
+    return {
+        k: jax.device_put(rng.normal(size=s).astype(dtype)) for k, s in shapes.items()
+    }
 
 
 MLP_SHAPES = {
@@ -31,6 +33,7 @@ def mlp_params(seed=0, dtype=jnp.float32):
     return {name: normal(10 * seed + i, s, dtype) for i, (name, s) in layers}
 
 
+@jax.jit
 def mlp(params, x):
     for name in MLP_SHAPES:
         x = x @ params[name]["kernel"] + params[name]["bias"][None]
@@ -98,8 +101,12 @@ def test_equation_1():
 
 
 NETWORKS = {
-    "mlp": (mlp_params, lambda params: mlp(params, X), [6, 4]),
-    "conv": (conv_params, lambda params: conv_net(params, IMAGES), [4, 6, 6, 5]),
+    "mlp": (mlp_params, jax.jit(lambda params: mlp(params, X)), [6, 4]),
+    "conv": (
+        conv_params,
+        jax.jit(lambda params: conv_net(params, IMAGES)),
+        [4, 6, 6, 5],
+    ),
 }
 
 
@@ -129,7 +136,7 @@ def test_the_function_and_the_path_norm_stay(network):
 def test_any_layout_of_the_parameters():
     kernels = [(3, 4), (4, 1)]
     w = [
-        jnp.asarray(np.random.default_rng(0).normal(size=s), jnp.float32)
+        jax.device_put(np.random.default_rng(0).normal(size=s).astype(jnp.float32))
         for s in kernels
     ]
     b = jnp.ones(4)
@@ -171,14 +178,16 @@ def test_numbers_jit_vmap_and_bfloat16():
     expected = normax.rescaling.rescale_units(params, [2.0, np.full(4, 0.25)])
     compiled = jax.jit(normax.rescaling.rescale_units)(params, [jnp.array([2.0]), 0.25])
     jax.tree.map(np.testing.assert_array_equal, compiled, expected)
-    many = jax.vmap(normax.rescaling.rescale_units, (None, 0))(
+    many = jax.jit(jax.vmap(normax.rescaling.rescale_units, (None, 0)))(
         params, [jnp.array([2.0, 3.0]), jnp.array([0.25, 1.0])]
     )
     jax.tree.map(lambda x, y: np.testing.assert_array_equal(x[0], y), many, expected)
     keys = jax.random.split(jax.random.key(0), 3)
-    balanced = jax.vmap(
-        lambda key: normax.rescaling.balance(
-            normax.rescaling.random_rescaling(key, params, 1.0)
+    balanced = jax.jit(
+        jax.vmap(
+            lambda key: normax.rescaling.balance(
+                normax.rescaling.random_rescaling(key, params, 1.0)
+            )
         )
     )(keys)
     jax.tree.map(
@@ -299,7 +308,9 @@ def test_what_is_refused(params, factors, match):
 
 KEY = jax.random.key(0)
 SQUARE = {
-    f"Dense_{i}": jnp.asarray(np.random.default_rng(i).normal(size=(5, 5)) / 2)
+    f"Dense_{i}": jax.device_put(
+        (np.random.default_rng(i).normal(size=(5, 5)) / 2).astype(np.float32)
+    )
     for i in range(6)
 }
 

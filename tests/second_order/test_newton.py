@@ -26,7 +26,7 @@ def float64():
 
 
 def draw(shape, seed=0, dtype=jnp.float64):
-    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), dtype)
+    return jax.device_put(np.random.default_rng(seed).normal(size=shape).astype(dtype))
 
 
 def trajectory(tx, params, loss, steps):

@@ -12,7 +12,9 @@ CASES = [("unit", (256, 10), (0,)), ("layer", (30, 20), (0, 1)), ((1,), (8, 64),
 
 
 def draw(shape, seed=0):
-    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
+    return jax.device_put(
+        np.random.default_rng(seed).normal(size=shape).astype(jnp.float32)
+    )
 
 
 def exact(w, u, axes):

@@ -14,7 +14,8 @@ TOLERANCE = {jnp.float16: 1e-3, jnp.bfloat16: 3e-3, jnp.float32: 3e-7}
 
 
 def draw(shape, seed=0, scale=1.0, dtype=jnp.float32):
-    return jnp.asarray(np.random.default_rng(seed).normal(size=shape) * scale, dtype)
+    values = np.random.default_rng(seed).normal(size=shape) * scale
+    return jax.device_put(values.astype(dtype))
 
 
 def norms(x, axes):

@@ -75,15 +75,24 @@ def test_angles_are_those_of_the_exact_equilibrium():
         np.testing.assert_allclose(published_angle(rule, eta, decay), exact, rtol=2e-4)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def update(rule, decay, bias, grads, state, params):
-    """One step with a schedule, and one of the ordinary rule for the bias."""
+def rotational_and_ordinary(rule, decay):
+    """Return the rule with a schedule, and the ordinary rule for the bias."""
     factory, ordinary, hyper, _ = RULES[rule]
     axes = {"kernel": "unit", "rows": (1,), "bias": "none"}
     tx = factory(halved, DECAY, decay=decay, axes=axes, **hyper)
-    plain = ordinary(halved, DECAY, **hyper)
-    if state is None:
-        state = tx.init(params), plain.init(bias)
+    return tx, ordinary(halved, DECAY, **hyper)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def begin(rule, params):
+    tx, plain = rotational_and_ordinary(rule, 0.0)
+    return tx.init(params), plain.init(params["bias"])
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def update(rule, decay, bias, grads, state, params):
+    """One step of both."""
+    tx, plain = rotational_and_ordinary(rule, decay)
     updates, rotational = tx.update(grads, state[0], params)
     step, ordinary = plain.update(grads["bias"], state[1], bias)
     return bias + step, (rotational, ordinary), optax.apply_updates(params, updates)
@@ -103,7 +112,7 @@ def test_published_recurrence(rule, decay):
         ws = {name: rng.normal(size=shape) for name, shape in shapes.items()}
         radius = {k: np.sqrt(np.sum(ws[k] ** 2, axes.get(k, 0))) for k in ws}
         moments, squares = dict.fromkeys(ws, (0.0, 0.0)), dict.fromkeys(ws, 0.0)
-        params, state = ws, None
+        params, state = ws, begin(rule, ws)
         bias = ws["bias"]
         for step in range(7):
             grads = {name: rng.normal(size=shape) for name, shape in shapes.items()}
@@ -154,8 +163,8 @@ def test_ordinary_rules_settle_at_the_angle(rule):
     """The predicted angle is where the ordinary rule's rotation settles."""
     _, ordinary, hyper, _ = RULES[rule]
     # Not far from equilibrium, which it is to find within 4 time constants.
-    begin = {"sgd": 1.3, "adamw": 0.3, "lion": 0.3}[rule] * start(shape=(64, 30))
-    angles, _ = random_stream(ordinary, begin, hyper, steps=2000, scale_invariant=True)
+    w = {"sgd": 1.3, "adamw": 0.3, "lion": 0.3}[rule] * start(shape=(64, 30))
+    angles, _ = random_stream(ordinary, w, hyper, steps=2000, scale_invariant=True)
     settled = jnp.sqrt(jnp.mean(angles[-600:] ** 2))
     np.testing.assert_allclose(settled, published_angle(rule, ETA, DECAY), rtol=0.03)
 
@@ -202,7 +211,7 @@ def logits(params, x):
 
 def test_angles_in_a_network():
     (images, labels), eta, decay = load_digits(return_X_y=True), 1e-2, 0.1
-    images, labels = jnp.asarray(images / 16, jnp.float32), jnp.asarray(labels)
+    images, labels = jax.device_put(((images / 16).astype("f"), labels))
     axes = {"first": "unit", "second": "unit", "bias": "none", "head": "none"}
     tx = normax.rotational_adamw(eta, decay, B1, B2, axes=axes)
     shapes = {"first": (64, 48), "second": (48, 48), "bias": (48,), "head": (48, 10)}

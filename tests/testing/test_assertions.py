@@ -21,7 +21,7 @@ def draw(dtype=jnp.float32):
     rng = np.random.default_rng(0)
     shapes = {"dense": {"kernel": (5, 4), "bias": (4,)}, "head": (4, 3)}
     return jax.tree.map(
-        lambda shape: jnp.asarray(rng.normal(size=shape), dtype),
+        lambda shape: jax.device_put(rng.normal(size=shape).astype(dtype)),
         shapes,
         is_leaf=lambda node: isinstance(node, tuple),
     )

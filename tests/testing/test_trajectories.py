@@ -17,7 +17,10 @@ STEPS = 6
 def draw(seed=1):
     rng = np.random.default_rng(seed)
     shapes = {"in": (5, 6), "bias": (6,), "out": (6, 2)}
-    return {k: jnp.asarray(rng.normal(size=s), jnp.float32) for k, s in shapes.items()}
+    return {
+        k: jax.device_put(rng.normal(size=s).astype(jnp.float32))
+        for k, s in shapes.items()
+    }
 
 
 def network(params):

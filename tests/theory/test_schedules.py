@@ -11,6 +11,7 @@ import pytest
 
 import normax
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 RNG = np.random.default_rng(0)
 START, TARGET = RNG.normal(size=(2, 5, 3))
 
@@ -105,6 +106,11 @@ def recursion(number, eta, lam, rho, steps):
     return rates
 
 
+@jax.jit
+def traced_rates(eta, lam, rho, steps):
+    return normax.theory.exponential_equivalent_schedule(eta, lam, rho)(steps)
+
+
 @pytest.mark.parametrize("x64", [False, True])
 @pytest.mark.parametrize("below", [0.0, 1e-12, 1e-9, 1e-6, 1e-3, 0.5])
 @pytest.mark.parametrize("rho", [0.0, 1e-8, 0.25, 0.9, 0.999])
@@ -117,12 +123,11 @@ def test_rates_up_to_the_limit_of_the_decay(rho, below, x64):
         expected = recursion(decimal.Decimal, 1.0, lam, rho, steps)
         with jax.enable_x64(x64):
             make = normax.theory.exponential_equivalent_schedule
-            rates = np.asarray(make(1.0, lam, rho)(jnp.arange(steps)))
-            traced = jax.jit(lambda *args: make(*args)(jnp.arange(steps)))(
-                1.0, lam, rho
-            )
-        eps = np.finfo(rates.dtype).eps
-        for values in (rates, traced) if x64 else (rates,):
+            runs = [np.asarray(make(1.0, lam, rho)(np.arange(steps)))]
+            if x64:
+                runs.append(traced_rates(1.0, lam, rho, np.arange(steps)))
+        eps = np.finfo(runs[0].dtype).eps
+        for values in runs:
             for rate, precise in zip(values.tolist(), expected, strict=True):
                 exponent = float(precise.ln())
                 if exponent < (700 if x64 else 87):
@@ -136,12 +141,9 @@ def test_derivative_by_momentum_at_none(steps):
     start, moved = (
         recursion(fractions.Fraction, 0.5, 0.3, rho, steps + 1)[steps] for rho in (0, h)
     )
-    for count in (steps, jnp.asarray(steps)):
-        slope = jax.grad(
-            lambda rho, t=count: normax.theory.exponential_equivalent_schedule(
-                0.5, 0.3, rho
-            )(t)
-        )(0.0)
+    make = normax.theory.exponential_equivalent_schedule
+    slope_of = jax.grad(lambda rho, t: make(0.5, 0.3, rho)(t))
+    for slope in (slope_of(0.0, steps), jax.jit(slope_of)(0.0, steps)):
         np.testing.assert_allclose(slope, float((moved - start) / h), atol=1e-13)
 
 
