@@ -69,9 +69,10 @@ def on_cpu(fn: Callable[..., Any], otherwise: Callable[..., Any]) -> Callable[..
 @jax.custom_batching.custom_vmap
 def _wait(array: jax.Array, event: jax.Array) -> jax.Array:
     # No event is negative, and a NaN compares false, so the condition never holds. XLA
-    # cannot know that, and so computes the event first.
+    # cannot know that, and so computes the event first. With a constant in place of
+    # -array, it would again plan fresh memory for every array.
     never = jnp.max(event) < 0
-    return jnp.where(never, 0, array)
+    return jnp.where(never, -array, array)
 
 
 @_wait.def_vmap
