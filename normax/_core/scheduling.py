@@ -98,7 +98,7 @@ def wait(array: jax.Array, event: jax.Array) -> jax.Array:
 
     Without it XLA:CPU adds an update to a copy of the parameters, which the measures
     still read. The case "wait, monitor" shows a ratio of 2; `lax.optimization_barrier`
-    does not help, as "wait, projection" shows, since XLA:CPU drops it.
+    does not help enough, as "wait, projection" shows, since XLA:CPU drops most of it.
 
     Args:
       array: Any array.
