@@ -14,7 +14,7 @@ import functools
 import itertools
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -36,20 +36,40 @@ def called_programs(equation: JaxprEqn) -> Iterator[Jaxpr]:
             yield open_program(part)[0]
 
 
-def scan_counts(equation: JaxprEqn) -> tuple[int, int]:
-    """Return how many arguments of a scan are constants, and how many are carried.
+class Scan(NamedTuple):
+    """What a `scan` does.
 
-    Their ranks show it. The body sees those arrays that are scanned over without
-    their first axis.
+    Attributes:
+      body: The program of one step.
+      consts: How many of its arguments are the same at every step.
+      carries: How many of the next ones are carried from step to step.
+      length: The number of steps.
+      reverse: Whether the last step comes first.
     """
-    body, _ = open_program(equation.params["jaxpr"])
+
+    body: ClosedJaxpr
+    consts: int
+    carries: int
+    length: int
+    reverse: bool
+
+
+def scan_of(equation: JaxprEqn) -> Scan:
+    """Return what a `scan` does.
+
+    Ranks tell its arguments apart: the body sees an array that is scanned over without
+    its first axis.
+    """
+    params = equation.params
+    body, _ = open_program(params["jaxpr"])
 
     def same_rank(whole: Sequence[Any], inner: Sequence[Any]) -> int:
         pairs = zip(whole, inner, strict=True)
         return sum(a.aval.ndim == b.aval.ndim for a, b in pairs)
 
-    carried = same_rank(equation.outvars, body.outvars)
-    return same_rank(equation.invars, body.invars) - carried, carried
+    carries = same_rank(equation.outvars, body.outvars)
+    consts = same_rank(equation.invars, body.invars) - carries
+    return Scan(params["jaxpr"], consts, carries, params["length"], params["reverse"])
 
 
 _CALLS = {
@@ -186,7 +206,7 @@ def window_lengths(equation: JaxprEqn) -> tuple[int, ...]:
 
 def scanned_length(equation: JaxprEqn) -> tuple[int, ...]:
     """Return the number of steps of a scan."""
-    return (equation.params["length"],)
+    return (scan_of(equation).length,)
 
 
 def reduced_lengths(equation: JaxprEqn) -> tuple[int, ...]:

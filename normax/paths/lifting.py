@@ -90,13 +90,14 @@ class PathTransform(Tape):
             inside = line if messages.is_of_a_library(jaxpr) else None
             return self.interpret(jaxpr, consts, inputs, inside)
         name, self.line = eqn.primitive.name, line
+        spec = SPECS.get(name)
         unsupported = next((x for x in inputs if isinstance(x, Unsupported)), None)
-        if unsupported is not None:
+        if unsupported is not None and not (spec and spec.takes_unsupported):
             return [unsupported] * len(eqn.outvars)
         try:
             if all(isinstance(x, Weight) for x in inputs):
                 return evaluate_weights(self, eqn, inputs)
-            if (spec := SPECS.get(name)) is None:
+            if spec is None:
                 raise NotHomogeneous("no rule says that it is positively homogeneous")
             if not spec.takes_signs and any(isinstance(x, Sign) for x in inputs):
                 raise NotHomogeneous("it takes the sign of an activation")

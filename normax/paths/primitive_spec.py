@@ -66,6 +66,8 @@ class PrimitiveSpec:
       refuses: Whether `pull` does not hold for this equation.
       zero: Whether the result is 0 where an operand is.
       takes_signs: Whether the rule takes signs of activations.
+      takes_unsupported: Whether it takes values that no rule covers; otherwise its
+        results are covered by none either.
     """
 
     rule: Rule
@@ -76,6 +78,7 @@ class PrimitiveSpec:
     refuses: Callable[[JaxprEqn, Sequence[Weight]], bool] = _never
     zero: bool = False
     takes_signs: bool = False
+    takes_unsupported: bool = False
 
 
 SPECS: dict[str, PrimitiveSpec] = {}
