@@ -111,13 +111,17 @@ class _Writer:
 
     def _other(self, digest: Any, value: Any) -> bytes:
         """Return what describes an object or a function of JAX; refuse any other."""
+        # A rule of batching wraps the function that it was made of.
+        value = getattr(value, "__wrapped__", value)
         module = getattr(value, "__module__", None) or type(value).__module__
-        jaxs = module.partition(".")[0] in ("jax", "jaxlib")
+        package = module.partition(".")[0]
         if isinstance(value, _Function):
-            if not jaxs or "<" in value.__qualname__:
+            # The versions of these packages are part of the digest.
+            known = package in ("jax", "jaxlib", "normax")
+            if not known or "<" in value.__qualname__:
                 raise _Refused(repr(value))
             return f"{module}.{value.__qualname__}".encode()
-        if jaxs and " at 0x" not in repr(value):
+        if package in ("jax", "jaxlib") and " at 0x" not in repr(value):
             # A representation leaves out the values of constants, and functions.
             for part in jax.tree.leaves(list(getattr(value, "__dict__", {}).values())):
                 if isinstance(part, Jaxpr | ClosedJaxpr | jax.Array | _Function):

@@ -7,6 +7,7 @@ through JAX. A stored run of one program must never be taken for that of another
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from jax import lax
 
@@ -237,6 +238,43 @@ def test_policies_and_rules_that_are_not_used_do_not_matter():
         return jax.checkpoint(lambda rate: jax.nn.relu(rate), policy=policy)
 
     assert digest(make()) == digest(make())
+
+
+def test_our_own_transformations_can_be_stored(tmp_path):
+    """They batch by rules of their own, which are Python functions."""
+    tx = optax.chain(
+        optax.sgd(0.1), normax.project_unit_norm(), normax.monitor_weight_dynamics()
+    )
+
+    def train(rate):
+        w = jnp.ones((3, 2))
+        updates, _ = tx.update(rate * w, tx.init(w), w)
+        return optax.apply_updates(w, updates)
+
+    # A function of its own at every call, as in another process.
+    runs = [lambda rate: train(rate) for _ in range(2)]
+    first, again = (
+        normax.sweeps.sweep(run, {"rate": RATES}, checkpoint_dir=tmp_path)
+        for run in runs
+    )
+    np.testing.assert_array_equal(first, again)
+    assert len(list(tmp_path.iterdir())) == len(RATES)
+
+
+def test_rules_of_batching_that_are_not_known_are_refused():
+    def make(factor):
+        @jax.custom_batching.custom_vmap
+        def double(x):
+            return 2 * x
+
+        @double.def_vmap
+        def rule(axis_size, in_batched, x):
+            return factor * x, in_batched[0]
+
+        return double
+
+    with pytest.raises(ValueError, match=r"`custom_vmap_call` depends on <function"):
+        digest(make(2))
 
 
 def callbacks():
