@@ -1,4 +1,6 @@
-r"""The rules of the path transform, one for each primitive.
+r"""Elementwise primitives of the path transform.
+
+The table holds for all primitives, also those of the other files here.
 
 =============================== ===============================================
 primitive                       path values
@@ -13,8 +15,8 @@ sum-pooling, reductions         sum (a mean is a sum and a product with $1/n$)
 reshape, slice, pad, ...        the same
 =============================== ===============================================
 
-Each rule also tells how cotangents go back: all maps are linear and
-non-negative, so by the transposed map.
+A rule also tells how cotangents go back. All maps are linear and non-negative, so that
+is by the transposed map.
 """
 
 from __future__ import annotations
@@ -54,11 +56,13 @@ _NONLINEAR: dict[str, Any] = _COMPUTED | {"pull": None, "uniform": None}
 
 
 def _pull_sum(transform, eqn, inputs, cotangents):
+    """Send the cotangent of a sum to each term."""
     for x in inputs:
         _accumulate_unbroadcast(transform, x, cotangents[0], eqn.outvars[0].aval.shape)
 
 
 def _pull_product(transform, eqn, inputs, cotangents):
+    """Send the cotangent of a product to each factor, times the other's size."""
     for x, other in (inputs, inputs[::-1]):
         if x.params:
             factors = (*cotangents[0], transform.size(other))
@@ -66,6 +70,7 @@ def _pull_product(transform, eqn, inputs, cotangents):
 
 
 def _pull_quotient(transform, eqn, inputs, cotangents):
+    """Send the cotangent of a quotient on, as that of a product with 1 / divisor."""
     numerator, divisor = inputs
     inverse = _reciprocal(transform, divisor)
     _pull_product(transform, eqn, (numerator, inverse), cotangents)
@@ -76,9 +81,10 @@ def _pull_quotient(transform, eqn, inputs, cotangents):
 
 @primitive("add", "add_any", "sub", pull=_pull_sum, uniform=None, **_COMPUTED)
 def _add(transform, eqn, inputs):
+    """Add path values. Two constants that meet become an edge each, one goes on."""
     shape = eqn.outvars[0].aval.shape
     if all(isinstance(x, Activation) and x.constant for x in inputs):
-        # Two layers meet, each with a bias: two edges, as in the graph.
+        # Two layers meet, each with a bias, so the graph has two edges.
         paths = [transform.flush(x) for x in inputs]
         return [Activation(_sum_of(transform, paths, shape))]
     # A number that is known to be 0 is no constant.
@@ -95,6 +101,7 @@ def _add(transform, eqn, inputs):
 
 
 def _sum_of(transform: PathTransform, paths: Sequence[Path], shape) -> Path:
+    """Return the sum of path values that broadcast to a shape."""
     arithmetic = transform.arithmetic
     values = [numbers.broadcast((path.value,), shape) for path in paths]
 
@@ -106,6 +113,7 @@ def _sum_of(transform: PathTransform, paths: Sequence[Path], shape) -> Path:
 
 
 def _accumulate_unbroadcast(transform, node, factors: Factors, shape) -> None:
+    """Add to a cotangent, summed over the axes that the equation has stretched."""
     # Jaxprs broadcast scalars, and axes of length one, without saying so.
     if node.shape != shape:
         stretched = tuple(
@@ -123,6 +131,7 @@ def _accumulate_unbroadcast(transform, node, factors: Factors, shape) -> None:
 def _multiply(
     transform: PathTransform, x: Activation, w: Weight, constant: Any, shape
 ) -> Activation:
+    """Multiply path values by $|w|^p$; a known factor keeps the activation's source."""
     path, size = x.path, transform.size(w)
 
     def pull(factors):
@@ -140,6 +149,7 @@ def _multiply(
 
 
 def _same_rank(*values: Scaled) -> list[Scaled]:
+    """Prepend axes of length one, so that all have the same rank."""
     rank = max(value.root.ndim for value in values)
     return [
         Scaled(*(jnp.reshape(a, (1,) * (rank - a.ndim) + a.shape) for a in value))
@@ -156,6 +166,7 @@ def _same_rank(*values: Scaled) -> list[Scaled]:
     **_COMPUTED,
 )
 def _mul(transform, eqn, inputs):
+    """Multiply an activation by a weight, or by its own sign: then it is a ReLU."""
     x, w = sorted(inputs, key=lambda value: not isinstance(value, Activation))
     if isinstance(w, Sign) and isinstance(x, Activation) and w.source is x.source:
         return [Activation(transform.flush(x))]
@@ -173,6 +184,7 @@ def _mul(transform, eqn, inputs):
     **_COMPUTED,
 )
 def _div(transform, eqn, inputs):
+    """Divide an activation by a weight."""
     x, w = inputs
     if not (isinstance(x, Activation) and isinstance(w, Weight)):
         raise NotHomogeneous("the divisor depends on the inputs")
@@ -182,6 +194,7 @@ def _div(transform, eqn, inputs):
 
 
 def _reciprocal(transform: PathTransform, w: Weight) -> Weight:
+    """Return one over a weight. `path_scales` refuses parameters that divide."""
     uniform = 1 / w.uniform if w.uniform else None
     inverse = Weight(1 / at_least_float32(w.value)[0], w.params, uniform)
     if w.params:  # a divisor is no edge weight
@@ -191,6 +204,7 @@ def _reciprocal(transform: PathTransform, w: Weight) -> Weight:
 
 @primitive("neg", pull=_pull_sum, uniform=-1, **_COMPUTED)
 def _neg(transform, eqn, inputs):
+    """Change the sign, which path values do not see."""
     (x,) = inputs
     constant = x.constant and evaluate_constants(transform, eqn, inputs)[0]
     return [Activation(x.path, constant, x.source, -x.multiple)]
@@ -201,6 +215,7 @@ def _neg(transform, eqn, inputs):
 
 @primitive("gt", "ge", "lt", "le", **_NONLINEAR)
 def _compare(transform, eqn, inputs):
+    """Compare an activation with 0: the result is its sign."""
     del transform, eqn
     x, zero = sorted(inputs, key=lambda value: not isinstance(value, Activation))
     if not (isinstance(zero, Weight) and zero.uniform == 0):
@@ -210,6 +225,7 @@ def _compare(transform, eqn, inputs):
 
 @primitive("abs", **_NONLINEAR)
 def _abs(transform, eqn, inputs):
+    """Keep the path values: the absolute value is linear on each side of 0."""
     del eqn
     return [Activation(transform.flush(inputs[0]))]
 
@@ -230,6 +246,7 @@ def _steepest(
 
 @primitive("max", "min", **_NONLINEAR)
 def _max(transform, eqn, inputs):
+    """Return a ReLU, a leaky ReLU, or the sum of the paths of two activations."""
     x, other = sorted(inputs, key=lambda value: not isinstance(value, Activation))
     shape = eqn.outvars[0].aval.shape
     if isinstance(other, Weight):
@@ -249,6 +266,7 @@ def _max(transform, eqn, inputs):
 
 @primitive("clamp", **_NONLINEAR)
 def _clamp(transform, eqn, inputs):
+    """Return a ReLU that is written with `clip`."""
     low, x, high = inputs
     bounds = [getattr(bound, "uniform", None) for bound in (low, high)]
     if bounds not in ([0, math.inf], [-math.inf, 0]):
@@ -258,6 +276,7 @@ def _clamp(transform, eqn, inputs):
 
 @primitive("select_n", pull=pull_moved, uniform=None, takes_signs=True, **_COMPUTED)
 def _select_n(transform, eqn, inputs):
+    """Choose by the sign of an activation, or by a known mask."""
     which, *cases = inputs
     if isinstance(which, Sign):
         return _steepest(transform, cases, which.source)

@@ -1,4 +1,4 @@
-r"""Linear layers in the path transform: dot products, convolutions, scans.
+r"""Linear layers in the path transform: dot products and convolutions.
 
 A layer takes the activations $x_i$ and the weights $w_{ij}$ to
 $y_j = \sum_i |w_{ij}|^p x_i$, and cotangents the same way back. Before the sum, the
@@ -152,6 +152,7 @@ class _Layer:
 
 
 def _flip(fn):
+    """Return a bilinear map with its operands exchanged."""
     return lambda weights, activation: fn(activation, weights)
 
 
@@ -206,6 +207,7 @@ def _positions(transform: PathTransform, layer: _Layer, path: Path, w: Weight, s
     zero=True,
 )
 def _dot_general(transform, eqn, inputs):
+    """Lay out a dot product of an activation and a weight as a layer."""
     if all(isinstance(x, Activation) for x in inputs):
         raise NotHomogeneous("both factors depend on the inputs")
     dimension_numbers = contraction(eqn)
@@ -247,6 +249,7 @@ def _dot_general(transform, eqn, inputs):
     mixes=convolved_lengths,
 )
 def _conv_general_dilated(transform, eqn, inputs):
+    """Lay out a convolution as a layer; a unit is a channel."""
     x, w = inputs
     if not (isinstance(x, Activation) and isinstance(w, Weight)):
         raise NotHomogeneous("the kernel depends on the inputs")

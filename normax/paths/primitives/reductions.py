@@ -41,6 +41,7 @@ def _linear_layer(
     axes: tuple[int, ...],
     out_axes: tuple[int, ...],
 ) -> list[Value]:
+    """Apply a linear map that mixes entries along some axes; record its transpose."""
     arithmetic, path = transform.arithmetic, transform.flush(x)
     value = arithmetic.linear(fn, path.value, axes)
 
@@ -53,6 +54,7 @@ def _linear_layer(
 
 
 def _transpose(fn: Callable[..., Any], *operands: jax.Array) -> Callable[..., Any]:
+    """Return the transposed map, from the shapes of its operands."""
     shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in operands]
     transposed = jax.linear_transpose(fn, *shapes)
     if len(operands) > 1:
@@ -64,6 +66,7 @@ def _transpose(fn: Callable[..., Any], *operands: jax.Array) -> Callable[..., An
     "reduce_sum", "reduce_max", "reduce_min", mixes=reduced_lengths, **_REDUCTION
 )
 def _reduce(transform, eqn, inputs):
+    """Sum path values over axes."""
     arithmetic, axes = transform.arithmetic, reduced_axes(eqn)
     path = transform.flush(inputs[0])
 
@@ -83,6 +86,7 @@ def _reduce(transform, eqn, inputs):
     **_REDUCTION,
 )
 def _reduce_window(transform, eqn, inputs):
+    """Sum path values over windows. Only axes that windows extend along are mixed."""
     options = window(eqn)
     windows = options["window_dimensions"]
     before, after = eqn.invars[0].aval.shape, eqn.outvars[0].aval.shape
@@ -102,5 +106,6 @@ def _reduce_window(transform, eqn, inputs):
 
 @primitive("cumsum", mixes=reduced_lengths, **_REDUCTION)
 def _cumsum(transform, eqn, inputs):
+    """Sum path values cumulatively."""
     axes = reduced_axes(eqn)
     return _linear_layer(transform, inputs[0], lambda x: bind(eqn, x), axes, axes)

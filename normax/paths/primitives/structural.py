@@ -1,7 +1,7 @@
 """Structural primitives in the path transform: they rearrange entries of arrays.
 
-Each entry of a result is an entry of an operand, and path values keep their exponents;
-cotangents go back the other way, and add up where an entry is taken several times.
+Each entry of a result is an entry of an operand, so path values keep their exponents.
+Cotangents go back the other way. They add up where an entry is taken several times.
 """
 
 from __future__ import annotations
@@ -65,6 +65,7 @@ def _data(name: str, count: int) -> list[int]:
 
 
 def _move(eqn: JaxprEqn, operands: Sequence[Any], data: list[int], arrays: Any) -> Any:
+    """Evaluate the equation with other arrays in place of its data, padded by 0."""
     filled = list(operands)
     for position, array in zip(data, arrays, strict=True):
         filled[position] = array
@@ -93,6 +94,7 @@ def _pull_padding(transform, eqn, inputs, cotangent) -> None:
 
 
 def _pull_renamed(transform, eqn, inputs, cotangents):
+    """Hand cotangents on as they are."""
     del eqn
     for x, cotangent in zip(inputs, cotangents, strict=True):
         if cotangent is not None:
@@ -140,13 +142,14 @@ _MOVED: dict[str, Any] = {"pull": pull_moved, "mixes": None}
     refuses=lambda eqn, inputs: may_collide(eqn),
 )
 def structural(transform, eqn, inputs):
+    """Rearrange path values as the equation rearranges entries."""
     data = _data(eqn.primitive.name, len(inputs))
     others = [x for position, x in enumerate(inputs) if position not in data]
     if not all(isinstance(x, Weight) for x in others):
         raise NotHomogeneous("the activations are indices or padding")
     if eqn.primitive.name == "pad" and inputs[1].uniform != 0:
         raise NotHomogeneous("it pads an activation with something else than 0")
-    # By default NaN, which paths from outside of the array then have as well.
+    # The default is NaN. Paths from outside of the array have it then, too.
     fill = fill_value(eqn)
     if fill and not np.isnan(fill):
         raise NotHomogeneous("it fills an activation with something else than 0")
@@ -184,6 +187,7 @@ def structural(transform, eqn, inputs):
 
 
 def _structural_constants(transform, eqn, inputs, data):
+    """Return the constants of the results, None where no operand has one."""
     if all(isinstance(inputs[i], Activation) for i in data) and not any(
         inputs[i].constant for i in data
     ):
@@ -229,11 +233,12 @@ def _pull_moved(transform, eqn, operands, data, nodes, cotangents) -> None:
 
 
 def _scatter(transform, eqn, operands, values):
-    # An entry may be taken several times, and its copies differ in scale.
+    """Add up cotangents of entries that were taken, possibly several times."""
+    # Copies of one entry may differ in scale, so the largest is found first.
     arithmetic, shape = transform.arithmetic, eqn.invars[0].aval.shape
     (root,), exponent = numbers.together(values)
     entries = np.arange(math.prod(shape), dtype=np.int32).reshape(shape)
-    # What is filled in comes from nowhere: from behind the last entry.
+    # What a gather fills in comes from no entry. Its index is behind the last one.
     outside = {"fill_value": entries.size} if operands[1:] else {}
     index = bind(eqn, jnp.asarray(entries), *operands[1:], **outside)
     none = jnp.zeros(entries.size, root.dtype)
@@ -245,6 +250,7 @@ def _scatter(transform, eqn, operands, values):
 
 
 def _unbroadcast(transform, eqn, values):
+    """Sum a cotangent over the axes that a broadcast added or stretched."""
     kept = broadcast_axes(eqn)
     shape = eqn.invars[0].aval.shape
     (value,) = values
@@ -273,6 +279,7 @@ _RENAMED: dict[str, Any] = {
 @primitive(*_RENAMING, uniform=1, **_RENAMED)
 @primitive("reduce_precision", uniform=None, **_RENAMED)
 def _renamed(transform, eqn, inputs):
+    """Hand on activations and signs; only their dtype or layout changes."""
     if all(isinstance(x, Sign) for x in inputs):
         return inputs
     if not all(jnp.issubdtype(out.aval.dtype, jnp.inexact) for out in eqn.outvars):
