@@ -36,7 +36,7 @@ class PathArithmetic:
     def power(self, x: jax.Array) -> jax.Array:
         """Return $|x|^p$; by products where p is a plain 1 or 2."""
         if isinstance(self.p, int) and self.p in (1, 2):
-            # The sign has the derivative 0 at 0 that the other powers have.
+            # By the sign, so that the derivative at 0 is 0, as for all other p.
             return x * jnp.sign(x) if self.p == 1 else x * x
         return where_live(
             lambda x: jnp.power(x, jnp.asarray(self.p, x.dtype)), jnp.abs(x)
@@ -71,15 +71,15 @@ class PathArithmetic:
         top, dtype = jnp.maximum(x.exponent, y.exponent), x.root.dtype
         root = numbers.align(x, top)
         scale = numbers.scale(jnp.maximum(root, numbers.align(y, top)))
-        # The power of w itself: of its root the second derivative at 0 is lost. The
-        # bound is reached only there, and finite.
+        # The root of w has no second derivative at 0, so w itself is raised to the
+        # power. The bound is reached only there, and keeps the product finite.
         bound = 2.0 ** (jnp.finfo(dtype).maxexp // 2 - 1)
         unit = jnp.minimum(exp2(-top, dtype) / scale, bound)
         total = self.value(root / scale) + self.power(weight * unit * unit)
         return Scaled(scale * where_live(self.root, total), top)
 
     def _hypot(self, a: jax.Array, b: jax.Array) -> jax.Array:
-        # The smaller over the larger one: neither need be in the range of powers.
+        # Only the quotient is raised to the power, since the two may be out of range.
         large, small = jnp.maximum(a, b), jnp.minimum(a, b)
         return large * self.root(1 + self.value(small / nonzero(large)))
 
@@ -148,14 +148,14 @@ class PathArithmetic:
           rank; their product is 0 where $\gamma$ is 0.
         """
         exponent = functools.reduce(jnp.add, (x.exponent for x in factors))
-        # Where one factor is zeros, the other has no scale of its own.
+        # If one factor is all zeros, the product is 0 and its exponent says nothing.
         exponent = jnp.where(exponent < DEAD // 2, 0, exponent)
-        # Of the sum: each by itself may leave the range of floats.
+        # The sum of the exponents is split, since each may leave the range of floats.
         scales = halves(-exponent, factors[0].root.dtype)
 
         def inverse(root, scale):
-            # A quotient last, which XLA computes once for each unit, while it would
-            # repeat other operations for each weight.
+            # XLA computes a quotient once for each unit, but repeats cheaper operations
+            # for each weight. So the quotient comes last.
             live = root != 0
             return jnp.where(live, scale, 0) / jnp.where(live, root, 1)
 
@@ -169,8 +169,8 @@ def divide_by_path_scale(
     r"""Return $u / \gamma = u \, (f_1 f_2)^4$ in the dtype of $u$."""
     factor = first * second
     (result,) = at_least_float32(update)
-    # In four steps: a power of the factor can leave the range of floats though the
-    # result does not.
+    # A power of the factor can leave the range of floats though the result does not.
+    # So the factor is applied four times.
     for _ in range(4):
         result = result * factor.astype(result.dtype)
     return result.astype(update.dtype)

@@ -40,7 +40,8 @@ def weigh(
     """
     half = jnp.sqrt(jnp.abs(lax.stop_gradient(weight))) * lax.stop_gradient(root)
     scale = reduce(half)
-    # Twice the root, since XLA would write out a broadcast root for both passes.
+    # XLA would write out the root, broadcast, if both passes read the same one. So the
+    # second pass takes twice the root.
     factor = (2 * root) * spread(0.5 / nonzero(scale))
     return weight * factor * factor, scale
 
@@ -98,7 +99,7 @@ def _in_one_pass(
 
 @_in_one_pass.defjvp
 def _derivative(p, axes, primals, tangents):
-    # Where one pass does not do, what it overflows to has no derivative.
+    # The first pass may overflow, and has no derivative then. So both passes give it.
     def carefully(weight, root, *traced_p):
         return _in_two_passes(_arithmetic(p, traced_p), axes, weight, root)
 
@@ -126,7 +127,7 @@ def contract(
     if weight.size < _LARGE:
         root = _in_two_passes(arithmetic, axes, weight, x.root)
     elif isinstance(arithmetic.p, jax.Array):
-        # A traced power is an operand, since derivatives may be taken by it.
+        # Derivatives may be taken by a traced power, so it is an operand.
         root = _in_one_pass(None, axes, weight, x.root, arithmetic.p)
     else:
         root = _in_one_pass(arithmetic.p, axes, weight, x.root)

@@ -115,8 +115,8 @@ class PathTransform(Tape):
         """Return $|w|^p$."""
         if w.uniform is None:
             return self.arithmetic.of_weight(jnp.asarray(w.value))
-        # Outside of the program: XLA regroups products of constants, and theirs
-        # can leave the range of floats.
+        # XLA regroups products of constants, which can then leave the range of floats.
+        # So the power of a known number is computed outside of the program.
         with jax.ensure_compile_time_eval():
             dtype = jnp.promote_types(jnp.float32, jnp.result_type(w.value))
             size = self.arithmetic.of_weight(jnp.asarray(w.uniform, dtype))

@@ -130,8 +130,8 @@ def _of_total(
 ) -> jax.Array:
     """Return a function of the sum over all paths."""
 
-    # One program, compiled anew: a cache keyed by `forward` would keep stale what
-    # `forward` closes over.
+    # A cache keyed by `forward` would keep what `forward` closed over at its first
+    # call. So the program is compiled anew.
     def evaluate(params):
         transform, outputs, _ = _lift(forward, params, inputs, p)
         arithmetic = transform.arithmetic

@@ -50,14 +50,14 @@ def of_rank(exponent: jax.Array, rank: int) -> jax.Array:
     return jnp.reshape(exponent, (1,) * rank)
 
 
-# One function, since JAX remembers for ever each one that a reduction is given.
+# JAX remembers for ever each function that a reduction is given, so there is only one.
 def _wider(a, b):
     return lax.min(a[0], b[0]), lax.max(a[1], b[1])
 
 
 def range_of(x: jax.Array, axes: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
     """Return the smallest and the largest of non-negative numbers."""
-    # Together, since XLA:CPU compiles each reduction of one array as three.
+    # XLA:CPU compiles each reduction of one array as three. So both are one reduction.
     x = lax.stop_gradient(x)
     bounds = jnp.asarray(jnp.inf, x.dtype), jnp.zeros((), x.dtype)
     return lax.reduce((x, x), bounds, _wider, axes)
@@ -89,8 +89,8 @@ def normalize(x: Scaled) -> Scaled:
     axes = tuple(i for i, n in enumerate(x.exponent.shape) if n == 1)
     bounds = range_of(x.root, axes)
     low, high = (jnp.reshape(bound, x.exponent.shape) for bound in bounds)
-    # No quotient: XLA would turn several factors, or quotients of quotients, into
-    # one that is infinite.
+    # XLA would combine several quotients, or factors, into one that is infinite. So
+    # the power of two is a single factor.
     shift = jnp.where(high == 0, 0, exponent_of(high))
     # The last term is 0, or NaN where roots are not finite.
     root = x.root * (exp2(-shift, high.dtype) + 0 * (high - low))
@@ -100,8 +100,8 @@ def normalize(x: Scaled) -> Scaled:
 def align(x: Scaled, exponent: jax.Array) -> jax.Array:
     """Return the roots of `x` at a given exponent, not below its own."""
     shift, dtype = x.exponent - exponent, x.root.dtype
-    # What is below the range of floats, and not its smallest number, which would
-    # be large beside zeros.
+    # Below the range of floats the factor is 0. The smallest float would be large
+    # beside zeros.
     below = shift < jnp.finfo(dtype).minexp
     return x.root * jnp.where(below, 0, exp2(shift, dtype))
 

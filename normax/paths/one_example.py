@@ -26,7 +26,7 @@ def _mixes(jaxpr: Jaxpr) -> list[tuple[str, tuple[int, ...]]]:
     mixes = []
     for eqn in jaxpr.eqns:
         name = eqn.primitive.name
-        # What has no paths may mix examples too, such as a maximum over integers.
+        # Primitives without paths may mix examples too, such as a maximum of integers.
         mixes_of = SPECS[name].mixes if name in SPECS else reduced_lengths
         if mixes_of and (lengths := mixes_of(eqn)):
             mixes.append((name, lengths))
@@ -46,7 +46,8 @@ def trace_one_example(
     Returns:
       The inputs, of one example if they are a batch, and the program for them.
     """
-    # A new function: JAX remembers what it traced, and what that had closed over.
+    # JAX remembers what a function closed over when it was traced. So it gets a new
+    # one.
     trace = jax.make_jaxpr(functools.partial(forward), return_shape=True)
     program, whole = trace(params, inputs)
     sizes = {np.shape(x)[0] for x in jax.tree.leaves(inputs) if np.ndim(x)}

@@ -95,7 +95,7 @@ def _fixed(leaf: Any) -> tuple[Any, Hashable]:
         leaf, "is_fully_addressable", True
     ):
         return leaf, leaf
-    # A copy: whoever owns an array of NumPy may change it.
+    # The owner of a NumPy array may change it, so a copy is kept.
     array = jax.random.key_data(leaf) if is_key(leaf) else np.array(leaf)
     kept = leaf if is_key(leaf) else array
     return kept, (leaf.shape, leaf.dtype, np.asarray(array).tobytes())
@@ -115,7 +115,7 @@ def _compile(
         if forward is dense_stack:
             forward, example = dense_stack(params)
         factors = scale_factors(forward, params, example, q)
-        # Of the largest entries of sums, so that these are known when exponents are.
+        # Exponents are those of the largest sums, so they are known only after these.
         exponents = (x for x in jax.tree.leaves(factors) if x.dtype == jnp.int32)
         return _inverse_roots(params, factors, q), event_of(exponents)
 

@@ -211,7 +211,8 @@ class Body:
         for value, kind in zip(values, always, strict=True):
             if isinstance(kind, Unsupported):
                 value = kind
-            # The start of a running maximum is no edge: its first step tells it.
+            # A running maximum starts at infinity, which is no edge. Its first step
+            # shows what it is.
             elif kind and isinstance(value, Weight) and not _is_infinite(value):
                 value = self.activation(value)
             held.append(value)

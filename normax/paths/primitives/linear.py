@@ -121,7 +121,7 @@ class _Layer:
         scaled, scale = weigh(
             w, source.to_kernel(units), target.of_kernel, target.to_kernel
         )
-        # `weigh` leaves sums in range; apply in full precision on every device.
+        # `weigh` has brought all products into range, so plain sums will do.
         layer = functools.partial(_flip(self.apply), arithmetic.power(scaled))
         if back:
             zeros = jax.ShapeDtypeStruct(shape, values.dtype)

@@ -118,7 +118,7 @@ def _loop(
 
         def seed(node, stacked):
             cotangent = next(flat)
-            # What is stacked may be anything where nothing uses it.
+            # Nothing uses this stacked result, so it may be anything.
             if cotangent is None and stacked:
                 return None
             return body.dense(node, cotangent, stacked)

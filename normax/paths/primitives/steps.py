@@ -127,7 +127,7 @@ def _settle(
             return Settled([], always, first=1), stronger
         if len(seen) > 1:
             return Settled([], always, group=len(seen)), stronger
-        # Of one meaning, but they may depend on more parameters.
+        # The steps mean the same, but later ones may depend on more parameters.
         now = results[: len(kinds)]
         joined = [_join(*pair) for pair in zip(kinds, now, strict=True)]
         if joined == kinds:

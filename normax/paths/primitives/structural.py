@@ -173,7 +173,7 @@ def structural(transform, eqn, inputs):
         Scaled(root, of_rank(exponent, root.ndim))
         for root in (moved if eqn.primitive.multiple_results else [moved])
     ]
-    # Largest entries may be left out.
+    # The largest entries may have been left out, so exponents are taken anew.
     name = eqn.primitive.name
     if Entries.PARTS in SPECS[name].entries or name in _WRITING:
         values = [numbers.normalize(value) for value in values]
