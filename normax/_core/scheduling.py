@@ -1,7 +1,8 @@
 """In which order, and in how few passes over memory, a compiler computes things.
 
-Nothing here changes a result. Each trick says what XLA does without it, and which
-benchmark of `tests/benchmarks/bench_scheduling.py` shows that.
+Nothing here changes a result. Each trick says what XLA does without it, and names the
+case of `tests/benchmarks/bench_scheduling.py` that shows it. The ratios are those of
+the times without and with the trick, on two cores, with JAX 0.10.2 and 0.12.
 """
 
 from collections.abc import Callable, Iterable
@@ -34,6 +35,9 @@ def in_one_pass(
 ) -> Callable[..., Any]:
     """Make a function that takes sums directly, and with care only where it must.
 
+    Without it XLA:CPU gives each of the careful sums a pass over memory of its own. The
+    cases "norms" show a ratio of 1.9 for the projection and of 3.4 for the monitor.
+
     Args:
       direct: Takes the operands to a function that finishes the result, and to a
         condition that says where it is right, because nothing left the range of floats.
@@ -51,7 +55,12 @@ def in_one_pass(
 
 
 def on_cpu(fn: Callable[..., Any], otherwise: Callable[..., Any]) -> Callable[..., Any]:
-    """Make a function that is `fn` on a CPU, and `otherwise` on other devices."""
+    """Make a function that is `fn` on a CPU, and `otherwise` on other devices.
+
+    XLA's compiler for GPUs takes several sums in one pass, and computes both branches
+    of a condition. Its plan of a projection for an H200 takes 3% longer with
+    `in_one_pass` and 2% longer with `wait`.
+    """
     return lambda *operands: lax.platform_dependent(
         *operands, cpu=fn, default=otherwise
     )
@@ -60,9 +69,10 @@ def on_cpu(fn: Callable[..., Any], otherwise: Callable[..., Any]) -> Callable[..
 @jax.custom_batching.custom_vmap
 def _wait(array: jax.Array, event: jax.Array) -> jax.Array:
     # No event is negative, and a NaN compares false, so the condition never holds. XLA
-    # cannot know that, and so computes the event first.
+    # cannot know that, and so computes the event first. With a constant in place of
+    # -array, it would again plan fresh memory for every array.
     never = jnp.max(event) < 0
-    return jnp.where(never, jnp.sqrt(array), array)
+    return jnp.where(never, -array, array)
 
 
 @_wait.def_vmap
@@ -86,6 +96,10 @@ _wait_on_cpu.defjvp(
 def wait(array: jax.Array, event: jax.Array) -> jax.Array:
     """Return `array`, on a CPU not before `event` is known.
 
+    Without it XLA:CPU adds an update to a copy of the parameters, which the measures
+    still read. The case "wait, monitor" shows a ratio of 2; `lax.optimization_barrier`
+    does not help enough, as "wait, projection" shows, since XLA:CPU drops most of it.
+
     Args:
       array: Any array.
       event: An array of non-negative numbers.
@@ -102,6 +116,10 @@ def wait(array: jax.Array, event: jax.Array) -> jax.Array:
 
 def in_turn(fn: Callable[..., tuple[Any, jax.Array]]) -> Callable[..., Any]:
     """Make the calls of a function over several arrays wait for each other.
+
+    Without it XLA:CPU writes the updates of all arrays to fresh memory before it
+    reduces the first. The cases "in_turn" show a ratio of 1.9 for the projection and
+    of 2.4 for the monitor; for eight arrays the former plans 128 MiB instead of 16.
 
     Args:
       fn: Called as `fn(vector_axes, w, u, *others)`. It returns a result, and the
@@ -130,12 +148,18 @@ def event_of(arrays: Iterable[jax.Array]) -> jax.Array:
 
 
 def one_after(event: jax.Array, updates: PyTree) -> jax.Array:
-    """Return the number one, on a CPU not before an event and the updates are known."""
+    """Return the number one, on a CPU not before an event and the updates are known.
+
+    Without it XLA:CPU updates copies of the parameters, since path scales and gradients
+    may still read them. The case "one_after, path_sgd" shows three more copies, which
+    move 17% more bytes in a step.
+    """
     axis_types = jax.sharding.get_abstract_mesh().axis_types
     if AxisType.Manual in axis_types or AxisType.Explicit in axis_types:
-        return jnp.float32(1)  # an entry is not on all devices, or differs on them
+        return jnp.float32(1)  # Devices may hold different entries of an array.
     arrays = map(jnp.asarray, jax.tree.leaves(updates))
     event += event_of(x for x in arrays if jnp.issubdtype(x.dtype, jnp.inexact))
+    # XLA would repeat the sum for each parameter, but a root it computes once.
     event = lax.stop_gradient(jnp.sqrt(event))
     # XLA does not know that no event is negative; a NaN compares false.
     one = on_cpu(lambda event: jnp.where(event < 0, event, 1), jnp.ones_like)

@@ -12,7 +12,7 @@ from normax._core.norms import nonzero
 from normax._core.scheduling import in_one_pass
 from normax.paths import numbers
 from normax.paths.arithmetic import PathArithmetic
-from normax.paths.numbers import Scaled, of_rank, range_of
+from normax.paths.numbers import Scaled, range_of
 
 _LARGE = 2**18  # weights for which a second pass takes longer than its compilation
 
@@ -48,8 +48,7 @@ def weigh(
 def _sums(
     arithmetic: PathArithmetic, scaled: jax.Array, axes: tuple[int, ...]
 ) -> jax.Array:
-    # Vectors, whatever the axes: XLA compiles one operation for each shape.
-    return jnp.sum(arithmetic.power(scaled), axis=axes)
+    return jnp.sum(arithmetic.power(scaled), axis=axes, keepdims=True)
 
 
 def _in_two_passes(
@@ -62,8 +61,8 @@ def _in_two_passes(
     scaled, scale = weigh(
         weight,
         root,
-        lambda half: jnp.max(half, axis=axes, initial=0),
-        lambda scale: lax.expand_dims(scale, axes),
+        lambda half: jnp.max(half, axis=axes, initial=0, keepdims=True),
+        lambda scale: scale,
     )
     # The sum is at least 1, up to rounding, unless the scale is 0.
     return scale * arithmetic.root(jnp.maximum(_sums(arithmetic, scaled, axes), 0.5))
@@ -86,8 +85,7 @@ def _in_one_pass(
     arithmetic = _arithmetic(p, traced_p)
 
     def directly(weight, root):
-        # In a vector of its own, so that weights are multiplied once. Its smallest
-        # numbers become NaN, which no range holds.
+        # The smallest squares become NaN, which fails the test of the range below.
         size = root * root
         size = jnp.where((size > 2.0**-80) | (root == 0), size, jnp.nan)
         sums = _sums(arithmetic, weight * size, axes)
@@ -132,5 +130,4 @@ def contract(
         root = _in_one_pass(None, axes, weight, x.root, arithmetic.p)
     else:
         root = _in_one_pass(arithmetic.p, axes, weight, x.root)
-    sums = numbers.normalize(Scaled(root, of_rank(x.exponent, root.ndim)))
-    return Scaled(lax.expand_dims(sums.root, axes), of_rank(sums.exponent, weight.ndim))
+    return numbers.normalize(Scaled(root, x.exponent))

@@ -62,6 +62,11 @@ def _lift(
                 f"the weights of a path norm must be real, but {name} is complex; hold "
                 "real and imaginary parts as two arrays."
             )
+    if any(map(jnp.iscomplexobj, jax.tree.leaves(inputs))):
+        raise ValueError(
+            "the inputs of a path norm must be real, but `inputs` holds complex "
+            "numbers; pass real and imaginary parts as two arrays."
+        )
     inputs, closed = trace_one_example(forward, params, _shapes_only(inputs))
     arithmetic = PathArithmetic(p)
     transform = PathTransform(arithmetic)

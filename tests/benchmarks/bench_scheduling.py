@@ -21,7 +21,7 @@ from jax import lax
 
 import normax
 from normax._core import norms, scheduling
-from normax.paths import arithmetic, sgd
+from normax.paths import contraction, sgd
 from normax.spheres import measures
 
 pytestmark = pytest.mark.skipif(
@@ -78,7 +78,7 @@ CASES = {
     ),
     "in_one_pass, path_sgd": (
         path_step,
-        (arithmetic, "in_one_pass", lambda direct, careful: careful),
+        (contraction, "in_one_pass", lambda direct, careful: careful),
         1.03,
     ),
 }

