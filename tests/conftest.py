@@ -68,7 +68,7 @@ def programs_are_freed():
     """Each takes memory maps, of which a process on Linux may have 65,530."""
     yield
     maps = pathlib.Path("/proc/self/maps")
-    if not maps.exists() or maps.read_bytes().count(b"\n") > 20_000:
+    if not maps.exists() or maps.read_bytes().count(b"\n") > 10_000:
         import jax
 
         jax.clear_caches()

@@ -450,9 +450,9 @@ def test_no_implicit_promotion(row, dtype):
 @pytest.mark.parametrize(
     "axis_type, spec",
     [
-        (AxisType.Auto, P("x", "y")),
         (AxisType.Explicit, P("x", "y")),
-        (AxisType.Explicit, P(None, "x")),
+        pytest.param(AxisType.Explicit, P(None, "x"), marks=pytest.mark.slow),
+        pytest.param(AxisType.Auto, P("x", "y"), marks=pytest.mark.slow),
     ],
 )
 def test_sharding(row, axis_type, spec):
