@@ -247,19 +247,20 @@ def test_jit_compiles_once(row):
 @representative_rows
 def test_vmap_over_runs(row):
     tx, runs = row.make(), [row.draw(seed) for seed in (10, 20, 30)]
-    stacked = jax.vmap(functools.partial(run, tx))(
-        jax.tree.map(lambda *xs: jnp.stack(xs), *runs)
-    )
-    for index, params in enumerate(runs):
-        one = jax.tree.map(lambda x, index=index: x[index], stacked)
-        chex.assert_trees_all_close(one, run(tx, params), rtol=2e-5, atol=1e-6)
+    params = jax.tree.map(lambda *xs: jnp.stack(xs), *runs)
+    state = jax.vmap(tx.init)(params)
+    update = jax.jit(jax.vmap(tx.update, in_axes=(None, 0, 0)))
+    for seed in range(3):
+        updates, state = update(row.draw(seed + 1), state, params)
+        params = optax.apply_updates(params, updates)
+    for index, start in enumerate(runs):
+        one = jax.tree.map(lambda x, index=index: x[index], (params, state))
+        chex.assert_trees_all_close(one, run(tx, start), rtol=2e-5, atol=1e-6)
 
 
-@representative_rows
-@pytest.mark.parametrize("scale", [0.0, 1.0])
-def test_gradient_through_update_is_finite(row, scale):
-    tx = row.make()
-    params = optax.tree.scale(scale, row.draw())
+@functools.cache
+def gradient_through_update(tx):
+    """Return the compiled gradient, by parameters and gradients, of what comes out."""
 
     def loss(params, grads):
         updates, state = tx.update(grads, tx.init(params), params)
@@ -267,7 +268,14 @@ def test_gradient_through_update_is_finite(row, scale):
         floats = [x for x in jax.tree.leaves(state) if jnp.issubdtype(x.dtype, float)]
         return optax.tree.sum(jax.tree.map(jnp.sin, (after, floats)))
 
-    for gradient in jax.grad(loss, argnums=(0, 1))(params, row.draw(1)):
+    return jax.jit(jax.grad(loss, argnums=(0, 1)))
+
+
+@representative_rows
+@pytest.mark.parametrize("scale", [0.0, 1.0])
+def test_gradient_through_update_is_finite(row, scale):
+    params = optax.tree.scale(scale, row.draw())
+    for gradient in gradient_through_update(row.make())(params, row.draw(1)):
         chex.assert_tree_all_finite(gradient)
 
 

@@ -154,7 +154,7 @@ def test_scaled_kernels_with_a_scaled_rate_learn_the_same(
             conv.kernel[...] *= scale
         return convnet.Course(model, order, keys)
 
-    setting = convnet.Setting((4, 4, 4, 4), (2, 1, 2, 1), 32, 2, False)
+    setting = convnet.Setting((4, 4), (2, 2), 32, 2, False)
     data = datasets.load("digits")
     scaled_eta, scaled_lam = eta * scale**power, lam / scale**2
     found = {}
