@@ -5,6 +5,7 @@ there are fewer; so they are on a CPU of fewer devices, as `XLA_FLAGS` may ask f
 """
 
 import atexit
+import collections
 import importlib.metadata
 import os
 import pathlib
@@ -30,6 +31,22 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], True)
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "0")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Mark all but the first rows of long tables as slow, where a module asks for it.
+
+    `pytestmark = pytest.mark.few_rows(2)` stands in modules whose rows take seconds to
+    compile. Each law still runs by default, and CI runs it for all rows.
+    """
+    count = collections.Counter()
+    for item in items:
+        test = item.nodeid.partition("[")[0]
+        count[test] += 1
+        for marker in item.iter_markers("few_rows"):
+            if count[test] > marker.args[0]:
+                item.add_marker(pytest.mark.slow)
 
 
 def pytest_runtest_setup(item):

@@ -150,15 +150,30 @@ ROWS = [
 ]
 
 
-def rows(some):
-    """Parametrize a test by rows."""
-    return pytest.mark.parametrize("row", [pytest.param(r, id=r.name) for r in some])
+def rows(some, slow=()):
+    """Parametrize a test by rows, some of them only where slow tests run."""
+    params = [
+        pytest.param(row, id=row.name, marks=[pytest.mark.slow] * (row.name in slow))
+        for row in some
+    ]
+    return pytest.mark.parametrize("row", params)
 
 
 # The rules are one chain with different links: two stand for all where tests are slow.
 ALIKE = {"sgd", "momentum", "adagrad", "rmsprop", "adadelta", "adam"}
 every_row = rows(ROWS)
-representative_rows = rows(row for row in ROWS if row.name not in ALIKE)
+# Of several settings of one transformation, one runs everywhere.
+SETTINGS = {
+    "project_unit_norm_radius",
+    "project_unit_norm_layer",
+    "monitor_weight_dynamics",
+    "rotational_adamw",
+    "sgdp",
+    "nesterov",
+    "path_sgd",
+    "hessian_free",
+}
+representative_rows = rows((row for row in ROWS if row.name not in ALIKE), SETTINGS)
 DTYPES = [jnp.float16, jnp.bfloat16, jnp.float32, jnp.float64]
 
 

@@ -13,6 +13,8 @@ from flax import nnx
 
 import normax
 
+pytestmark = pytest.mark.few_rows(2)
+
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 convnet: Any = importlib.import_module("convnet")
 example: Any = importlib.import_module("weight_decay_schedule")

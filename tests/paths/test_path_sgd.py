@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 
 import normax
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
+pytestmark = [pytest.mark.usefixtures("quick_compilation"), pytest.mark.few_rows(2)]
 
 relu = jax.nn.relu
 BATCH = jax.random.normal(jax.random.key(0), (16, 4))

@@ -11,7 +11,7 @@ from flax import nnx
 
 import normax
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
+pytestmark = [pytest.mark.usefixtures("quick_compilation"), pytest.mark.few_rows(2)]
 
 
 def normal(seed, shapes, dtype=jnp.float32):
