@@ -123,7 +123,7 @@ class Body:
 
     def pack(self, value: Any, stacked: bool = False) -> Any:
         """Return the arrays of a value, which the scan slices if it is stacked."""
-        if isinstance(value, Unsupported | Sign):
+        if isinstance(value, Unsupported):
             return None
         if isinstance(value, Weight):
             return jnp.asarray(value.value)

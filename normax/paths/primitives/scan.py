@@ -89,8 +89,14 @@ def _loop(
     arrays = [body.pack(x, i >= last) for i, x in enumerate(values)]
     consts, carry, xs = arrays[:first], arrays[first:last], arrays[last:]
 
+    # What no rule covers has no arrays. Signs that a step returns are such values.
+    always = [
+        *settled.always,
+        *(k if isinstance(k, Unsupported) else None for k in out_kinds[count:]),
+    ]
+
     def hold(results):
-        return [*body.hold(results[:count], settled.always), *results[count:]]
+        return body.hold(results, always)
 
     def step(carry, slices):
         _, _, results = body.interpret([*consts, *carry, *slices])
