@@ -214,14 +214,16 @@ class PathTransform:
             return self.interpret(jaxpr, consts, inputs, inside)
         name, self._line = eqn.primitive.name, line
         unsupported = next((x for x in inputs if isinstance(x, Unsupported)), None)
-        if unsupported is not None:
+        if unsupported is not None and name != "scan":
             return [unsupported] * len(eqn.outvars)
         try:
             if all(isinstance(x, Weight) for x in inputs):
                 return self.evaluate_weights(eqn, inputs)
             if name not in RULES:
                 raise NotHomogeneous("no rule says that it is positively homogeneous")
-            if name not in _SIGNS and any(isinstance(x, Sign) for x in inputs):
+            if name not in (*_SIGNS, "scan") and any(
+                isinstance(x, Sign) for x in inputs
+            ):
                 raise NotHomogeneous("it takes the sign of an activation")
             return RULES[name](self, eqn, inputs)
         except NotHomogeneous as reason:

@@ -52,7 +52,13 @@ def _add(transform, eqn, inputs):
         # Two layers meet, each with a bias: two edges, as in the graph.
         paths = [transform.flush(x) for x in inputs]
         return [Activation(_sum_of(transform, paths, shape))]
-    (constant,) = evaluate_constants(transform, eqn, inputs)
+    # A number that is known to be 0 is no constant.
+    if any(
+        getattr(x, "constant", None) or getattr(x, "uniform", 0) != 0 for x in inputs
+    ):
+        (constant,) = evaluate_constants(transform, eqn, inputs)
+    else:
+        constant = None
     paths = [x.path for x in inputs if isinstance(x, Activation)]
     if len(paths) == 1 and paths[0].shape == shape:
         return [Activation(paths[0], constant)]

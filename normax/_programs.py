@@ -28,3 +28,19 @@ def compiled(fn: Callable[..., Any]) -> Callable[..., Any]:
     if isinstance(fn, jax.stages.Wrapped):
         return fn
     return jax.jit(functools.partial(fn))
+
+
+def scan_counts(eqn: JaxprEqn) -> tuple[int, int]:
+    """Return how many constants and how many carries a scan has."""
+    body = eqn.params["jaxpr"].jaxpr
+    # By rank, since the names of the parameters are those of one version of JAX:
+    # what is sliced has one axis more than in the body, and so has what is stacked.
+    sliced, stacked = (
+        sum(
+            len(outside.aval.shape) > len(inside.aval.shape)
+            for outside, inside in zip(*pair, strict=True)
+        )
+        for pair in ((eqn.invars, body.invars), (eqn.outvars, body.outvars))
+    )
+    carries = len(eqn.outvars) - stacked
+    return len(eqn.invars) - sliced - carries, carries

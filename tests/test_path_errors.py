@@ -221,6 +221,12 @@ def carried(x, rows):
     return jax.lax.scan(step, x, rows[:, None])[0]
 
 
+def started(x, rows):
+    """A scan over rows that starts at one of them."""
+    step = lambda h, row: (h + row, None)  # noqa: E731
+    return jax.lax.scan(step, x + rows[:1], rows[:, None])[0]
+
+
 def stacked(x, kernels, *more):
     """Layers with the products of several arrays."""
 
@@ -278,6 +284,7 @@ def stacked(x, kernels, *more):
         ),
         (lambda params, x: scanned_halves(x, params["w"]), "w", "add"),
         (lambda params, x: carried(x, params["w"]), "w", "add"),
+        (lambda params, x: started(x, params["w"]), "w", "add"),
         (lambda params, x: stacked(x, (params["w"][None],) * 2), "w", "mul"),
         (
             lambda params, x: stacked(x, (params["w"][None],), params["w"]),

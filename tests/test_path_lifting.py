@@ -835,6 +835,21 @@ def test_constants_are_signed_until_the_next_layer():
     np.testing.assert_allclose(norm, np.sqrt(total), rtol=1e-6)
 
 
+def test_adding_a_known_zero_changes_nothing():
+    def forward(params, x, zero):
+        h = (x @ params["w"] + zero) + (x @ params["v"] + params["b"])
+        return h - 1.0
+
+    params = {"w": draw(3, 2), "v": draw(3, 2), "b": draw(1, 2)}
+    norms = [
+        normax.path_norm(functools.partial(forward, zero=zero), params, shape(1, 3))
+        for zero in (0.0, jnp.zeros((1, 2)))
+    ]
+    w = {k: np.asarray(a, np.float64) for k, a in params.items()}
+    total = np.sum(w["w"] ** 2 + w["v"] ** 2) + np.sum((w["b"] - 1) ** 2)
+    np.testing.assert_allclose(norms, [np.sqrt(total)] * 2, rtol=1e-6)
+
+
 # Scans.
 
 
