@@ -10,7 +10,7 @@ import pytest
 
 import normax
 
-pytestmark = [pytest.mark.usefixtures("quick_compilation"), pytest.mark.few_rows(2)]
+pytestmark = [pytest.mark.usefixtures("quick_compilation"), pytest.mark.few_rows(1)]
 
 RNG = np.random.default_rng(0)
 INPUTS, PROBES = RNG.normal(size=(2, 20, 6))

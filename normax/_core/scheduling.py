@@ -36,7 +36,8 @@ def in_one_pass(
     """Make a function that takes sums directly, and with care only where it must.
 
     Without it XLA:CPU gives each of the careful sums a pass over memory of its own. The
-    cases "norms" show a ratio of 1.9 for the projection and of 3.4 for the monitor.
+    cases "norms" show a ratio of 1.9 for the projection and of 3.4 for the monitor; the case
+    "in_one_pass, path_sgd" shows 1.06 for a training step.
 
     Args:
       direct: Takes the operands to a function that finishes the result, and to a
@@ -152,7 +153,7 @@ def one_after(event: jax.Array, updates: PyTree) -> jax.Array:
 
     Without it XLA:CPU updates copies of the parameters, since path scales and gradients
     may still read them. The case "one_after, path_sgd" shows three more copies, which
-    move 17% more bytes in a step.
+    move 17% more bytes in a step, and a ratio of 1.04.
     """
     axis_types = jax.sharding.get_abstract_mesh().axis_types
     if AxisType.Manual in axis_types or AxisType.Explicit in axis_types:

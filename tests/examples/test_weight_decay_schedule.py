@@ -13,7 +13,7 @@ from flax import nnx
 
 import normax
 
-pytestmark = pytest.mark.few_rows(2)
+pytestmark = pytest.mark.few_rows(1)
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 convnet: Any = importlib.import_module("convnet")

@@ -13,7 +13,7 @@ from flax import nnx
 import normax
 from normax.nn import WeightNorm, initialize_weight_norm
 
-pytestmark = [pytest.mark.usefixtures("quick_compilation"), pytest.mark.few_rows(2)]
+pytestmark = [pytest.mark.usefixtures("quick_compilation"), pytest.mark.few_rows(1)]
 
 
 def draw(shape, seed=0, scale=1.0, dtype=jnp.float32):

@@ -20,7 +20,7 @@ from jax.sharding import PartitionSpec as P
 
 import normax
 
-pytestmark = [pytest.mark.usefixtures("quick_compilation"), pytest.mark.few_rows(2)]
+pytestmark = [pytest.mark.usefixtures("quick_compilation"), pytest.mark.few_rows(1)]
 
 RNG = np.random.default_rng(0)
 relu = jax.nn.relu

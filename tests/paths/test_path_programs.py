@@ -13,7 +13,7 @@ import pytest
 
 import normax
 
-pytestmark = [pytest.mark.usefixtures("quick_compilation"), pytest.mark.few_rows(2)]
+pytestmark = [pytest.mark.usefixtures("quick_compilation"), pytest.mark.few_rows(1)]
 
 PARAMS = [jnp.array([[3.0, -1.0], [0.5, 2.0]]), jnp.array([[2.0], [-1.0]])]
 X = jnp.ones((4, 2))

@@ -12,7 +12,7 @@ import pytest
 import normax
 from normax._core.programs import called_programs
 
-pytestmark = [pytest.mark.usefixtures("quick_compilation"), pytest.mark.few_rows(2)]
+pytestmark = [pytest.mark.usefixtures("quick_compilation"), pytest.mark.few_rows(1)]
 
 relu = jax.nn.relu
 

@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 
 import normax
 
-pytestmark = [pytest.mark.usefixtures("quick_compilation"), pytest.mark.few_rows(2)]
+pytestmark = [pytest.mark.usefixtures("quick_compilation"), pytest.mark.few_rows(1)]
 
 relu = jax.nn.relu
 BATCH = jax.random.normal(jax.random.key(0), (16, 4))

@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 import normax
 
-pytestmark = [pytest.mark.usefixtures("quick_compilation"), pytest.mark.few_rows(2)]
+pytestmark = [pytest.mark.usefixtures("quick_compilation"), pytest.mark.few_rows(1)]
 
 
 def draw(seed, widths, biases=False, dtype=jnp.float64):

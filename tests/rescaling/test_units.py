@@ -11,7 +11,7 @@ from flax import nnx
 
 import normax
 
-pytestmark = [pytest.mark.usefixtures("quick_compilation"), pytest.mark.few_rows(2)]
+pytestmark = [pytest.mark.usefixtures("quick_compilation"), pytest.mark.few_rows(1)]
 
 
 def normal(seed, shapes, dtype=jnp.float32):

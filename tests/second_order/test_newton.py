@@ -11,7 +11,7 @@ from jax.flatten_util import ravel_pytree
 
 import normax
 
-pytestmark = [pytest.mark.usefixtures("quick_compilation"), pytest.mark.few_rows(2)]
+pytestmark = [pytest.mark.usefixtures("quick_compilation"), pytest.mark.few_rows(1)]
 RNG = np.random.default_rng(0)
 FACTOR, TARGET = RNG.normal(size=(7, 7)), RNG.normal(size=7)
 INPUTS = RNG.normal(size=(40, 6))

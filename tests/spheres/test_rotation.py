@@ -11,7 +11,7 @@ from sklearn.datasets import load_digits
 
 import normax
 
-pytestmark = [pytest.mark.usefixtures("quick_compilation"), pytest.mark.few_rows(2)]
+pytestmark = [pytest.mark.usefixtures("quick_compilation"), pytest.mark.few_rows(1)]
 ETA, DECAY = 0.02, 0.1
 RHO, B1, B2 = 0.7, 0.8, 0.95
 

@@ -8,7 +8,7 @@ import pytest
 
 import normax
 
-pytestmark = [pytest.mark.usefixtures("quick_compilation"), pytest.mark.few_rows(2)]
+pytestmark = [pytest.mark.usefixtures("quick_compilation"), pytest.mark.few_rows(1)]
 SHAPES = {"kernel": (12, 5), "conv": (3, 3, 2, 6), "bias": (5,)}
 STEPS = 12
 

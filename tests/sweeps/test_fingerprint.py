@@ -14,6 +14,8 @@ from jax import lax
 import normax
 from normax.sweeps.fingerprint import fingerprint
 
+pytestmark = pytest.mark.few_rows(40)
+
 RATES = np.array([1.0, 2.0], np.float32)
 
 

@@ -9,7 +9,7 @@ import pytest
 
 import normax
 
-pytestmark = [pytest.mark.usefixtures("quick_compilation"), pytest.mark.few_rows(2)]
+pytestmark = [pytest.mark.usefixtures("quick_compilation"), pytest.mark.few_rows(1)]
 INPUTS = np.random.default_rng(0).normal(size=(12, 5)).astype(np.float32)
 STEPS = 6
 

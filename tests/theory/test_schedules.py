@@ -11,7 +11,7 @@ import pytest
 
 import normax
 
-pytestmark = [pytest.mark.usefixtures("quick_compilation"), pytest.mark.few_rows(2)]
+pytestmark = [pytest.mark.usefixtures("quick_compilation"), pytest.mark.few_rows(1)]
 RNG = np.random.default_rng(0)
 START, TARGET = RNG.normal(size=(2, 5, 3))
 
