@@ -36,8 +36,8 @@ def in_one_pass(
     """Make a function that takes sums directly, and with care only where it must.
 
     Without it XLA:CPU gives each of the careful sums a pass over memory of its own. The
-    cases "norms" show a ratio of 1.9 for the projection and of 3.4 for the monitor; the case
-    "in_one_pass, path_sgd" shows 1.06 for a training step.
+    cases "norms" show a ratio of 1.9 for the projection and of 3.4 for the monitor. The
+    case "in_one_pass, path_sgd" shows 1.06 for a training step.
 
     Args:
       direct: Takes the operands to a function that finishes the result, and to a
