@@ -147,6 +147,7 @@ def test_scale_of_the_weights_is_a_factor_of_the_penalty():
         )
 
 
+@pytest.mark.slow
 def test_gradient_is_inverse_to_the_scale_and_orthogonal_to_each_unit():
     normax.testing.assert_scale_invariant(loss, START, rtol=1e-12)
     normax.testing.assert_inverse_gradient_scaling(loss, START, rtol=1e-9)

@@ -269,6 +269,7 @@ CHECKS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CHECKS)
 def test_programs_ask_for_full_precision(name, lowered):
     check = CHECKS[name]()
@@ -342,6 +343,7 @@ def deep_network(depth):
     return params, normal(20, 3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RESCALINGS)
 def test_networks_may_be_rescaled_on_a_gpu(name):
     params, inputs = deep_network(8)
@@ -350,6 +352,7 @@ def test_networks_may_be_rescaled_on_a_gpu(name):
     normax.testing.assert_rescaling_equivalent(params, rescaled, fn)
 
 
+@pytest.mark.slow
 def test_path_sgd_is_rescaling_invariant_on_a_gpu():
     params, inputs = deep_network(3)
     rescaled = RESCALINGS["rescale_units"](params)

@@ -108,6 +108,7 @@ def test_import_costs_little():
     assert packages - sys.stdlib_module_names == {"normax"}
 
 
+@pytest.mark.slow
 def test_calls_outside_jit_compile_once():
     compiled = []
 

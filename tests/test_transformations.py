@@ -118,7 +118,7 @@ ROWS = [
     Row("monitor_weight_dynamics", normax.monitor_weight_dynamics),
     Row("monitor_weight_dynamics_ema", normax.monitor_weight_dynamics, {"decay": 0.9}),
     Row(
-        "normalized_sgd",
+        "normalized_sgd_momentum",
         normax.normalized_sgd,
         dict(learning_rate=0.1, weight_decay=0.01, momentum=0.9),
     ),
@@ -159,11 +159,12 @@ def rows(some, slow=()):
     return pytest.mark.parametrize("row", params)
 
 
-# The rules are one chain with different links: two stand for all where tests are slow.
+# The rules are one chain with different links: two stand for all.
 ALIKE = {"sgd", "momentum", "adagrad", "rmsprop", "adadelta", "adam"}
-every_row = rows(ROWS)
 # Of several settings of one transformation, one runs everywhere.
 SETTINGS = {
+    "normalized_sgd_momentum",
+    "project_unit_norm_initial",
     "project_unit_norm_radius",
     "project_unit_norm_layer",
     "monitor_weight_dynamics",
@@ -173,6 +174,7 @@ SETTINGS = {
     "path_sgd",
     "hessian_free",
 }
+every_row = rows(ROWS, ALIKE | SETTINGS)
 representative_rows = rows((row for row in ROWS if row.name not in ALIKE), SETTINGS)
 DTYPES = [jnp.float16, jnp.bfloat16, jnp.float32, jnp.float64]
 

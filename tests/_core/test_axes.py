@@ -106,6 +106,7 @@ def test_pytrees_of_every_kind(tree, axes):
     assert jax.tree.structure(projected) == jax.tree.structure(tree)
 
 
+@pytest.mark.slow
 def test_linen_parameters():
     class Net(nn.Module):
         @nn.compact

@@ -92,6 +92,7 @@ def test_unit_vector_derivative_against_finite_differences():
         np.testing.assert_allclose(slopes[1][0], expected, rtol=1e-7)
 
 
+@pytest.mark.slow
 def test_norm_derivatives_are_finite_at_zero():
     def total(x):
         return jnp.sum(vector_norm(x, (0,)))
@@ -103,6 +104,7 @@ def test_norm_derivatives_are_finite_at_zero():
     assert np.all(np.isfinite(hessian))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("shape", "axes"), CASES)
 def test_polar_decomposition_at_every_scale(shape, axes):
     rescaled = jax.jit(functools.partial(norms._rescaled_polar, axes=axes))
@@ -119,6 +121,7 @@ def test_polar_decomposition_at_every_scale(shape, axes):
         np.testing.assert_array_less(np.abs(got[2] - radial) / u_norm, 3e-7)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tilt", [0.0, 1e-7, 1e-4, 1e-2, 1.0])
 def test_polar_decomposition_of_almost_radial_updates(tilt):
     w = draw((100, 4), 1.0)
@@ -147,6 +150,7 @@ def test_polar_decomposition_derivative_against_finite_differences():
             np.testing.assert_allclose(slope, (a - b) / (2 * h), rtol=1e-7)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("w_scale", "u_scale"), [(0.0, 1.0), (1.0, 0.0), (0.0, 0.0)])
 def test_polar_decomposition_is_finite_at_zero(w_scale, u_scale):
     w, u = draw((4, 3), w_scale), draw((4, 3), u_scale, seed=1)
@@ -164,6 +168,7 @@ def projected_update(w, u):
     return tx.update([w, u], tx.init([w, w]), [w, w])[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "function", [normax.angular_update, normax.relative_update, projected_update]
 )
@@ -180,6 +185,7 @@ def test_no_nan_arises_inside(function):
     error.throw()
 
 
+@pytest.mark.slow
 @pytest.mark.devices(8)
 @pytest.mark.parametrize("spec", [P(None, "x", "y"), P(None, None, "y"), P("y", "x")])
 def test_batches_on_an_explicit_mesh(spec):
@@ -205,6 +211,7 @@ def test_batches_on_an_explicit_mesh(spec):
         np.testing.assert_allclose(jax.device_get(x), y, rtol=1e-5, atol=1e-30)
 
 
+@pytest.mark.slow
 @pytest.mark.devices(2)
 def test_newton_of_tangent_steps_on_an_explicit_mesh():
     mesh = jax.make_mesh((2,), ("x",), (AxisType.Explicit,), devices=jax.devices()[:2])

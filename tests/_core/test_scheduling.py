@@ -69,6 +69,7 @@ def test_care_is_taken_where_the_direct_result_is_wrong():
     assert "cond[" in program, "a batch has one condition, so one of the branches runs"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(jax.__version_info__ < (0, 10), reason="planned otherwise")
 @pytest.mark.parametrize(
     "tx", [normax.project_unit_norm(), normax.monitor_weight_dynamics()]

@@ -49,6 +49,7 @@ def test_effective_learning_rate_measures_every_grid_point(
     assert ((results["test_error"] >= 0) & (results["test_error"] <= 1)).all()
 
 
+@pytest.mark.slow
 def test_finished_runs_are_not_repeated(small_run: tuple[Any, Path]) -> None:
     results, out = small_run
     arguments = ["--grid", "2", "--epochs", "4", "--rule", "nesterov"]
@@ -87,6 +88,7 @@ def test_effective_learning_rate_writes_picture_and_csv(
     assert (out / "effective_learning_rate.png").stat().st_size > 10_000
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule, power", [("nesterov", 2), ("adam", 1)])
 def test_summary_recovers_the_exponent(rule: str, power: int) -> None:
     eta, lam = np.meshgrid(*effective_learning_rate.grid(rule, 5))
@@ -138,6 +140,7 @@ def test_best_learning_rates_give_the_slope(rule: str, power: int) -> None:
     assert abs(found.slope + power / 2) < found.halfwidth < 0.05
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "rule, power, eta, lam", [("sgd", 2, 0.02, 1.0), ("adam", 1, 0.004, 0.4)]
 )
@@ -185,6 +188,7 @@ def test_best_learning_rates_at_the_edge_do_not_count() -> None:
     optimal_learning_rate.picture(results, ["adam"]).canvas.draw()
 
 
+@pytest.mark.slow
 def test_optimal_learning_rate_validates_on_held_out_images(tmp_path: Path) -> None:
     small = ["--rule", "adam", "--decays", "3", "--rates", "3", "--epochs", "2"]
     results = optimal_learning_rate.main([*small, "--out", str(tmp_path)])
@@ -361,6 +365,7 @@ def test_a_grid_that_diverged_is_drawn_and_said() -> None:
     figure.canvas.draw()
 
 
+@pytest.mark.slow
 def test_table_1_measures_the_derived_exponents(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -382,6 +387,7 @@ def test_table_1_measures_the_derived_exponents(
     assert len(lines) == 1 + 8
 
 
+@pytest.mark.slow
 def test_table_1_names_its_misprints() -> None:
     for rule, (norm, rate) in table_1.PRINTED.items():
         derived_norm, derived_rate = table_1.derived(rule)
@@ -419,6 +425,7 @@ def small_path_sgd(out: Path) -> Any:
         return path_sgd.main([*small, *folders])
 
 
+@pytest.mark.slow
 def test_path_sgd_trains_alike_from_both_starts(path_sgd_run: tuple[Any, Path]) -> None:
     results, _ = path_sgd_run
     assert {len(column) for column in results.values()} == {3 * 2 * 5}
@@ -432,6 +439,7 @@ def test_path_sgd_trains_alike_from_both_starts(path_sgd_run: tuple[Any, Path]) 
     assert not path_sgd.diverged(one).any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", ["SGD", "AdaGrad"])
 def test_other_rules_do_not(path_sgd_run: tuple[Any, Path], rule: str) -> None:
     results, _ = path_sgd_run
@@ -442,6 +450,7 @@ def test_other_rules_do_not(path_sgd_run: tuple[Any, Path], rule: str) -> None:
     assert not other["cross_entropy"][0, -1] < 2 * one["cross_entropy"][0, -1]
 
 
+@pytest.mark.slow
 def test_path_sgd_writes_picture_and_csv(path_sgd_run: tuple[Any, Path]) -> None:
     results, out = path_sgd_run
     lines = (out / "path_sgd.csv").read_text().splitlines()
@@ -450,6 +459,7 @@ def test_path_sgd_writes_picture_and_csv(path_sgd_run: tuple[Any, Path]) -> None
     assert (out / "path_sgd.png").stat().st_size > 10_000
 
 
+@pytest.mark.slow
 def test_finished_runs_of_path_sgd_are_not_repeated(
     path_sgd_run: tuple[Any, Path],
 ) -> None:
@@ -558,6 +568,7 @@ def test_path_sgd_refuses_bad_input(
         assert message in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_initialization_measures_the_products(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -579,6 +590,7 @@ def test_initialization_measures_the_products(
     assert len(lines) == 1 + 80
 
 
+@pytest.mark.slow
 def test_normalizers_train_in_every_condition() -> None:
     training = normalizers.Training("LayerNorm", 64, epochs=3, steps=10, dense=True)
     found = normalizers.train_all(training, 0.1, list(normalizers.CONDITIONS), 2)
@@ -601,6 +613,7 @@ def test_every_network_has_its_normalizer(name: str) -> None:
     assert network(np.ones((2, 8, 8, 1), np.float32)).shape == (2, 10)
 
 
+@pytest.mark.slow
 def test_normalizers_writes_pictures_and_tables(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -659,6 +672,7 @@ def trajectories(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
     return results, out
 
 
+@pytest.mark.slow
 def test_second_order_methods_need_few_steps(trajectories: tuple[Any, Path]) -> None:
     runs = trajectories[0]["runs"]
     steps = {name: {r: run["steps"] for r, run in runs[name].items()} for name in runs}
@@ -672,6 +686,7 @@ def test_second_order_methods_need_few_steps(trajectories: tuple[Any, Path]) -> 
     assert all(len(set(gaps)) == 1 for gaps in starts.values())
 
 
+@pytest.mark.slow
 def test_momentum_is_measured_to_be_what_it_is_in_theory(
     trajectories: tuple[Any, Path],
 ) -> None:
@@ -686,6 +701,7 @@ def test_momentum_is_measured_to_be_what_it_is_in_theory(
     assert exact == pytest.approx(expected)
 
 
+@pytest.mark.slow
 def test_optimizer_trajectories_writes_picture_and_csv(
     trajectories: tuple[Any, Path],
 ) -> None:

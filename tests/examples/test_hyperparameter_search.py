@@ -142,6 +142,7 @@ def test_divergence_counts_as_the_largest_error(
     np.testing.assert_allclose(errors, [0.35, 1])
 
 
+@pytest.mark.slow
 def test_only_what_was_found_meets_the_test_images(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -195,6 +196,7 @@ def test_the_best_of_each_search_is_tested() -> None:
         np.testing.assert_array_equal(results["test_error"][rows], expected)
 
 
+@pytest.mark.slow
 def test_every_search_has_its_trials_and_one_is_tested(
     small_run: tuple[Any, Path],
 ) -> None:
@@ -214,6 +216,7 @@ def test_every_search_has_its_trials_and_one_is_tested(
     assert (results["validation_error"] <= 1).all()
 
 
+@pytest.mark.slow
 def test_pairs_of_searches_begin_with_the_same_draws(
     small_run: tuple[Any, Path],
 ) -> None:
@@ -225,6 +228,7 @@ def test_pairs_of_searches_begin_with_the_same_draws(
     assert not np.isin(rates[0][0], rates[0][1]).any()
 
 
+@pytest.mark.slow
 def test_picture_and_csv_are_written(small_run: tuple[Any, Path]) -> None:
     results, out = small_run
     lines = (out / "hyperparameter_search.csv").read_text().splitlines()

@@ -47,6 +47,7 @@ def select(small_run: tuple[Any, Path], rule: str, name: str, precision: str) ->
     return example.select(small_run[0], rule=rule, run=name, precision=precision)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule, name", EXACT)
 def test_equal_runs_part_by_rounding_alone(
     small_run: tuple[Any, Path], rule: str, name: str
@@ -63,6 +64,7 @@ def test_equal_runs_part_by_rounding_alone(
     assert 0 < single["logits"][0] < 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule, name", DIFFERENT)
 @pytest.mark.parametrize("precision", ["float32", "float64"])
 def test_other_runs_part_at_once(
@@ -74,6 +76,7 @@ def test_other_runs_part_at_once(
     assert found["logits"][-1] > 1e-2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule, name", EXACT)
 def test_effective_rates_are_those_of_the_run_with_decay(
     small_run: tuple[Any, Path], rule: str, name: str
@@ -97,6 +100,7 @@ def test_effective_rates_are_those_of_the_run_with_decay(
         np.testing.assert_allclose(found["rate"], found["effective_rate"], rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_picture_csv_and_table_are_written(small_run: tuple[Any, Path]) -> None:
     results, out = small_run
     lines = (out / "weight_decay_schedule.csv").read_text().splitlines()

@@ -232,6 +232,7 @@ def test_other_keys_find_the_same(found):
         assert axes == report.axes
 
 
+@pytest.mark.slow
 def test_what_is_found_is_scale_invariant(found):
     total, params, report = found
     axes = report.axes | {"embedding": "none"}
@@ -242,6 +243,7 @@ def test_what_is_found_is_scale_invariant(found):
         normax.testing.assert_orthogonal_gradient(total, params, report.axes, rtol=3e-4)
 
 
+@pytest.mark.slow
 def test_axes_fit_everything_that_takes_axes(found):
     _, params, report = found
     names = ("embedding", "stacked_layer", "two_layers")
@@ -326,6 +328,7 @@ def scale_variant(params):
     return total
 
 
+@pytest.mark.slow
 def test_no_false_positives_in_a_thousand_layers():
     rng, near = np.random.default_rng(5), 0
     for seed in range(250):
@@ -498,6 +501,7 @@ def test_losses_that_cannot_be_right(loss, message):
         normax.scale_invariant_axes(loss, arrays(), key=KEY)
 
 
+@pytest.mark.slow
 def test_arguments_that_cannot_be_right():
     loss = normalized(batch_norm)
     for rtol in (-1.0, 1.0, np.nan):

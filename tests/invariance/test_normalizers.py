@@ -177,6 +177,7 @@ class LinenModel(flax.linen.Module):
         return flax.linen.Dense(1)(flax.linen.relu(x))
 
 
+@pytest.mark.slow
 def test_linen_training_loop():
     model, x = LinenModel(), draw((32, 4), 1)
     y = jnp.sin(x[:, :1]) + x[:, 1:2] * x[:, 2:3]

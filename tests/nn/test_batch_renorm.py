@@ -161,6 +161,7 @@ def test_training_computes_what_inference_will():
     assert layer.step[...] == 1
 
 
+@pytest.mark.slow
 def test_train_and_eval_agree_once_the_statistics_settle():
     batches = [draw((8, 3), seed, 2.0, 3.0) for seed in range(4)]
     gaps = {}
@@ -277,6 +278,7 @@ def errors_on_digits(norm, batch_size, seeds):
     return np.asarray(jax.jit(jax.vmap(train))(stacked, keys))
 
 
+@pytest.mark.slow
 def test_better_than_batch_norm_in_batches_of_four():
     limits = {
         "r_max": optax.linear_schedule(1.0, 3.0, 300, 100),

@@ -190,6 +190,7 @@ class Residual(nnx.Module):
         return jax.lax.scan(lambda _, x: (None, self.after(self.scanned(x))), None, x)
 
 
+@pytest.mark.slow
 def test_whole_model():
     model, x = Residual(), draw((2, 5, 5, 4), 8)
     before = values(model)

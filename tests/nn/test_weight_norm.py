@@ -443,6 +443,7 @@ def test_data_dependent_initialization(name, use_bias):
     np.testing.assert_allclose(wrapped(x), y, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_data_dependent_initialization_of_a_model():
     x = 4 + draw((50, 3))
     first, second = (WeightNorm(nnx.Linear(3, 3, rngs=RNGS, **INIT)) for _ in "12")

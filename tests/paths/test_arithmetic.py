@@ -45,6 +45,7 @@ def logsum(log, axis, keepdims=False):
     return np.logaddexp.reduce(log, axis=axis, keepdims=keepdims)
 
 
+@pytest.mark.slow
 @P
 def test_sums_and_products(p):
     arithmetic = PathArithmetic(p)
@@ -57,6 +58,7 @@ def test_sums_and_products(p):
     assert_log(arithmetic, kept, logsum(log_x, 1, True))
 
 
+@pytest.mark.slow
 @P
 def test_contractions_with_weights_of_any_size(p):
     arithmetic = PathArithmetic(p)
@@ -69,6 +71,7 @@ def test_contractions_with_weights_of_any_size(p):
     assert_log(arithmetic, got, logsum(log_w + log_x, 0, True))
 
 
+@pytest.mark.slow
 def test_large_contractions_take_one_pass_only_where_it_is_safe():
     arithmetic = PathArithmetic(2)
     weights = RNG.normal(size=(600, 500))
@@ -95,6 +98,7 @@ def test_roots_and_quotients(p):
     np.testing.assert_allclose(quotient, expected, rtol=3e-6)
 
 
+@pytest.mark.slow
 def test_quotients_of_factors_far_apart():
     arithmetic = PathArithmetic(2)
     (x, log_x), (y, log_y) = (draw(arithmetic, 8, 1, spread=13) for _ in range(2))
@@ -113,6 +117,7 @@ def test_quotients_of_factors_far_apart():
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("p", [1.0, 2.0, 3.5])
 def test_a_traced_power_gives_the_same(p):
     arithmetic = PathArithmetic(p)
@@ -122,6 +127,7 @@ def test_a_traced_power_gives_the_same(p):
     np.testing.assert_allclose(traced, expected, rtol=2e-6, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_what_is_not_finite_stays_so(bad):
     arithmetic = PathArithmetic(2)
@@ -144,6 +150,7 @@ def test_no_number_beside_one_that_is_not_finite_is_wrong(bad):
     assert not np.isfinite(got[0]) or np.isclose(got[0], 2 * np.log(3))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("p", [3, 4.0, 31.0])
 def test_large_contractions_of_high_powers_lose_no_summands(p):
     # Next to the smallest normal number most powers would be rounded to 0.
@@ -178,6 +185,7 @@ def test_plain_powers_are_products_in_large_contractions(p):
     assert " pow" not in str(program(jnp.ones((600, 500))))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mapped", [False, True])
 def test_derivatives_of_large_contractions_of_any_size(mapped):
     arithmetic = PathArithmetic(2)

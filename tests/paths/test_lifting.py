@@ -225,6 +225,7 @@ RELUS = [
 ]
 
 
+@pytest.mark.slow
 def test_relu_in_every_way():
     # Side by side: layers one after the other take several times as long to compile.
     def forward(params, x, activations=RELUS):
@@ -260,6 +261,7 @@ def test_slopes_beyond_one_count():
     np.testing.assert_allclose(normax.path_norm(steep, w, shape(1, 2)), 15.0, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_pooling():
     def forward(params, x, pool=nn.max_pool, sub=nn.max_pool, p=1, top=jnp.max):
         window = dict(window_shape=(2, 3), strides=(1, 2), padding=((1, 1), (1, 0)))
@@ -312,6 +314,7 @@ LAYERS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LAYERS)
 def test_linear_layers(name):
     layer, sizes = LAYERS[name]
@@ -339,10 +342,12 @@ class Connections(nn.Module):
         return nn.Dense(2)(relu(x).reshape(x.shape[0], -1))
 
 
+@pytest.mark.slow
 def test_connections():
     check(*linen(Connections(), 1, 4, 4, 2))
 
 
+@pytest.mark.slow
 def test_structural_operations():
     def forward(params, x):
         ones = jnp.ones((1, 1))
@@ -376,6 +381,7 @@ def test_structural_operations():
     check(forward, params, shape(1, 2), 1.5)
 
 
+@pytest.mark.slow
 def test_writing_into_arrays_and_cumulative_sums():
     def forward(params, x):
         buffer = jnp.ones((1, 6)).at[:, 1:4].set(x @ params["first"])
@@ -480,6 +486,7 @@ def test_numbers_are_those_of_their_dtype(number, dtype, expected):
     np.testing.assert_allclose(norm, 5 * expected, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_what_a_maximum_leaves_out_has_no_paths():
     mask = jnp.array([True, False, True])
 
@@ -504,6 +511,7 @@ def test_what_a_maximum_leaves_out_has_no_paths():
     check(forward, params, shape(1, 2), 1.5, twin)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("start", ["learned", "ones"])
 def test_scans_that_start_at_a_weight(start):
     def forward(params, x):
@@ -617,6 +625,7 @@ def test_learned_padding_of_weights(name, p):
     np.testing.assert_allclose(got, derivatives ** (2 / p), rtol=3e-6)
 
 
+@pytest.mark.slow
 def test_parts_of_a_parameter_are_combined():
     def forward(params, x):
         first, second = jnp.split(params["split"], 2, axis=1)
@@ -644,6 +653,7 @@ def test_parts_of_a_parameter_are_combined():
     check(joined, draw(2, 2, 2), shape(1, 2), 1.5)
 
 
+@pytest.mark.slow
 def test_what_a_scan_returns_and_nothing_uses():
     def forward(params, x):
         h = x @ params["w"]
@@ -674,6 +684,7 @@ def test_scans_of_no_step():
     np.testing.assert_allclose(norm, np.linalg.norm(params["w"]), rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_inputs_of_many_arrays_and_outputs_of_many():
     def forward(params, x):
         hidden = relu(x["a"] @ params["w"][0]) + x["b"][0] @ params["w"][1]
@@ -683,6 +694,7 @@ def test_inputs_of_many_arrays_and_outputs_of_many():
     check(forward, params, {"a": shape(1, 2), "b": (shape(1, 4),)})
 
 
+@pytest.mark.slow
 def test_only_the_shape_of_one_example_matters():
     params = [draw(2, 3), draw(3), draw(3, 2)]
     forward = lambda w, x: relu(x @ w[0] + w[1].reshape(*[1] * (x.ndim - 1), 3)) @ w[2]  # noqa: E731
@@ -767,6 +779,7 @@ def resnet(widths, size):
     return forward, params, twin, *folded(*as64), x
 
 
+@pytest.mark.slow
 def test_folding_batch_norm_changes_nothing():
     forward, params, twin, folded_params, factors, x = resnet((3,), 4)
     value, gradient = oracle(twin, folded_params, x, 2)
@@ -913,6 +926,7 @@ def recurrent(params, x, loop):
     return jnp.sum(loop(cell, jnp.zeros((1, 3), x.dtype), x)[1], axis=0)
 
 
+@pytest.mark.slow
 def test_tied_weights_count_every_step():
     params = {"h": draw(3, 3), "x": draw(2, 3), "b": draw(1, 3), "o": draw(3, 2)}
     forward = functools.partial(recurrent, loop=jax.lax.scan)
@@ -938,6 +952,7 @@ def test_linen_scan_with_remat():
     check(*linen(Stacked(), 1, 3))
 
 
+@pytest.mark.slow
 def test_nested_and_reversed_scans_and_fori_loop():
     def forward(params, x):
         inner = lambda h, w: (relu(h @ w), None)  # noqa: E731
@@ -967,6 +982,7 @@ class NNXNetwork(nnx.Module):
         return self.output(self.dropout(relu(self.hidden(x))))
 
 
+@pytest.mark.slow
 def test_nnx_states():
     model = NNXNetwork(nnx.Rngs(0))
     graphdef, params, rest = nnx.split(model, nnx.Param, ...)
@@ -983,6 +999,7 @@ def test_nnx_states():
     assert jax.tree.leaves(whole["dropout"]) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_half_precision_parameters(dtype):
     def forward(params, x):
@@ -1036,6 +1053,7 @@ def test_what_the_network_closes_over_is_read_anew():
     np.testing.assert_allclose(before + after, (2, 1, 20, 100), 1e-6)
 
 
+@pytest.mark.slow
 def test_examples_in_a_batch_are_told_from_steps_and_rows():
     def recurrent(params, x):
         def step(state, x):

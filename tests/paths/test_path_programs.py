@@ -40,6 +40,7 @@ def assert_scales(got, expected):
     chex.assert_trees_all_close(got, expected, rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("update_every", [1, 3])
 @pytest.mark.parametrize("walk", [True, False])
 def test_the_same_network_is_compiled_once_for_200_transformations(
@@ -69,6 +70,7 @@ def test_the_same_network_is_compiled_once_for_200_transformations(
     assert len(gc.get_objects()) - objects < 200  # less than one for each
 
 
+@pytest.mark.slow
 def test_what_new_functions_compile_is_freed():
     def build():
         inverse_scales(normax.path_sgd(1.0, lambda w, x: chain(w, x), X))
@@ -83,6 +85,7 @@ def test_what_new_functions_compile_is_freed():
     assert len(gc.get_objects()) - objects < 100  # one program has 168
 
 
+@pytest.mark.slow
 def test_networks_are_freed_with_their_data():
     data = jnp.array([[2.0, 3.0]])
     forward = functools.partial(lambda scale, w, x: chain(w, x * scale), data)
@@ -143,6 +146,7 @@ class Slotted:
         return self.scale * chain(params, x)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "make",
     [
@@ -164,6 +168,7 @@ def test_networks_of_any_kind(make):
         gc.collect()
 
 
+@pytest.mark.slow
 def test_powers_are_told_apart():
     expected = {p: expected_scales(p=p) for p in (1.0, 1.5, 2.0, 3.0)}
     for number in (float, np.float32, np.float64, jnp.float32, np.asarray, jnp.asarray):
@@ -202,6 +207,7 @@ def test_integers_among_the_inputs_are_constants():
     assert_scales(traced(np.array([[True, True]])), expected)
 
 
+@pytest.mark.slow
 def test_random_keys_and_numbers_among_the_inputs():
     def forward(params, inputs):
         keep = jax.random.bernoulli(inputs["key"], 0.5, (1, 2))

@@ -92,6 +92,7 @@ def residual_by_paths(w, b, d, p):
     return total
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("p", [1.0, 2.0, 3.0])
 def test_a_constant_that_the_first_step_adds(p):
     w, b, d = (np.array(a) for a in ([0.5, -3.0], [2.0, 0.25], [-1.5, 0.75]))
@@ -130,6 +131,7 @@ def test_constants_that_come_and_go(start, length, reverse):
     assert_is_the_loop(network, {"layers": layers, "c": draw(1, 2)}, X)
 
 
+@pytest.mark.slow
 def test_kinds_that_take_several_steps_to_settle():
     def network(params, x, loop):
         def body(carry, layer):
@@ -147,6 +149,7 @@ def test_kinds_that_take_several_steps_to_settle():
     assert assert_is_the_loop(network, {"layers": layers, "w": draw(2, 2)}, X)
 
 
+@pytest.mark.slow
 def test_one_array_in_all_steps():
     def network(params, x, loop):
         def body(h, _):
@@ -158,6 +161,7 @@ def test_one_array_in_all_steps():
     assert_is_the_loop(network, params, X)
 
 
+@pytest.mark.slow
 def test_carries_that_change_places():
     # Of two carries, one has a constant at even steps, the other one at odd ones.
     def network(params, x, loop):
@@ -174,6 +178,7 @@ def test_carries_that_change_places():
     assert assert_is_the_loop(network, params | {"layers": layers}, X, 1.5)
 
 
+@pytest.mark.slow
 def test_maxima_that_start_at_minus_infinity():
     def network(params, x, loop):
         def body(most, layer):
@@ -187,6 +192,7 @@ def test_maxima_that_start_at_minus_infinity():
         assert assert_is_the_loop(network, params, X)
 
 
+@pytest.mark.slow
 def test_sums_that_start_at_zero():
     def network(params, x, loop):
         def body(total, layer):
@@ -200,6 +206,7 @@ def test_sums_that_start_at_zero():
         assert assert_is_the_loop(network, params, X)
 
 
+@pytest.mark.slow
 def test_weights_that_are_carried():
     # The sum of the biases so far; nothing at first.
     def network(params, x, loop):
@@ -222,6 +229,7 @@ def test_weights_that_are_carried():
         np.testing.assert_allclose(*norms, rtol=1e-12)
 
 
+@pytest.mark.slow
 def test_a_weight_that_becomes_an_activation_is_one_from_the_start():
     def network(params, x, loop, start):
         def body(h, layer):
@@ -310,6 +318,7 @@ def random_network(seed):
     return network, params
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(8))
 def test_random_scans(seed):
     network, params = random_network(seed)

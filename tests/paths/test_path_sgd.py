@@ -145,6 +145,7 @@ def test_parameters_are_updated_in_place(update_every):
     assert not re.findall(r"f32\[\d+,\d+\]\S* copy\(", program)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("p", [1, 3.0])
 def test_the_walk_over_the_tree_is_the_transform(p):
     params = stack_params()
@@ -224,6 +225,7 @@ FACTORS = (
 )
 
 
+@pytest.mark.slow
 def test_rescaling_moves_the_path_scales_inversely():
     params = stack_params()
     ones = jax.tree.map(jnp.ones_like, params)
@@ -337,6 +339,7 @@ def deep(params, x):
     return jax.lax.scan(lambda h, w: (relu(h @ w), None), x, params)[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("p", "size"), [(2, 1e-20), (2, 1e20), (1.5, 1.0)])
 def test_depth_of_100(p, size):
     params = size * draw(100, 6, 6)
@@ -347,6 +350,7 @@ def test_depth_of_100(p, size):
     np.testing.assert_allclose(got, 2 / p * np.stack(scales), rtol=2e-6, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_tiny_weights_with_biases_of_zero():
     def forward(params, x):
         for kernel, bias in params:
@@ -374,6 +378,7 @@ def test_width_of_4000():
         np.testing.assert_allclose(a, np.exp(b), rtol=2e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("p", [1, 2, 3.0])
 @pytest.mark.parametrize("compensated", [True, False])
 def test_factors_of_1e25_between_units(p, compensated):
@@ -436,6 +441,7 @@ def test_convolutions_with_factors_of_1e25_between_units():
 # Dead edges, and what is not finite.
 
 
+@pytest.mark.slow
 def test_edges_that_no_path_uses():
     # Unit 0 hears nothing, unit 1 reaches nothing, weight (0, 2) is 0 but alive.
     params = [draw(4, 5).at[:, 0].set(0).at[0, 2].set(0), draw(5, 2).at[1].set(0)]
@@ -484,6 +490,7 @@ def first_step_and_scales(walk, update_every):
     return jax.jit(both)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("update_every", [1, 2])
 @pytest.mark.parametrize("walk", [True, False])
 @pytest.mark.parametrize("dead", [0, 1, 2])
@@ -522,6 +529,7 @@ def test_gradients_that_are_not_finite_stay_where_they_are(bad):
     chex.assert_trees_all_equal(updates, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.devices(2)
 def test_gradients_on_several_devices_do_not_vary_together():
     mesh = jax.make_mesh((2,), ("x",), (AxisType.Auto,), devices=jax.devices()[:2])
@@ -542,6 +550,7 @@ def test_gradients_on_several_devices_do_not_vary_together():
 # Derivatives.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("p", [1, 2, 1.5])
 def test_gradient_of_the_log_path_norm_is_the_share_of_each_edge(p):
     params = stack_params()
@@ -563,6 +572,7 @@ def test_gradient_of_the_log_path_norm_is_the_share_of_each_edge(p):
     chex.assert_trees_all_close(gradient, expected, rtol=2e-5)
 
 
+@pytest.mark.slow
 def test_gradient_of_the_path_norm_by_finite_differences():
     with jax.enable_x64(True):
         params = jax.tree.map(lambda w: jnp.asarray(w, jnp.float64), stack_params())
@@ -577,6 +587,7 @@ def test_gradient_of_the_path_norm_by_finite_differences():
         np.testing.assert_allclose(gradient, differences, rtol=1e-6, atol=1e-8)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [1.0, 1e-15, 1e15])
 def test_second_derivatives_at_biases_of_zero(size):
     def forward(b, x):
@@ -622,6 +633,7 @@ def test_second_derivatives_where_nothing_arrives(p, power):
     np.testing.assert_allclose(hessian, expected, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_ensembles_and_traced_powers():
     runs = [[draw(4, 5, seed=s), draw(5, 2, seed=s)] for s in range(3)]
 

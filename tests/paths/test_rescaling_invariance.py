@@ -89,6 +89,7 @@ def test_theorem_4_1(optimizer):
     jax.tree.map(compare, params, rescaled, after, after_rescaled)
 
 
+@pytest.mark.slow
 def test_which_optimizers_are_rescaling_invariant():
     params = draw(jax.random.key(3))
     rescaled = normax.rescaling.random_rescaling(jax.random.key(4), params, 1.0)
@@ -159,6 +160,7 @@ def test_figure_1c_poor_updates():
     np.testing.assert_allclose(step(tx, balanced, x)[0][0, 0], 7.0)
 
 
+@pytest.mark.slow
 def test_gauge_freedom():
     # The lecture's z = w4 w3 w2 w1 x with two sets of weights for one function.
     x = jnp.ones((1, 1))

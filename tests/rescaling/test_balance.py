@@ -54,6 +54,7 @@ def unit_norms(params, p):
 POWERS = [1.0, 1.5, 2.0, np.inf]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [lambda: draw(0, (3, 4, 2)), lambda: conv_draw(1)])
 def test_group_norms_are_their_definition(make):
     compiled = jax.jit(normax.rescaling.group_norm)
@@ -73,6 +74,7 @@ def test_group_norms_are_their_definition(make):
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("p", POWERS)
 def test_group_norms_at_any_scale(p):
     params = draw(0, (3, 4, 2), True, jnp.float32)
@@ -92,6 +94,7 @@ def test_group_norms_at_any_scale(p):
     assert np.isnan(normax.rescaling.max_norm(broken, p))
 
 
+@pytest.mark.slow
 @pytest.mark.devices(4)
 def test_hidden_units_spread_over_an_explicit_mesh():
     params = [w["kernel"] for w in draw(0, (3, 4, 4, 2), False, jnp.float32)]
@@ -230,6 +233,7 @@ def test_lemma_3_1(p):
         assert not np.isclose(m, plain, rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_rescaled_networks_have_one_balanced_form():
     params = draw(3, (4, 6, 6, 2), True, jnp.float32)
     balanced = normax.rescaling.balance(params)
@@ -241,6 +245,7 @@ def test_rescaled_networks_have_one_balanced_form():
     jax.tree.map(close, normax.rescaling.balance(wild), balanced)
 
 
+@pytest.mark.slow
 def test_dead_units_are_out_of_the_way():
     params = draw(4, (3, 4, 4, 2), True, jnp.float32)
     kernel, bias = params[0]["kernel"], params[0]["bias"]
@@ -280,6 +285,7 @@ def test_dead_units_are_out_of_the_way():
     )
 
 
+@pytest.mark.slow
 def test_depth_and_layers_of_any_scale():
     depth, width = 24, 4
     rng = np.random.default_rng(0)

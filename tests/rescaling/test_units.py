@@ -110,6 +110,7 @@ NETWORKS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("network", NETWORKS)
 def test_the_function_and_the_path_norm_stay(network):
     make, outputs, widths = NETWORKS[network]
@@ -133,6 +134,7 @@ def test_the_function_and_the_path_norm_stay(network):
             assert not np.allclose(*(jax.tree.leaves(t)[1] for t in (params, rescaled)))
 
 
+@pytest.mark.slow
 def test_any_layout_of_the_parameters():
     kernels = [(3, 4), (4, 1)]
     w = [
@@ -173,6 +175,7 @@ def test_any_layout_of_the_parameters():
     )
 
 
+@pytest.mark.slow
 def test_numbers_jit_vmap_and_bfloat16():
     params = mlp_params()
     expected = normax.rescaling.rescale_units(params, [2.0, np.full(4, 0.25)])
@@ -332,6 +335,7 @@ def stack(activation):
     return forward
 
 
+@pytest.mark.slow
 def test_forward_is_checked():
     given = dict(inputs=jax.ShapeDtypeStruct((8, 5), jnp.float32))
     for keeps in (jax.nn.relu, jax.nn.leaky_relu, jnp.abs):
@@ -402,6 +406,7 @@ def reference_log10_factors(rng, units, picks):
     return decades
 
 
+@pytest.mark.slow
 def test_the_recipe_of_the_paper():
     params = [jnp.ones((1, 5000)), jnp.full((5000, 3000), 1e-3), jnp.ones((3000, 1))]
     rescaled = normax.rescaling.random_rescaling(KEY, params)
@@ -441,6 +446,7 @@ def test_the_parameters_of_the_distribution():
             normax.rescaling.random_rescaling(KEY, params, **bad)
 
 
+@pytest.mark.slow
 def test_the_tails_stay_finite():
     params, x = mlp_params(), X[:2]
     keys = jax.random.split(jax.random.key(7), 300)

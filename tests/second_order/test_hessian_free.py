@@ -142,6 +142,7 @@ def gauss_newton_matrix(outputs_fn, loss_of_outputs, flat):
     return jacobian.T @ hessian @ jacobian
 
 
+@pytest.mark.slow
 def test_gauss_newton_products_against_the_dense_matrix():
     flat, unravel = ravel_pytree(classifier())
     matrix = gauss_newton_matrix(lambda x: logits(unravel(x)), cross_entropy, flat)
@@ -268,6 +269,7 @@ def test_every_number_of_every_step_against_numpy(numbers):
     np.testing.assert_array_equal(state.count, np.arange(1, steps + 1))
 
 
+@pytest.mark.slow
 def test_functions_given_once_or_at_every_step():
     """Those of the step go first: a batch is what they close over."""
     once = normax.second_order.hessian_free(1.0, 0.1, 0.0, logits, cross_entropy)
@@ -300,6 +302,7 @@ def affine_logits(params):
     return jnp.asarray(INPUTS) @ (params["hidden"] @ params["head"])
 
 
+@pytest.mark.slow
 def test_mini_batches():
     rng = np.random.default_rng(5)
     inputs = rng.normal(size=(2000, 6))
@@ -363,6 +366,7 @@ def test_negative_curvature_is_followed_by_its_absolute_value():
     np.testing.assert_allclose(after[-1], [0, 0.5**0.5], atol=1e-5)
 
 
+@pytest.mark.slow
 def test_directions_without_curvature_do_not_move():
     w = draw(7)
     np.testing.assert_array_equal(solve(jnp.sum, w, damping=0.0)[0][0], w)
@@ -446,6 +450,7 @@ def direction_of(w):
 GAUSS_NEWTON = hidden_outputs, squared_error
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("functions", [GAUSS_NEWTON, (None, None)])
 def test_effective_learning_rate_visits_the_same_functions(functions):
     """Converged or not, without damping; with it, not."""
@@ -486,6 +491,7 @@ def regression(x, y, start, diagonal):
     )[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("preconditioned", [False, True])
 def test_rounding_is_no_direction(preconditioned):
     """The step is that of the pseudo-inverse, whatever the scale of the weights.
@@ -522,6 +528,7 @@ def test_rounding_is_no_direction(preconditioned):
             assert error < 1e-3, (dimension, seed, scale)
 
 
+@pytest.mark.slow
 def test_scale_of_some_of_the_arrays():
     """For Gauss-Newton steps that converge, or are preconditioned by the diagonal."""
 
@@ -556,6 +563,7 @@ def test_scale_of_some_of_the_arrays():
     assert distance(damping=0.1, cg_iterations=300) > 1e-3
 
 
+@pytest.mark.slow
 def test_weight_decay_drives_norms_to_zero():
     """Table 1, last row: by 1 - eta at every step, whatever the decay."""
     for decay in (1e-3, 1e-1):
@@ -577,6 +585,7 @@ def test_weight_decay_drives_norms_to_zero():
     assert rule.equilibrium_norm(0.1, decay) == 0
 
 
+@pytest.mark.slow
 def test_memory_is_a_multiple_of_the_parameters():
     """A matrix of 60,000 parameters would take 14 GB."""
     params = {"in": jnp.ones((300, 100), jnp.float32)}
@@ -601,6 +610,7 @@ def test_memory_is_a_multiple_of_the_parameters():
         assert compiled.memory_analysis().temp_size_in_bytes < 25 * size
 
 
+@pytest.mark.slow
 def test_constants():
     """An array without a gradient; one of integers; those under a mask."""
     params = {"a": draw((2, 3)), "b": draw((1,)), "count": jnp.arange(3)}
@@ -637,6 +647,7 @@ def test_constants():
     np.testing.assert_allclose(np.ravel(params["a"] + updates["a"]), expected)
 
 
+@pytest.mark.slow
 def test_half_precision_is_computed_in_float32():
     params = {
         "a": draw((2, 3), dtype=jnp.bfloat16),
@@ -659,6 +670,7 @@ def test_half_precision_is_computed_in_float32():
     np.testing.assert_allclose(ravel_pytree(updates)[0], expected, rtol=0.1, atol=0.05)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("diagonal", [None, 1.0])
 @pytest.mark.parametrize("functions", [(None, None), (affine, half_square)])
 def test_no_implicit_promotion(functions, diagonal):
@@ -679,6 +691,7 @@ def test_learning_rate_schedule():
     np.testing.assert_allclose(gaps[1:] / gaps[:-1], [0.5, 0.5, 0.95, 0.95], rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_derivative_of_the_step():
     """Forward and backward, through parameters, gradient, damping and loss."""
 
@@ -705,6 +718,7 @@ def test_derivative_of_the_step():
         )
 
 
+@pytest.mark.slow
 def test_what_is_not_finite_shows():
     w, tx = draw(7), normax.second_order.hessian_free()
 

@@ -220,6 +220,7 @@ def test_newton_on_a_scale_invariant_loss_changes_no_function():
     np.testing.assert_allclose(one_step(hidden_loss, w, 0.25), 1.25 * w, rtol=1e-7)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("saddle_free", [False, True])
 def test_step_on_spheres_against_numpy(saddle_free):
     params = network(scale=1.7)
@@ -248,6 +249,7 @@ def test_step_on_spheres_against_numpy(saddle_free):
         np.testing.assert_allclose(ravel_pytree(after)[0], expected, rtol=1e-8)
 
 
+@pytest.mark.slow
 def test_the_scale_of_the_weights_does_not_fool_newton():
     def distance(tx, alpha=7.0, dtype=jnp.float64):
         run = jax.jit(lambda params: trajectory(tx, params, batch_norm_loss, 10))
@@ -276,6 +278,7 @@ def test_effective_learning_rate_visits_the_same_functions():
         np.testing.assert_allclose(original, alpha * effective, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_weight_decay_drives_norms_to_zero():
     """Table 1, last row: by 1 - eta at every step, whatever the decay."""
 
@@ -327,6 +330,7 @@ def dependence_on_units(tx, warm=None):
     return float(jnp.max(jnp.abs(one - other)) / jnp.max(jnp.abs(one - 1)))
 
 
+@pytest.mark.slow
 def test_units_of_measurement():
     """The lecture's argument: a method is consistent if units do not matter to it."""
     rules = {
@@ -364,6 +368,7 @@ def test_adadelta_is_consistent_once_its_averages_are():
     assert dependence_on_units(make(1.0, eps=1e-30)) > 0.5
 
 
+@pytest.mark.slow
 def test_hessian_free_is_consistent_before_it_converges():
     """If preconditioned by the diagonal of the curvature itself."""
 
@@ -384,6 +389,7 @@ def test_hessian_free_is_consistent_before_it_converges():
     assert dependence_on_units(preconditioned(0.75)) > 0.01
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("saddle_free", [False, True])
 def test_derivative_of_the_step(saddle_free):
     """Also where eigenvalues meet, are negative, and vanish."""

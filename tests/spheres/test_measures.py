@@ -30,6 +30,7 @@ def exact(w, u, axes):
     return w_norm, u_norm / w_norm, angle
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [10.0, 1.0, 1e-2, 1e-5, 1e-8])
 @pytest.mark.parametrize(("axes", "shape", "reduced"), CASES)
 def test_measures_in_float64(axes, shape, reduced, size):
@@ -65,6 +66,7 @@ def test_angle_is_blind_to_the_scale_and_to_radial_updates():
     np.testing.assert_allclose(normax.angular_update(w, -2 * w), np.pi, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_zero_vectors():
     w, u = draw((5, 3)).at[:, 0].set(0).at[:, 1].set(0), draw((5, 3)).at[:, 1].set(0)
     np.testing.assert_array_equal(normax.relative_update(w, u)[:2], [0, 0])
@@ -90,6 +92,7 @@ def test_derivatives_against_finite_differences(measure, index):
         np.testing.assert_allclose(slope, (ahead - behind) / (2 * h), rtol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scale", [1e-30, 1e-20, 1e20, 1e30])
 def test_derivatives_at_every_scale(scale):
     w, u = draw((9, 4)), 0.3 * draw((9, 4), seed=1)
@@ -106,6 +109,7 @@ def test_a_nan_update_of_zero_weights_shows():
     assert np.isnan(measured[0])
 
 
+@pytest.mark.slow
 def test_monitor_keeps_the_dtype_of_its_state():
     with jax.enable_x64(True):
         w = draw((6, 2))

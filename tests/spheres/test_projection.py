@@ -124,6 +124,7 @@ def test_radius_that_is_no_radius_raises():
         normax.projection_unit_norm(w, radius=jnp.ones(4))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize(
     "rule", [optax.sgd(0.1, momentum=0.9), optax.adam(0.05, eps=1e-3)]
@@ -165,6 +166,7 @@ def test_projection_of_the_stepped_weights():
     np.testing.assert_allclose(w + updates, expected, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_first_step_from_far_away_rounds_as_documented():
     unit, tx = normax.projection_unit_norm(draw((4, 2000))), normax.project_unit_norm()
     for distance, low, high in (
@@ -189,6 +191,7 @@ def test_a_transformation_after_the_projection_undoes_it():
         assert (error < 1e-6) == holds
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("axes", "shape", "reduced"), CASES)
 @pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30])
 @pytest.mark.parametrize("u_scale", [1e-30, 1.0, 1e30])

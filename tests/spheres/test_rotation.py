@@ -158,6 +158,7 @@ def start(seed=1, shape=(64, 40)):
     return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
 
 
+@pytest.mark.slow
 @every_rule
 def test_ordinary_rules_settle_at_the_angle(rule):
     """The predicted angle is where the ordinary rule's rotation settles."""
@@ -184,6 +185,7 @@ def test_angles_and_norms_from_the_first_step_on(rule, decay):
     assert np.max(np.abs(norms / before - 1)) < 3.5e-7
 
 
+@pytest.mark.slow
 def test_first_angles_with_the_published_decay():
     """While momentum settles, the average lags behind it, as documented."""
     ratios = {}
@@ -209,6 +211,7 @@ def logits(params, x):
     return x @ params["head"]
 
 
+@pytest.mark.slow
 def test_angles_in_a_network():
     (images, labels), eta, decay = load_digits(return_X_y=True), 1e-2, 0.1
     images, labels = jax.device_put(((images / 16).astype("f"), labels))

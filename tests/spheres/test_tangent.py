@@ -130,6 +130,7 @@ def false_positives(axes):
     return float(jnp.mean(steps["hidden"])), float(jnp.mean(steps["head"]))
 
 
+@pytest.mark.slow
 def test_the_cosine_rule_mistakes_random_gradients_and_axes_do_not():
     # One output unit: one cosine of random directions, P(|Z| < 0.1) = 8.0%.
     hidden, head = false_positives(None)

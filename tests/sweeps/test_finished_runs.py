@@ -96,6 +96,7 @@ normax.sweeps.grid_sweep(
     assert sorted(tmp_path.iterdir()) == sorted(finished())
 
 
+@pytest.mark.slow
 def test_a_finer_grid_takes_over_the_runs_of_a_coarser_one(tmp_path, done):
     train = make_train()
     normax.sweeps.grid_sweep(train, GRID, batch_size=1, checkpoint_dir=tmp_path)
@@ -110,6 +111,7 @@ def test_a_finer_grid_takes_over_the_runs_of_a_coarser_one(tmp_path, done):
     assert done == [1]
 
 
+@pytest.mark.slow
 def test_what_has_changed_runs_anew(tmp_path, done):
     first = normax.sweeps.grid_sweep(make_train(), GRID, checkpoint_dir=tmp_path)
     done.clear()

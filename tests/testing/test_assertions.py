@@ -52,6 +52,7 @@ def layer_loss(params):
     return jnp.mean(jnp.sin(layer_network(params)) ** 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16, jnp.float32, jnp.float64])
 def test_projected_weights_have_unit_norm(dtype):
     with jax.enable_x64(dtype == jnp.float64):
@@ -88,6 +89,7 @@ def test_unit_norm_message_and_tolerance():
         )
 
 
+@pytest.mark.slow
 def test_scale_invariant_networks():
     normax.testing.assert_scale_invariant(network, draw(), AXES)
     layer = {"dense": {"kernel": "layer", "bias": "none"}, "head": "none"}
@@ -171,6 +173,7 @@ def test_functions_that_come_close_to_invariance(fn, axes):
         normax.testing.assert_scale_invariant(fn, 1.5 * w / jnp.linalg.norm(w), axes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("check", ABOUT_A_LOSS[:2])
 def test_no_two_vectors_are_rescaled_alike(check):
     # Layer norm over every other unit, every third, or blocks: what the units of a

@@ -122,6 +122,7 @@ def test_a_rescaling_invariant_optimizer():
         )
 
 
+@pytest.mark.slow
 def test_optimizers_that_want_the_value():
     tx = optax.lbfgs(0.1)
     normax.testing.assert_equivalent_trajectories(
@@ -137,6 +138,7 @@ def invariant_loss(params):
     return jnp.sum((INPUTS[:5, :1] - invariant(params)) ** 3)
 
 
+@pytest.mark.slow
 def test_equivalent_rates():
     w, alpha = draw()["in"], 3.0
     first = (optax.sgd(0.1 * alpha**2), invariant_loss, alpha * w)
@@ -151,6 +153,7 @@ def test_equivalent_rates():
             )
 
 
+@pytest.mark.slow
 def test_the_first_step_that_differs_is_named():
     w = draw()["in"]
     rates = [optax.piecewise_constant_schedule(0.1, {s: 0.5}) for s in (4, 50)]
@@ -211,6 +214,7 @@ def own_rate():
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("epsilon", [0.0, 5e-4])
 def test_no_learning_rate_hides_a_wrong_one(epsilon):
     """Four times the rate suits twice the weights, at any rate; others do not.

@@ -148,6 +148,7 @@ def test_adagrad_never_settles():
             method(0.1, 0.1, G, DIMENSION)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name, eta, lam, hyper, delay",
     [
@@ -245,6 +246,7 @@ def test_exponents_of_table_1(name):
     np.testing.assert_allclose(by_lam, [-1 / n, power / n, p / n], atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["nesterov", "rmsprop", "adamw"])
 def test_arguments_broadcast_and_settle_the_dtype(name):
     rule = RULES[name]
@@ -349,6 +351,7 @@ WIDE = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, eta, lam, gradient_norm", WIDE)
 def test_range_of_float32(name, eta, lam, gradient_norm):
     rule = RULES[name]

@@ -147,6 +147,7 @@ def test_derivative_by_momentum_at_none(steps):
         np.testing.assert_allclose(slope, float((moved - start) / h), atol=1e-13)
 
 
+@pytest.mark.slow
 def test_schedules_are_traceable_and_broadcast():
     make = normax.theory.exponential_equivalent_schedule
     rates = jax.jit(lambda eta, t: make(eta, 0.1, 0.5)(t))(0.2, 7)
