@@ -37,12 +37,14 @@ from normax.spheres import (
     sgdp,
     weight_norm,
 )
-from normax.theory import UPDATE_RULES
+from normax.theory import UPDATE_RULES, dynamics_scalars, dynamics_table
 
 __all__ = [
     "UPDATE_RULES",
     "adamp",
     "angular_update",
+    "dynamics_scalars",
+    "dynamics_table",
     "invariance",
     "monitor_weight_dynamics",
     "nn",

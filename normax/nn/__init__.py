@@ -8,6 +8,7 @@ from flax.nnx import BatchNorm, GroupNorm, InstanceNorm, LayerNorm, RMSNorm
 from normax.nn.batch_renorm import BatchRenorm
 from normax.nn.fold.layer import fold_batch_norm, folding_error
 from normax.nn.fold.model import FoldedModel, fold_batch_norms
+from normax.nn.unit_axes import unit_axes
 from normax.nn.weight_norm import WeightNorm, initialize_weight_norm
 
 __all__ = [
@@ -23,4 +24,5 @@ __all__ = [
     "fold_batch_norms",
     "folding_error",
     "initialize_weight_norm",
+    "unit_axes",
 ]

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from normax._core.axes import Axes
 from normax._core.norms import at_least_float32, nonzero, ratio, vector_norm
-
-KeyPath = tuple[Any, ...]
+from normax.nn.module_axes import KeyPath, nnx_vector_axes
 
 _KERNELS = nnx.PathContains("kernel")
 
@@ -21,23 +21,9 @@ def path_name(path: KeyPath) -> str:
     return "/".join(map(str, path))
 
 
-def output_axes(module: Any, rank: int) -> tuple[int, ...]:
-    """Return the axes of a module's kernel that index its output units."""
-    if isinstance(module, nnx.LinearGeneral):
-        outputs = range(rank - len(module.out_features), rank)
-        return (*range(len(module.batch_axis)), *outputs)
-    if isinstance(module, nnx.Einsum) and module.einsum_str:
-        operands, result = module.einsum_str.split("->")
-        kernel = operands.split(",")[1]
-        return tuple(axis for axis, letter in enumerate(kernel) if letter in result)
-    if isinstance(module, nnx.ConvTranspose) and module.transpose_kernel:
-        return (rank - 2,)
-    return (rank - 1,)
-
-
 def _vector_axes(
     feature_axes: str | int | Sequence[int] | None,
-    module: Any,
+    of_module: Axes,
     name: str,
     kernel: jax.Array,
 ) -> tuple[int, ...]:
@@ -49,12 +35,14 @@ def _vector_axes(
             "it out with variable_filter."
         )
     if isinstance(feature_axes, str):
-        if feature_axes != "unit":
+        if feature_axes not in ("module", "unit"):
             raise ValueError(
-                'feature_axes must be "unit", an axis, several axes, or None for one '
-                f"vector per array, got {feature_axes!r}."
+                'feature_axes must be "module", "unit", an axis, several axes, or None '
+                f"for one vector per array, got {feature_axes!r}."
             )
-        features: Sequence[int] = output_axes(module, rank)
+        features: Sequence[int] = (rank - 1,)
+        if feature_axes == "module" and of_module != "none":
+            features = [axis for axis in range(rank) if axis not in of_module]
     elif feature_axes is None:
         features = ()
     else:
@@ -106,9 +94,9 @@ class WeightNorm(nnx.Module):
     Args:
       layer: A module that holds kernels, or a block of several; it is not copied.
       feature_axes: Axes that index the weight vectors of a kernel, one for each `g`.
-        `"unit"` takes the output units of each Flax layer (for attention, heads and
-        features). An int or several hold for all kernels alike. None makes each
-        kernel one vector.
+        `"module"` takes the output units of each Flax module, as `unit_axes` does.
+        `"unit"` takes the last axis, as it does everywhere. An int or several hold
+        for all kernels alike. None makes each kernel one vector.
       variable_filter: `nnx` filter that selects the parameters to normalize.
 
     Raises:
@@ -139,16 +127,16 @@ class WeightNorm(nnx.Module):
         self,
         layer: nnx.Module,
         *,
-        feature_axes: str | int | Sequence[int] | None = "unit",
+        feature_axes: str | int | Sequence[int] | None = "module",
         variable_filter: nnx.filterlib.Filter = _KERNELS,
     ):
-        modules = dict(nnx.iter_graph(layer))
+        of_modules = nnx_vector_axes(layer)
         selected = nnx.state(layer, nnx.All(nnx.Param, variable_filter))
         gains: dict[KeyPath, nnx.Param] = {}
         vector_axes = []
         for path, v in nnx.to_flat_state(selected):
             name, value = path_name(path), v[...]
-            axes = _vector_axes(feature_axes, modules[path[:-1]], name, value)
+            axes = _vector_axes(feature_axes, of_modules[path], name, value)
             norm = jnp.squeeze(vector_norm(at_least_float32(value)[0], axes), axes)
             gains[path] = nnx.Param(norm.astype(value.dtype))
             vector_axes.append((path, axes))

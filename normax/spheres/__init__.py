@@ -5,13 +5,8 @@ a vector is a point of a sphere, and a step turns it by an angle. All functions 
 `axes`, which says which entries of an array form one weight vector.
 """
 
-from normax.spheres.measures import (
-    MonitorWeightDynamicsState,
-    angular_update,
-    monitor_weight_dynamics,
-    relative_update,
-    weight_norm,
-)
+from normax.spheres.measures import angular_update, relative_update, weight_norm
+from normax.spheres.monitor import MonitorWeightDynamicsState, monitor_weight_dynamics
 from normax.spheres.projection import (
     ProjectUnitNormState,
     normalized_sgd,

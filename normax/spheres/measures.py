@@ -1,13 +1,9 @@
 """What an update does to weight vectors: norms, relative updates, angles."""
 
-from typing import Any, NamedTuple
-
 import jax
 import jax.numpy as jnp
-import optax
 
-from normax._core.axes import Axes, PyTree, check_axes, map_vectors
-from normax._core.checks import check_range, require_params
+from normax._core.axes import Axes, PyTree, map_vectors
 from normax._core.norms import (
     at_least_float32,
     nonzero,
@@ -15,7 +11,6 @@ from normax._core.norms import (
     ratio,
     vector_norm,
 )
-from normax._core.scheduling import in_turn, wait
 
 
 def weight_norm(params: PyTree, axes: Axes = "unit") -> PyTree:
@@ -55,12 +50,14 @@ def weight_norm(params: PyTree, axes: Axes = "unit") -> PyTree:
     return map_vectors(measure, axes, params)
 
 
-def _relative_update(w_norm: jax.Array, u_norm: jax.Array) -> jax.Array:
+def relative_length(w_norm: jax.Array, u_norm: jax.Array) -> jax.Array:
     # 0 * u_norm keeps the NaN of an update, which a plain 0 would hide.
     return jnp.where(w_norm == 0, 0 * u_norm, ratio(u_norm, nonzero(w_norm)))
 
 
-def _angle(w_norm: jax.Array, radial: jax.Array, tangential: jax.Array) -> jax.Array:
+def angle_of_update(
+    w_norm: jax.Array, radial: jax.Array, tangential: jax.Array
+) -> jax.Array:
     unit = nonzero(w_norm)
     opposite = ratio(tangential, unit)
     adjacent = jnp.where(w_norm == 0, 0, 1 + ratio(radial, unit))
@@ -98,7 +95,7 @@ def relative_update(params: PyTree, updates: PyTree, axes: Axes = "unit") -> PyT
 
     def measure(vector_axes, w, u):
         w, u = at_least_float32(w, u)
-        ratio = _relative_update(
+        ratio = relative_length(
             vector_norm(w, vector_axes), vector_norm(u, vector_axes)
         )
         return jnp.squeeze(ratio, vector_axes)
@@ -139,123 +136,6 @@ def angular_update(params: PyTree, updates: PyTree, axes: Axes = "unit") -> PyTr
     def measure(vector_axes, w, u):
         w, u = at_least_float32(w, u)
         w_norm, _, radial, tangential = polar_decomposition(w, u, vector_axes)
-        return jnp.squeeze(_angle(w_norm, radial, tangential), vector_axes)
+        return jnp.squeeze(angle_of_update(w_norm, radial, tangential), vector_axes)
 
     return map_vectors(measure, axes, params, updates)
-
-
-class MonitorWeightDynamicsState(NamedTuple):
-    r"""State of `monitor_weight_dynamics`.
-
-    Attributes:
-      total_weight: Sum of the weights $\beta^{t-s}$ of the averages.
-      weight_norm: Averages of `normax.weight_norm`, before the updates.
-      relative_update: Averages of `normax.relative_update`.
-      angular_update: Averages of `normax.angular_update`, in radians.
-    """
-
-    total_weight: jax.Array
-    weight_norm: PyTree
-    relative_update: PyTree
-    angular_update: PyTree
-
-
-class _Measurement(NamedTuple):
-    weight_norm: jax.Array | None
-    relative_update: jax.Array | None
-    angular_update: jax.Array | None
-    update: Any
-
-
-def monitor_weight_dynamics(
-    axes: Axes = "unit", decay: jax.typing.ArrayLike = 0.0
-) -> optax.GradientTransformationExtraArgs:
-    r"""Measure norms, relative updates and angular updates; change nothing.
-
-    $$\bar x_t = \sum_{s \le t} \beta^{t-s} x_s \Big/ \sum_{s \le t} \beta^{t-s}$$
-
-    is the average of a measure $x$. Place it last in a chain. Arrays left alone have
-    None for measures. An array whose update is None keeps its last measures.
-
-    Args:
-      axes: Which entries form one weight vector, as in `weight_norm`.
-      decay: Decay $\beta$, at least 0 and below 1; 0 keeps the latest value.
-
-    Returns:
-      A gradient transformation that needs `params`; `optax.tree.get` reads its state.
-
-    Raises:
-      ValueError: `axes` does not fit, `decay` is out of range, or `params` is missing.
-
-    Examples:
-      >>> import jax.numpy as jnp
-      >>> import normax
-      >>> params, updates = jnp.array([[3.0], [4.0]]), jnp.array([[0.4], [-0.3]])
-      >>> tx = normax.monitor_weight_dynamics()
-      >>> updates, state = tx.update(updates, tx.init(params), params)
-      >>> state.angular_update.round(4)
-      Array([0.0997], dtype=float32)
-
-    References:
-      Kosson, Messmer, Jaggi, Rotational Equilibrium, 2024, arXiv:2305.17212.
-    """
-    check_axes(axes)
-    check_range("decay", decay, low=0, below=1)
-
-    def measure(vector_axes, w, u):
-        w_norm, u_norm, radial, tangential = polar_decomposition(
-            *at_least_float32(w, u), vector_axes
-        )
-        angle = _angle(w_norm, radial, tangential)
-        values = (w_norm, _relative_update(w_norm, u_norm), angle)
-        values = (jnp.squeeze(value, vector_axes) for value in values)
-        # The update waits for the measures. Otherwise the parameters could change
-        # first, and measuring them would need a copy.
-        return _Measurement(*values, update=wait(u, angle)), angle
-
-    def init_fn(params):
-        norms = weight_norm(params, axes)
-        # The trees of zeros differ, because a buffer cannot be donated twice.
-        return MonitorWeightDynamicsState(
-            total_weight=jnp.zeros([], jnp.float32),
-            weight_norm=norms,
-            relative_update=jax.tree.map(jnp.zeros_like, norms),
-            angular_update=jax.tree.map(jnp.zeros_like, norms),
-        )
-
-    def update_fn(updates, state, params=None, **extra_args):
-        del extra_args
-        params = require_params("monitor_weight_dynamics", params)
-        measured = map_vectors(
-            in_turn(measure),
-            axes,
-            params,
-            updates,
-            otherwise=lambda w, u: _Measurement(None, None, None, update=u),
-        )
-        total_weight = (1 + decay * state.total_weight).astype(jnp.float32)
-
-        def field(name):
-            return jax.tree.map(
-                lambda measurement: getattr(measurement, name),
-                measured,
-                is_leaf=lambda node: isinstance(node, _Measurement),
-            )
-
-        def average(old, new):
-            if new is None:
-                return old
-            new = new.astype(old.dtype)
-            rate = (1 / total_weight).astype(old.dtype)
-            # At rate 1, 0 times an old NaN would be NaN again: select the new value.
-            return jnp.where(rate < 1, (1 - rate) * old + rate * new, new)
-
-        averages = (
-            jax.tree.map(
-                average, getattr(state, name), field(name), is_leaf=lambda x: x is None
-            )
-            for name in ("weight_norm", "relative_update", "angular_update")
-        )
-        return field("update"), MonitorWeightDynamicsState(total_weight, *averages)
-
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)

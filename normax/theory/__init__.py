@@ -4,6 +4,12 @@ Behind normalization layers, gradient noise lengthens a weight vector and weight
 shortens it, until both balance. The rules in `UPDATE_RULES` know where, and when.
 """
 
+from normax.theory.dynamics import (
+    ArrayDynamics,
+    DynamicsTable,
+    dynamics_scalars,
+    dynamics_table,
+)
 from normax.theory.rules import UPDATE_RULES
 from normax.theory.schedules import (
     exponential_equivalent_schedule,
@@ -14,7 +20,11 @@ from normax.theory.update_rule import UpdateRule
 
 __all__ = [
     "UPDATE_RULES",
+    "ArrayDynamics",
+    "DynamicsTable",
     "UpdateRule",
+    "dynamics_scalars",
+    "dynamics_table",
     "exponential_equivalent_schedule",
     "harmonic_schedule",
     "optimal_momentum",

@@ -109,15 +109,6 @@ def test_a_nan_update_of_zero_weights_shows():
     assert np.isnan(measured[0])
 
 
-@pytest.mark.slow
-def test_monitor_keeps_the_dtype_of_its_state():
-    with jax.enable_x64(True):
-        w = draw((6, 2))
-        tx = normax.monitor_weight_dynamics(decay=0.5)
-        _, state = tx.update(jnp.asarray(w, jnp.float64), tx.init(w), w)
-        assert {leaf.dtype for leaf in jax.tree.leaves(state)} == {jnp.dtype("float32")}
-
-
 def test_nan_and_inf_are_not_hidden():
     w, u = (
         draw((5, 3)),
@@ -127,6 +118,15 @@ def test_nan_and_inf_are_not_hidden():
         measured = measure(w, u)
         assert not np.isfinite(measured[0]) and np.isfinite(measured[2])
     assert not np.isfinite(normax.relative_update(w, u)[1])
+
+
+@pytest.mark.slow
+def test_monitor_keeps_the_dtype_of_its_state():
+    with jax.enable_x64(True):
+        w = draw((6, 2))
+        tx = normax.monitor_weight_dynamics(decay=0.5)
+        _, state = tx.update(jnp.asarray(w, jnp.float64), tx.init(w), w)
+        assert {leaf.dtype for leaf in jax.tree.leaves(state)} == {jnp.dtype("float32")}
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.5, 0.99])
@@ -183,3 +183,76 @@ def test_decay_out_of_range_raises(decay):
         ValueError, match=r"decay must be at least 0 and below 1\.?0?, got"
     ):
         normax.monitor_weight_dynamics(decay=decay)
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.9])
+def test_every_third_step_is_measured(decay):
+    w = draw((12, 3))
+    rare = normax.monitor_weight_dynamics(decay=decay, every=3)
+    always = normax.monitor_weight_dynamics(decay=decay)
+    state, expected = rare.init(w), always.init(w)
+    step = jax.jit(rare.update)
+    for count in range(8):
+        u = draw((12, 3), seed=count + 1)
+        passed, state = step(u, state, w)
+        np.testing.assert_array_equal(passed, u)
+        if count % 3 == 0:
+            _, expected = always.update(u, expected, w)
+        assert state.steps == count + 1
+        for name in ("weight_norm", "relative_update", "angular_update"):
+            # Two programs fuse the average differently, so the last place may differ.
+            measured, wanted = getattr(state, name), getattr(expected, name)
+            np.testing.assert_allclose(measured, wanted, rtol=3e-7)
+        w = w + u
+
+
+def test_most_steps_do_not_compute_what_is_measured_rarely():
+    w = draw((12, 3))
+    tx = normax.monitor_weight_dynamics(every=10)
+    text = jax.jit(tx.update).lower(w, tx.init(w), w).as_text()
+    before, _, inside = text.partition("stablehlo.case")
+    assert "stablehlo.sqrt" not in before and "stablehlo.reduce" not in before
+    assert inside
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("update_dtype", ["same", jnp.float32])
+@pytest.mark.parametrize("size", [0.3, 3e-3, 1e-5])
+def test_what_is_reported_is_what_apply_updates_does(dtype, update_dtype, size):
+    w = draw((64, 5)).astype(dtype)
+    u = size * draw((64, 5), seed=1)
+    u = u.astype(dtype if update_dtype == "same" else update_dtype)
+    tx = normax.monitor_weight_dynamics()
+    _, state = jax.jit(tx.update)(u, tx.init(w), w)
+    after = np.asarray(optax.apply_updates(w, u), np.float64)
+    before = np.asarray(w, np.float64)
+    _, relative, angle = exact(before, after - before, (0,))
+    np.testing.assert_allclose(state.relative_update, relative, rtol=1e-5, atol=1e-9)
+    np.testing.assert_allclose(state.angular_update, angle, rtol=1e-4, atol=1e-7)
+    lost = np.mean((after == before)[np.asarray(u) != 0])
+    np.testing.assert_allclose(state.rounded_away, lost, rtol=1e-5)
+
+
+def test_weights_that_do_not_move_are_not_said_to_move():
+    w = 1 + draw((64, 5)).astype(jnp.bfloat16) ** 2
+    tx = normax.monitor_weight_dynamics()
+    _, state = tx.update(jnp.full((64, 5), 1e-4, jnp.bfloat16), tx.init(w), w)
+    assert np.all(state.relative_update == 0) and state.rounded_away == 1
+    full = w.astype(jnp.float32)
+    _, state = tx.update(jnp.full((64, 5), 1e-4), tx.init(full), full)
+    assert np.all(state.relative_update > 1e-6) and state.rounded_away is None
+
+
+def test_the_state_says_which_axes_were_measured():
+    params = {"a": draw((4, 3)), "b": draw((2, 3, 4, 5)), "c": draw((3,))}
+    state = normax.monitor_weight_dynamics({"a": (1,), "b": "unit", "c": "none"}).init(
+        params
+    )
+    assert state.axes["a"].tolist() == [1] and state.axes["b"].tolist() == [0, 1, 2]
+    assert state.axes["c"] is None
+
+
+@pytest.mark.parametrize("every", [0, -1, float("nan")])
+def test_every_below_one_raises(every):
+    with pytest.raises(ValueError, match="every must be at least 1 and finite, got"):
+        normax.monitor_weight_dynamics(every=every)

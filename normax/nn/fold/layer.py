@@ -11,7 +11,7 @@ from jax import lax
 from normax._core.norms import at_least_float32
 from normax._core.programs import full_precision
 from normax.nn.batch_renorm import BatchRenorm
-from normax.nn.weight_norm import output_axes
+from normax.nn.module_axes import vector_axes
 
 # Subclasses are left out, since they may compute something else.
 LAYERS = (nnx.Linear, nnx.Conv, nnx.ConvTranspose)
@@ -96,9 +96,8 @@ def fold_batch_norm(layer: Any, batch_norm: nnx.BatchNorm) -> Any:
     )
     factor = scale * lax.rsqrt(var + batch_norm.epsilon)
     bias = (bias - mean) * factor + shift
-    features = output_axes(layer, kernel.ndim)
-    others = [axis for axis in range(kernel.ndim) if axis not in features]
-    weight = kernel * jnp.expand_dims(factor, others)
+    summed = vector_axes(layer, "kernel", kernel.ndim) or ()
+    weight = kernel * jnp.expand_dims(factor, summed)
     folded = nnx.clone(layer)
     dtype = layer.kernel.dtype
     folded.kernel = layer.kernel.replace(weight.astype(dtype))

@@ -1,0 +1,187 @@
+"""The measures of weight vectors, kept in the state of an optimizer."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+
+from normax._core.axes import Axes, PyTree, check_axes, map_vectors
+from normax._core.checks import check_range, require_params
+from normax._core.norms import at_least_float32, polar_decomposition
+from normax._core.scheduling import in_turn, wait
+from normax.spheres.measures import angle_of_update, relative_length, weight_norm
+
+
+class MonitorWeightDynamicsState(NamedTuple):
+    r"""State of `monitor_weight_dynamics`.
+
+    Attributes:
+      steps: Number of updates so far, int32 of shape ().
+      total_weight: Sum of the weights $\beta^{t-s}$ of the averages.
+      weight_norm: Averages of `normax.weight_norm`, before the updates.
+      relative_update: Averages of `normax.relative_update`.
+      angular_update: Averages of `normax.angular_update`, in radians.
+      rounded_away: Averages of the share of each array's entries that an update was to
+        change and rounding left as they were; None for float32 and wider.
+      axes: The axes that one weight vector of each array spans, int32.
+    """
+
+    steps: jax.Array
+    total_weight: jax.Array
+    weight_norm: PyTree
+    relative_update: PyTree
+    angular_update: PyTree
+    rounded_away: PyTree
+    axes: PyTree
+
+
+AVERAGED = "weight_norm", "relative_update", "angular_update", "rounded_away"
+
+
+class _Measurement(NamedTuple):
+    weight_norm: jax.Array | None
+    relative_update: jax.Array | None
+    angular_update: jax.Array | None
+    rounded_away: jax.Array | None
+    update: Any
+
+
+def _is_rounded(w: jax.Array) -> bool:
+    return jnp.finfo(w.dtype).bits < 32
+
+
+def _applied(w: jax.Array, u: jax.Array) -> tuple[jax.Array, Any, Any]:
+    """Return weights, what `optax.apply_updates` adds to them, and what is lost."""
+    x, step = at_least_float32(w, u)
+    if not _is_rounded(w):
+        return x, step, None
+    info = jnp.finfo(w.dtype)
+    # A conversion there and back would be no rounding, since XLA leaves both out.
+    applied = lax.reduce_precision(x + step, info.nexp, info.nmant) - x
+    wanted = step != 0
+    lost = jnp.sum(wanted & (applied == 0), dtype=jnp.float32)
+    return x, applied, lost / jnp.maximum(jnp.sum(wanted, dtype=jnp.float32), 1)
+
+
+def _measure(vector_axes, w, u):
+    x, applied, lost = _applied(w, u)
+    w_norm, u_norm, radial, tangential = polar_decomposition(x, applied, vector_axes)
+    angle = angle_of_update(w_norm, radial, tangential)
+    values = (w_norm, relative_length(w_norm, u_norm), angle)
+    values = (jnp.squeeze(value, vector_axes) for value in values)
+    # The update waits for the measures. Otherwise the parameters could change
+    # first, and measuring them would need a copy.
+    return _Measurement(*values, rounded_away=lost, update=wait(u, angle)), angle
+
+
+def monitor_weight_dynamics(
+    axes: Axes = "unit",
+    decay: jax.typing.ArrayLike = 0.0,
+    every: jax.typing.ArrayLike = 1,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Measure norms, relative updates and angular updates; change nothing.
+
+    $$\bar x_t = \sum_{s \le t} \beta^{t-s} x_s \Big/ \sum_{s \le t} \beta^{t-s}$$
+
+    is the average of a measure $x$ over the steps that are measured. Place it last in a
+    chain. Where parameters are in half precision, it measures the update that is left
+    after `optax.apply_updates` has rounded the sum. Arrays left alone have None for
+    measures. An array whose update is None keeps its last measures.
+
+    Args:
+      axes: Which entries form one weight vector, as in `weight_norm`.
+      decay: Decay $\beta$, at least 0 and below 1; 0 keeps the latest value.
+      every: Number of steps from one measurement to the next, for those who log
+        rarely. The first step is measured.
+
+    Returns:
+      A gradient transformation that needs `params`. `dynamics_table` and
+      `dynamics_scalars` read its state, and so does `optax.tree.get`.
+
+    Raises:
+      ValueError: `axes` does not fit, a number is out of range, or `params` is missing.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import normax
+      >>> params, updates = jnp.array([[3.0], [4.0]]), jnp.array([[0.4], [-0.3]])
+      >>> tx = normax.monitor_weight_dynamics()
+      >>> updates, state = tx.update(updates, tx.init(params), params)
+      >>> state.angular_update.round(4)
+      Array([0.0997], dtype=float32)
+
+    References:
+      Kosson, Messmer, Jaggi, Rotational Equilibrium, 2024, arXiv:2305.17212.
+    """
+    check_axes(axes)
+    check_range("decay", decay, low=0, below=1)
+    check_range("every", every, low=1)
+
+    def init_fn(params):
+        norms = weight_norm(params, axes)
+
+        def lost(vector_axes, w):
+            return jnp.zeros([], jnp.float32) if _is_rounded(w) else None
+
+        # The trees of zeros differ, because a buffer cannot be donated twice.
+        return MonitorWeightDynamicsState(
+            steps=jnp.zeros([], jnp.int32),
+            total_weight=jnp.zeros([], jnp.float32),
+            weight_norm=norms,
+            relative_update=jax.tree.map(jnp.zeros_like, norms),
+            angular_update=jax.tree.map(jnp.zeros_like, norms),
+            rounded_away=map_vectors(lost, axes, params),
+            axes=map_vectors(lambda found, w: jnp.array(found, "int32"), axes, params),
+        )
+
+    def measured(updates, state, params):
+        measurements = map_vectors(
+            in_turn(_measure),
+            axes,
+            params,
+            updates,
+            otherwise=lambda w, u: _Measurement(None, None, None, None, update=u),
+        )
+        total_weight = (1 + decay * state.total_weight).astype(jnp.float32)
+
+        def field(name):
+            return jax.tree.map(
+                lambda measurement: getattr(measurement, name),
+                measurements,
+                is_leaf=lambda node: isinstance(node, _Measurement),
+            )
+
+        def average(old, new):
+            if new is None:
+                return old
+            new = new.astype(old.dtype)
+            rate = (1 / total_weight).astype(old.dtype)
+            # At rate 1, 0 times an old NaN would be NaN again: select the new value.
+            return jnp.where(rate < 1, (1 - rate) * old + rate * new, new)
+
+        averages = {
+            name: jax.tree.map(
+                average, getattr(state, name), field(name), is_leaf=lambda x: x is None
+            )
+            for name in AVERAGED
+        }
+        state = state._replace(total_weight=total_weight, **averages)
+        return field("update"), state
+
+    def update_fn(updates, state, params=None, **extra_args):
+        del extra_args
+        params = require_params("monitor_weight_dynamics", params)
+        steps = optax.safe_increment(state.steps)
+        if not isinstance(every, jax.core.Tracer) and every == 1:
+            updates, state = measured(updates, state, params)
+        else:
+            state = lax.cond(
+                state.steps % every == 0,
+                lambda: measured(updates, state, params)[1],
+                lambda: state,
+            )
+        return updates, state._replace(steps=steps)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)

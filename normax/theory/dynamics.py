@@ -1,0 +1,265 @@
+"""What `monitor_weight_dynamics` has measured, for people and for loggers."""
+
+import io
+import warnings
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import rich.console
+import rich.table
+
+from normax._core.axes import PyTree, names_of
+from normax.spheres.monitor import AVERAGED, MonitorWeightDynamicsState
+from normax.theory.rules import UPDATE_RULES
+from normax.theory.update_rule import UpdateRule
+
+# Above this share of entries that an update does not change, training stalls.
+_LOST = 0.5
+
+
+class ArrayDynamics(NamedTuple):
+    """A line of `dynamics_table`: one array, in root mean square over its vectors.
+
+    Attributes:
+      name: Path of the array.
+      axes: The axes that one weight vector spans.
+      weight_norm: Norm of the weight vectors.
+      angular_update: Angle of the measured steps, in radians.
+      equilibrium_rotation: Angle per step that theory predicts in equilibrium; NaN
+        without a rule, or where it depends on more than the rates.
+      steps_left: Steps until the norm is within 10% of its equilibrium; NaN likewise.
+      rounded_away: Share of the entries whose updates rounding undid.
+      verdict: What this says.
+    """
+
+    name: str
+    axes: tuple[int, ...]
+    weight_norm: float
+    angular_update: float
+    equilibrium_rotation: float
+    steps_left: float
+    rounded_away: float
+    verdict: str
+
+
+class DynamicsTable(NamedTuple):
+    """Result of `dynamics_table`; prints as a table, in color where `rich` prints.
+
+    Attributes:
+      steps: Number of updates before the measurement was read.
+      arrays: A line for every array that holds weight vectors.
+    """
+
+    steps: int
+    arrays: tuple[ArrayDynamics, ...]
+
+    def __rich__(self) -> rich.table.Table:
+        table = rich.table.Table(title=f"Weight dynamics after {self.steps} steps")
+        table.add_column("array", overflow="fold")
+        table.add_column("axes")
+        for head in ("norm", "angle now", "angle predicted", "steps left"):
+            table.add_column(head, justify="right")
+        table.add_column("verdict", overflow="fold")
+        for row in self.arrays:
+            numbers = row[2:5]
+            table.add_row(
+                row.name,
+                ", ".join(map(str, row.axes)),
+                *("" if np.isnan(x) else f"{x:.3g}" for x in numbers),
+                "" if np.isnan(row.steps_left) else f"{row.steps_left:.0f}",
+                row.verdict,
+            )
+        return table
+
+    def __str__(self) -> str:
+        console = rich.console.Console(file=io.StringIO(), width=120)
+        with console.capture() as captured:
+            console.print(self)
+        return captured.get().rstrip()
+
+
+def _monitors(opt_state: PyTree) -> list[MonitorWeightDynamicsState]:
+    def is_monitor(node):
+        return isinstance(node, MonitorWeightDynamicsState)
+
+    nodes = jax.tree.leaves(opt_state, is_leaf=is_monitor)
+    found = [node for node in nodes if is_monitor(node)]
+    if not found:
+        raise ValueError(
+            "opt_state must hold the state of normax.monitor_weight_dynamics, but "
+            f"holds none ({type(opt_state).__name__}); put it last in optax.chain, and "
+            "pass the optimizer's opt_state."
+        )
+    return found
+
+
+def _by_name(tree: PyTree) -> dict[str, jax.Array]:
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {"/".join(names_of(path)) or "params": leaf for path, leaf in leaves}
+
+
+def dynamics_scalars(opt_state: PyTree, prefix: str = "dynamics/") -> dict[str, Any]:
+    r"""Return what was measured as scalars with names, for any logger.
+
+    $$\Big(\frac1n \sum_{i=1}^n x_i^2\Big)^{1/2}$$
+
+    over the $n$ weight vectors of an array, for each measure $x$ of
+    `monitor_weight_dynamics`. It works under `jax.jit` too.
+
+    Args:
+      opt_state: State of an optimizer, which holds that of `monitor_weight_dynamics`.
+      prefix: What all names begin with.
+
+    Returns:
+      Dict from `prefix` + path + measure to a scalar array in float32 or better.
+
+    Raises:
+      ValueError: `opt_state` holds no such state.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import normax
+      >>> tx = normax.monitor_weight_dynamics()
+      >>> state = tx.init({"kernel": jnp.array([[3.0, 0.6], [4.0, 0.8]])})
+      >>> scalars = normax.dynamics_scalars(state)
+      >>> print(f"{scalars['dynamics/kernel/weight_norm']:.3f}")
+      3.606
+
+    References:
+      Kosson, Messmer, Jaggi, Rotational Equilibrium, 2024, arXiv:2305.17212.
+    """
+    return {
+        f"{prefix}{name}/{measure}": jnp.sqrt(jnp.mean(jnp.square(values)))
+        for state in _monitors(opt_state)
+        for measure in AVERAGED
+        for name, values in _by_name(getattr(state, measure)).items()
+    }
+
+
+def _steps_left(
+    rule: UpdateRule,
+    excess: float,
+    rates: tuple[Any, Any],
+    hyperparameters: dict[str, Any],
+) -> float:
+    r"""Return the steps until equilibrium, from how much faster a vector turns.
+
+    The angle per step is in proportion to $\|w\|^{-p}$. So the norm is
+    $\text{excess}^{-1/p}$ times that of equilibrium, whatever the gradient is.
+    """
+    if not (rule.norm_power and np.isfinite(excess) and excess > 0):
+        return np.nan
+    # The norm in equilibrium depends on these, but its ratio to today's does not.
+    others = {"gradient_norm": 1.0, "dimension": 1.0}
+    settled = rule.equilibrium_norm(*rates, **others, **hyperparameters)
+    start = settled * excess ** (-1 / rule.norm_power)
+    return float(
+        rule.equilibrium_time(*rates, **others, initial_norm=start, **hyperparameters)
+    )
+
+
+def _verdict(norm: float, excess: float, steps_left: float, lost: float) -> str:
+    if not np.isfinite(norm):
+        return "not finite"
+    if norm == 0:
+        return "all weights are 0"
+    if lost > _LOST:
+        return f"{lost:.0%} of the updates are rounded away: keep float32 parameters"
+    if np.isnan(excess):
+        return ""
+    if excess == 0:
+        return "does not turn"
+    if steps_left == 0:
+        return "in equilibrium"
+    if excess > 1:
+        return f"turns {excess:.2g} times too fast; the norm grows"
+    return f"turns {1 / excess:.2g} times too slowly; the norm falls"
+
+
+def dynamics_table(
+    opt_state: PyTree,
+    rule: str | UpdateRule | None = None,
+    learning_rate: optax.ScalarOrSchedule | None = None,
+    weight_decay: jax.typing.ArrayLike | None = None,
+    **hyperparameters: Any,
+) -> DynamicsTable:
+    r"""Compare what was measured with what theory predicts in equilibrium.
+
+    $$\theta \propto \|w\|^{-p} \quad\Rightarrow\quad
+    \|w\| / \|w\|_\mathrm{eq} = (\theta / \theta_\mathrm{eq})^{-1/p}$$
+
+    with $\eta_\mathrm{eff} = \eta / \|w\|^p$. So the measured angle says how far the
+    norm is from its equilibrium. A warning is given where parameters in half precision
+    round most of their updates away.
+
+    Args:
+      opt_state: State of an optimizer, which holds that of `monitor_weight_dynamics`.
+      rule: The update rule, of `UPDATE_RULES`, or its name; None to predict nothing.
+      learning_rate: Learning rate; a schedule is taken at the last step.
+      weight_decay: Weight decay.
+      **hyperparameters: Those of the rule, with its defaults.
+
+    Returns:
+      A table; `str` of it prints, and `arrays` holds its lines.
+
+    Raises:
+      ValueError: `opt_state` holds no state of the monitor, or a rule comes without its
+        rates.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import normax
+      >>> params, updates = jnp.array([[3.0], [4.0]]), jnp.array([[0.4], [-0.3]])
+      >>> tx = normax.monitor_weight_dynamics()
+      >>> _, state = tx.update(updates, tx.init(params), params)
+      >>> table = normax.dynamics_table(state, "adamw", 1e-3, 0.1)
+      >>> table.arrays[0].verdict
+      'turns 31 times too fast; the norm grows'
+
+    References:
+      Kosson, Messmer, Jaggi, Rotational Equilibrium, 2024, arXiv:2305.17212.
+    """
+    if isinstance(rule, str):
+        rule = UPDATE_RULES[rule]
+    if rule is not None and (learning_rate is None or weight_decay is None):
+        raise ValueError(
+            f"the equilibrium of {rule.name} depends on both rates, but learning_rate "
+            f"is {learning_rate} and weight_decay {weight_decay}; pass both."
+        )
+    monitors = _monitors(opt_state)
+    steps = max(int(state.steps) for state in monitors)
+    if callable(learning_rate):
+        learning_rate = learning_rate(max(steps - 1, 0))
+    predicted = np.nan
+    rates = learning_rate, weight_decay
+    if rule is not None and not rule.rotation_needs:
+        rotation: Any = rule.equilibrium_rotation
+        predicted = float(rotation(*rates, **hyperparameters))
+    scalars = dynamics_scalars(opt_state, prefix="")
+    rows = []
+    for state in monitors:
+        for name, axes in _by_name(state.axes).items():
+            norm, _, angle, lost = (
+                float(scalars.get(f"{name}/{measure}", 0)) for measure in AVERAGED
+            )
+            excess = angle / predicted
+            left = np.nan
+            if rule is not None and not np.isnan(predicted):
+                left = _steps_left(rule, excess, rates, hyperparameters)
+            numbers = norm, angle, predicted, left, lost
+            verdict = _verdict(norm, excess, left, lost)
+            where = tuple(map(int, np.ravel(axes)))
+            rows.append(ArrayDynamics(name, where, *numbers, verdict))
+    worst = max(rows, key=lambda row: row.rounded_away, default=None)
+    if worst and worst.rounded_away > _LOST:
+        warnings.warn(
+            f"rounding undoes {worst.rounded_away:.0%} of the updates of {worst.name}: "
+            "decay and step lie below half a unit in the last place of its dtype; keep "
+            "the parameters in float32 and compute in half precision, in Flax by "
+            "param_dtype=jnp.float32 and dtype=jnp.bfloat16.",
+            stacklevel=2,
+        )
+    return DynamicsTable(steps, tuple(rows))
