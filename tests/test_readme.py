@@ -9,12 +9,18 @@ ROOT = pathlib.Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 
 
-def test_example_runs(capsys):
-    (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+EXAMPLES = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+
+@pytest.mark.parametrize("code", EXAMPLES, ids=["nnx", "linen"])
+def test_example_runs(code, capsys):
     exec(compile(code, "README.md", "exec"), {})
     printed = capsys.readouterr().out
-    for word in re.findall(r"# prints (.*)", code):
-        assert word in printed
+    expected = re.findall(r"# prints (.*)", code)
+    assert expected
+    for words in expected:
+        assert words in printed
+    assert len([line for line in code.splitlines() if line.strip()]) <= 18
 
 
 def test_commands_are_those_of_the_checks():

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import rich.box
 import rich.console
 import rich.table
 
@@ -57,12 +58,12 @@ class DynamicsTable(NamedTuple):
     arrays: tuple[ArrayDynamics, ...]
 
     def __rich__(self) -> rich.table.Table:
-        table = rich.table.Table(title=f"Weight dynamics after {self.steps} steps")
-        table.add_column("array", overflow="fold")
+        table = rich.table.Table(box=rich.box.SIMPLE_HEAD)
+        table.add_column("array", no_wrap=True)
         table.add_column("axes")
         for head in ("norm", "angle now", "angle predicted", "steps left"):
             table.add_column(head, justify="right")
-        table.add_column("verdict", overflow="fold")
+        table.add_column("verdict")
         for row in self.arrays:
             numbers = row[2:5]
             table.add_row(
@@ -153,12 +154,10 @@ def _steps_left(
     if not (rule.norm_power and np.isfinite(excess) and excess > 0):
         return np.nan
     # The norm in equilibrium depends on these, but its ratio to today's does not.
-    others = {"gradient_norm": 1.0, "dimension": 1.0}
-    settled = rule.equilibrium_norm(*rates, **others, **hyperparameters)
+    given = (*rates, 1.0, 1.0)
+    settled = rule.equilibrium_norm(*given, **hyperparameters)
     start = settled * excess ** (-1 / rule.norm_power)
-    return float(
-        rule.equilibrium_time(*rates, **others, initial_norm=start, **hyperparameters)
-    )
+    return float(rule.equilibrium_time(*given, initial_norm=start, **hyperparameters))
 
 
 def _verdict(norm: float, excess: float, steps_left: float, lost: float) -> str:
@@ -175,8 +174,8 @@ def _verdict(norm: float, excess: float, steps_left: float, lost: float) -> str:
     if steps_left == 0:
         return "in equilibrium"
     if excess > 1:
-        return f"turns {excess:.2g} times too fast; the norm grows"
-    return f"turns {1 / excess:.2g} times too slowly; the norm falls"
+        return f"{excess:.2g} times too fast: the norm grows"
+    return f"{1 / excess:.2g} times too slow: the norm falls"
 
 
 def dynamics_table(
@@ -217,7 +216,7 @@ def dynamics_table(
       >>> _, state = tx.update(updates, tx.init(params), params)
       >>> table = normax.dynamics_table(state, "adamw", 1e-3, 0.1)
       >>> table.arrays[0].verdict
-      'turns 31 times too fast; the norm grows'
+      '31 times too fast: the norm grows'
 
     References:
       Kosson, Messmer, Jaggi, Rotational Equilibrium, 2024, arXiv:2305.17212.

@@ -54,7 +54,7 @@ LINEN = {
     "batch_dims": (nn.DenseGeneral(4, axis=-1, batch_dims=(0,), **NO_BIAS), (2, 3)),
     "conv": (nn.Conv(3, (3, 2), **NO_BIAS), (1, 4, 4, 2)),
     "grouped": (nn.Conv(6, (3,), feature_group_count=2, **NO_BIAS), (1, 5, 4)),
-    "conv_local": (nn.ConvLocal(3, (2,), **NO_BIAS), (1, 4, 2)),
+    "conv_local": (nn.ConvLocal(3, (2,), padding="VALID", **NO_BIAS), (1, 4, 2)),
     "transposed_kernel": (
         nn.ConvTranspose(3, (2, 2), transpose_kernel=True, **NO_BIAS),
         (1, 3, 3, 2),
@@ -121,7 +121,7 @@ class LinenTransformer(nn.Module):
     @nn.compact
     def __call__(self, tokens, train):
         embed = nn.Embed(7, 4)
-        x = embed(tokens) + self.param("position", nn.initializers.ones, (5, 4))
+        x = embed(tokens) + self.param("position", nn.initializers.ones, (1, 5, 4))
         scanned = nn.scan(
             LinenBlock,
             variable_axes={"params": 0},

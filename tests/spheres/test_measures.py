@@ -126,7 +126,8 @@ def test_monitor_keeps_the_dtype_of_its_state():
         w = draw((6, 2))
         tx = normax.monitor_weight_dynamics(decay=0.5)
         _, state = tx.update(jnp.asarray(w, jnp.float64), tx.init(w), w)
-        assert {leaf.dtype for leaf in jax.tree.leaves(state)} == {jnp.dtype("float32")}
+        dtypes = {leaf.dtype for leaf in jax.tree.leaves(state)}
+        assert dtypes == {jnp.dtype("float32"), jnp.dtype("int32")}
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.5, 0.99])
