@@ -176,3 +176,25 @@ def test_what_is_missing_is_said():
         normax.dynamics_scalars(optax.adam(0.1).init(PARAMS))
     with pytest.raises(ValueError, match=r"is 0\.1 and weight_decay None"):
         normax.dynamics_table(measured(PARAMS, UPDATES), "adamw", 0.1)
+
+
+def test_master_weights_in_float32_move_where_bfloat16_does_not():
+    x = draw((32, 16), seed=3)
+
+    def train(param_dtype):
+        model = nnx.Linear(
+            16, 8, param_dtype=param_dtype, dtype=jnp.bfloat16, rngs=nnx.Rngs(0)
+        )
+        tx = optax.chain(optax.adam(1e-5), normax.monitor_weight_dynamics())
+        optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+        start = np.asarray(model.kernel[...], np.float64)
+        for _ in range(3):
+            grads = nnx.grad(lambda model: jnp.mean(model(x) ** 2))(model)
+            optimizer.update(model, grads)
+        moved = np.asarray(model.kernel[...], np.float64) != start
+        return np.mean(moved), normax.dynamics_scalars(optimizer.opt_state)
+
+    moved, scalars = train(jnp.float32)
+    assert moved == 1 and scalars["dynamics/kernel/relative_update"] > 1e-5
+    moved, scalars = train(jnp.bfloat16)
+    assert moved < 0.1 and scalars["dynamics/kernel/rounded_away"] > 0.9
