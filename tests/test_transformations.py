@@ -117,6 +117,7 @@ ROWS = [
     Row("remove_radial_component", normax.remove_radial_component),
     Row("monitor_weight_dynamics", normax.monitor_weight_dynamics),
     Row("monitor_weight_dynamics_ema", normax.monitor_weight_dynamics, {"decay": 0.9}),
+    Row("monitor_weight_dynamics_every", normax.monitor_weight_dynamics, {"every": 2}),
     Row(
         "normalized_sgd_momentum",
         normax.normalized_sgd,
@@ -168,6 +169,7 @@ SETTINGS = {
     "project_unit_norm_radius",
     "project_unit_norm_layer",
     "monitor_weight_dynamics",
+    "monitor_weight_dynamics_every",
     "rotational_adamw",
     "sgdp",
     "nesterov",

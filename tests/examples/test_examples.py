@@ -40,6 +40,7 @@ def small_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
     return effective_learning_rate.main([*arguments, "--out", str(out)]), out
 
 
+@pytest.mark.slow
 def test_effective_learning_rate_measures_every_grid_point(
     small_run: tuple[Any, Path],
 ) -> None:
@@ -62,6 +63,7 @@ def test_finished_runs_are_not_repeated(small_run: tuple[Any, Path]) -> None:
         np.testing.assert_array_equal(again[name], column)
 
 
+@pytest.mark.slow
 def test_projection_keeps_unit_norm(small_run: tuple[Any, Path]) -> None:
     results, _ = small_run
     norms = results["norm"][results["projected"]]
@@ -69,6 +71,7 @@ def test_projection_keeps_unit_norm(small_run: tuple[Any, Path]) -> None:
     np.testing.assert_allclose(norms, np.sqrt(8), rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_decay_shrinks_the_norm_and_forgets_the_start(
     small_run: tuple[Any, Path],
 ) -> None:
@@ -78,6 +81,7 @@ def test_decay_shrinks_the_norm_and_forgets_the_start(
     assert points["memory"][1, 1] < 0.1 < points["memory"][0, 0]
 
 
+@pytest.mark.slow
 def test_effective_learning_rate_writes_picture_and_csv(
     small_run: tuple[Any, Path],
 ) -> None:
