@@ -15,6 +15,8 @@ from flax import nnx
 import normax
 from normax.nn import unit_axes
 
+pytestmark = [pytest.mark.usefixtures("quick_compilation"), pytest.mark.few_rows(4)]
+
 NO_BIAS: dict[str, Any] = {"use_bias": False}
 # A layer, and the shape of its inputs.
 NNX = {

@@ -8,6 +8,8 @@ import pytest
 
 import normax
 
+pytestmark = [pytest.mark.usefixtures("quick_compilation"), pytest.mark.few_rows(3)]
+
 CASES = [("unit", (256, 10), (0,)), ("layer", (30, 20), (0, 1)), ((1,), (8, 64), (1,))]
 
 

@@ -12,6 +12,8 @@ from flax import nnx
 import normax
 from normax.theory import DynamicsTable
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 SHAPE = (256, 64)  # 64 vectors
 
 
