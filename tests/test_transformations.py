@@ -178,6 +178,16 @@ SETTINGS = {
 }
 every_row = rows(ROWS, ALIKE | SETTINGS)
 representative_rows = rows((row for row in ROWS if row.name not in ALIKE), SETTINGS)
+# What is compiled whole, training loops for instance, runs everywhere for these.
+WHOLE = {
+    "project_unit_norm",
+    "monitor_weight_dynamics_ema",
+    "adamp",
+    "path_sgd_forward",
+}
+few_rows = rows(
+    (row for row in ROWS if row.name not in ALIKE), {row.name for row in ROWS} - WHOLE
+)
 DTYPES = [jnp.float16, jnp.bfloat16, jnp.float32, jnp.float64]
 
 
@@ -263,7 +273,7 @@ def test_jit_compiles_once(row):
     chex.clear_trace_counter()
 
 
-@representative_rows
+@few_rows
 def test_vmap_over_runs(row):
     tx, runs = row.make(), [row.draw(seed) for seed in (10, 20, 30)]
     params = jax.tree.map(lambda *xs: jnp.stack(xs), *runs)
@@ -290,7 +300,7 @@ def gradient_through_update(tx):
     return jax.jit(jax.grad(loss, argnums=(0, 1)))
 
 
-@representative_rows
+@few_rows
 @pytest.mark.parametrize("scale", [0.0, 1.0])
 def test_gradient_through_update_is_finite(row, scale):
     params = optax.tree.scale(scale, row.draw())
@@ -353,7 +363,7 @@ def test_partition_and_named_chain(row):
     chex.assert_trees_all_equal(run(named, params)[0], run(chained, params)[0])
 
 
-@representative_rows
+@few_rows
 def test_multi_steps_and_apply_if_finite(row):
     params = row.draw()
     every_two = optax.MultiSteps(
@@ -583,7 +593,7 @@ def test_zero_weights_never_make_a_nan(row, gradient):
         chex.assert_tree_all_finite((updates, state))
 
 
-@representative_rows
+@few_rows
 def test_nnx_optimizer_loop(row):
     if row.network:
         pytest.skip("the model normalizes by the batch")
@@ -611,7 +621,7 @@ def test_nnx_optimizer_loop(row):
             normax.testing.assert_unit_norm(nnx.state(model, nnx.Param), radius=radius)
 
 
-@representative_rows
+@few_rows
 def test_linen_train_state_loop(row):
     if row.network:
         pytest.skip("the model normalizes by the batch")
