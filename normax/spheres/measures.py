@@ -1,5 +1,7 @@
 """What an update does to weight vectors: norms, relative updates, angles."""
 
+from __future__ import annotations
+
 from typing import Any, NamedTuple
 
 import jax
