@@ -95,6 +95,26 @@ def test_signatures_are_annotated(name):
     assert signature.return_annotation is not inspect.Signature.empty
 
 
+TRANSFORMATIONS = {
+    name: value
+    for name, value in FUNCTIONS.items()
+    if "GradientTransformation" in str(inspect.signature(value).return_annotation)
+} | {name: rule.make for name, rule in normax.UPDATE_RULES.items()}
+
+
+@pytest.mark.parametrize("name", TRANSFORMATIONS)
+def test_help_shows_short_signatures(name):
+    assert len(TRANSFORMATIONS) > 20
+    signature = inspect.signature(TRANSFORMATIONS[name])
+    for parameter in signature.parameters.values():
+        assert len(str(parameter)) < 80, parameter
+        assert not re.search(r"numpy\.|Union|typing\.Call", str(parameter)), parameter
+    assert len(str(signature)) < 60 * (len(signature.parameters) + 2)
+    # Optax reads the signature.
+    wrapped = optax.inject_hyperparams(TRANSFORMATIONS[name])
+    assert inspect.signature(wrapped).parameters == signature.parameters
+
+
 def test_import_costs_little():
     def modules(code):
         code = f"import {code}, sys; print(*sys.modules)"

@@ -28,9 +28,11 @@ from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 Axes: TypeAlias = Any  # a word, a tuple of ints, or a pytree prefix of them
 PyTree: TypeAlias = Any
+Mask: TypeAlias = Any  # None, a pytree prefix of bools, or a function that returns it
 VectorAxes: TypeAlias = tuple[int, ...] | None  # of one array; None: left alone
 
 _WORDS = ("unit", "layer", "none")
@@ -38,7 +40,8 @@ _WORDS = ("unit", "layer", "none")
 
 def _is_axes_leaf(node: Any) -> bool:
     return type(node) is tuple and all(
-        isinstance(axis, numbers.Integral) for axis in node
+        isinstance(axis, numbers.Integral) and not isinstance(axis, bool)
+        for axis in node
     )
 
 
@@ -95,6 +98,11 @@ def _match_prefix(
             used.update(deeper for deeper in values if deeper[: len(names)] == names)
             continue
         name = f"params{jax.tree_util.keystr(path)}"
+        if key is None and not names:
+            raise ValueError(
+                f"{what} must be a prefix of the parameters, but params is one array "
+                f"and {what} a {type(prefix).__name__}; pass what holds for the array."
+            )
         if key is None:
             raise ValueError(
                 f"{what} must be a prefix of the parameters, but has no entry for "
@@ -219,12 +227,49 @@ def broadcast_radius(radius: PyTree, axes: Axes, params: PyTree) -> PyTree:
     return jax.tree.unflatten(jax.tree.structure(params), radii)
 
 
+def check_mask(mask: Mask) -> Mask:
+    """Return `mask`, or raise unless its leaves are bools."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(mask):
+        if not isinstance(leaf, bool | np.bool_):
+            raise ValueError(
+                f"mask{jax.tree_util.keystr(path)} must be True or False, got {leaf!r};"
+                " pass a pytree of bools, or a function of the parameters that returns "
+                "one."
+            )
+    return mask
+
+
+def resolve_mask(mask: Mask, params: PyTree) -> list[bool]:
+    """Find for every array, in the order of `jax.tree.leaves`, what a mask says.
+
+    A function that returns the mask is called with updates, too, as optax does it.
+    """
+    prefix = mask(params) if callable(mask) else mask
+    prefix = True if prefix is None else check_mask(prefix)
+    matches = _match_prefix("mask", prefix, params, lambda node: False)
+    return [bool(match.value) for match in matches]
+
+
+def check_shapes(params: PyTree, updates: PyTree) -> None:
+    """Raise unless every update has the shape of its array; None means no update."""
+    treedef: Any
+    named, treedef = jax.tree_util.tree_flatten_with_path(params)
+    for (path, w), u in zip(named, treedef.flatten_up_to(updates), strict=True):
+        if not _has_no_leaves(u) and jnp.shape(u) != jnp.shape(w):
+            raise ValueError(
+                "updates must have the shapes of the parameters, but params"
+                f"{jax.tree_util.keystr(path)} has shape {jnp.shape(w)} and its update "
+                f"{jnp.shape(u)}; pass the updates of these parameters."
+            )
+
+
 def map_vectors(
     fn: Callable[..., Any],
     axes: Axes,
     params: PyTree,
     *trees: PyTree,
     otherwise: Callable[..., Any] = lambda *leaves: None,
+    updates: bool = True,
 ) -> PyTree:
     """Map a function over the arrays that hold weight vectors.
 
@@ -232,9 +277,10 @@ def map_vectors(
       fn: Called as `fn(vector_axes, array, *others)`.
       axes: Which entries form one weight vector.
       params: Pytree of arrays.
-      *trees: Pytrees with the structure of `params`. The first one holds updates,
-        where optax writes None for "no gradient"; the result then is None, too.
+      *trees: Pytrees with the structure of `params`.
       otherwise: Called as `otherwise(array, *others)` for arrays left alone.
+      updates: Whether the first of the trees holds updates. They have the shapes of
+        `params`. Optax writes None for "no gradient"; the result then is None, too.
 
     Returns:
       Pytree with the structure of `params`.
@@ -242,13 +288,16 @@ def map_vectors(
     treedef: Any
     leaves, treedef = jax.tree.flatten(params)
     columns = [treedef.flatten_up_to(tree) for tree in trees]
+    updates = updates and bool(trees)
+    if updates:
+        check_shapes(params, trees[0])
     results = []
     for vector_axes, *row in zip(
         resolve_axes(axes, params), leaves, *columns, strict=True
     ):
         if vector_axes is None:
             results.append(otherwise(*row))
-        elif len(row) > 1 and row[1] is None:
+        elif updates and row[1] is None:
             results.append(None)
         else:
             results.append(fn(vector_axes, *row))

@@ -125,8 +125,10 @@ def _rescaled_polar(w, u, *, axes):
     w_unit, u_unit = w / nonzero(w_norm), u / nonzero(u_norm)
     cosine = inner_product(u_unit, w_unit, axes)
     normal = u_unit - cosine * w_unit
-    sine = jnp.sqrt(inner_product(normal, normal, axes))
-    return w_norm, u_norm, u_norm * cosine, u_norm * sine
+    # The cosine is a long sum, whose rounding leaves a radial rest.
+    rest = inner_product(normal, w_unit, axes)
+    sine = jnp.sqrt(jnp.maximum(inner_product(normal, normal, axes) - rest**2, 0))
+    return w_norm, u_norm, u_norm * (cosine + rest), u_norm * sine
 
 
 def _direct_polar(w, u, *, axes):

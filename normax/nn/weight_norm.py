@@ -21,6 +21,18 @@ def path_name(path: KeyPath) -> str:
     return "/".join(map(str, path))
 
 
+def require_nnx(
+    name: str, model: Any, fix: str, refused: type | tuple[type, ...] = ()
+) -> None:
+    """Raise unless a model is a module of Flax NNX, and of no kind that is refused."""
+    if not isinstance(model, nnx.Module) or isinstance(model, refused):
+        kind = type(model)
+        raise ValueError(
+            f"normax.nn.{name} takes a module of Flax NNX, got a "
+            f"{kind.__module__}.{kind.__qualname__}; {fix}."
+        )
+
+
 def _vector_axes(
     feature_axes: str | int | Sequence[int] | None,
     of_module: Axes,
@@ -100,7 +112,8 @@ class WeightNorm(nnx.Module):
       variable_filter: `nnx` filter that selects the parameters to normalize.
 
     Raises:
-      ValueError: No parameter is selected, or `feature_axes` does not fit one.
+      ValueError: No parameter is selected, `feature_axes` does not fit one, or the
+        layer is no module of Flax NNX.
 
     Attributes:
       layer: The wrapped layer, whose kernels are $v$.
@@ -130,6 +143,7 @@ class WeightNorm(nnx.Module):
         feature_axes: str | int | Sequence[int] | None = "module",
         variable_filter: nnx.filterlib.Filter = _KERNELS,
     ):
+        require_nnx("WeightNorm", layer, "flax.linen.WeightNorm takes those of Linen")
         of_modules = nnx_vector_axes(layer)
         selected = nnx.state(layer, nnx.All(nnx.Param, variable_filter))
         gains: dict[KeyPath, nnx.Param] = {}
@@ -234,6 +248,7 @@ def initialize_weight_norm(model: nnx.Module, *args: Any, **kwargs: Any) -> Any:
     References:
       Salimans, Kingma, Weight Normalization, 2016, section 3.
     """
+    require_nnx("initialize_weight_norm", model, "build it of flax.nnx layers")
     found = [m for _, m in nnx.iter_modules(model) if isinstance(m, WeightNorm)]
     if not found:
         raise ValueError(

@@ -121,6 +121,14 @@ def with_automatic_sharding(fn: Callable[[PyTree], Any]) -> Callable[[PyTree], A
     return call
 
 
+def _check_order(name: str, forward: Any) -> None:
+    if not callable(forward):
+        raise ValueError(
+            f"forward must be a function, but {name} got a {type(forward).__name__}; "
+            f"the order is {name}(forward, params, inputs)."
+        )
+
+
 def _of_total(
     result: Callable[[PathArithmetic, Scaled], jax.Array],
     forward: Forward,
@@ -210,8 +218,8 @@ def path_norm(
 
     Raises:
       ValueError: The network is not positively homogeneous (the message names the
-        primitive and the source line), `p` is out of range, or a parameter is
-        complex.
+        primitive and the source line), `p` is out of range, a parameter is complex,
+        or the arguments are swapped.
 
     Examples:
       >>> import jax
@@ -237,6 +245,7 @@ def path_norm(
       Neyshabur, Salakhutdinov, Srebro, Path-SGD: Path-Normalized Optimization in Deep
       Neural Networks, 2015, equation (5).
     """
+    _check_order("path_norm", forward)
 
     def result(arithmetic, total):
         return arithmetic.log(total) / p if log else arithmetic.pth_root(total)
@@ -292,6 +301,7 @@ def path_scales(
       Neyshabur, Salakhutdinov, Srebro, Path-SGD: Path-Normalized Optimization in Deep
       Neural Networks, 2015, equation (9).
     """
+    _check_order("path_scales", forward)
 
     def evaluate(params):
         factors = scale_factors(forward, params, inputs, p)

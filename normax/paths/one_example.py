@@ -7,8 +7,10 @@ looks alike until the network mixes the rows.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import numpy as np
@@ -35,6 +37,23 @@ def _mixes(jaxpr: Jaxpr) -> list[tuple[str, tuple[int, ...]]]:
     return mixes
 
 
+def _traced(trace: Callable[..., Any], params: PyTree, inputs: PyTree) -> Any:
+    """Trace a network; if it takes its arguments in the other order only, say so."""
+    swapped = False
+    try:
+        return trace(params, inputs)
+    except Exception as error:
+        with contextlib.suppress(Exception):
+            trace(inputs, params)
+            swapped = True
+        if not swapped:
+            raise
+        raise ValueError(
+            "forward takes the parameters first, but it fails on (params, inputs) with "
+            f"{type(error).__name__}, and accepts (inputs, params); swap the two."
+        ) from error
+
+
 def trace_one_example(
     forward: Forward, params: PyTree, inputs: PyTree
 ) -> tuple[PyTree, ClosedJaxpr]:
@@ -49,7 +68,7 @@ def trace_one_example(
     # JAX remembers what a function closed over when it was traced. So it gets a new
     # one.
     trace = jax.make_jaxpr(functools.partial(forward), return_shape=True)
-    program, whole = trace(params, inputs)
+    program, whole = _traced(trace, params, inputs)
     sizes = {np.shape(x)[0] for x in jax.tree.leaves(inputs) if np.ndim(x)}
     if len(sizes) != 1 or sizes == {1}:
         return inputs, program

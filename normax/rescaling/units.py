@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from normax._core.axes import PyTree
-from normax._core.checks import check_positive, check_range
+from normax._core.checks import check_number, check_positive, check_range
 from normax._core.norms import common_dtype
 from normax._core.powers_of_two import exponent_of, halves
 from normax.paths.feed_forward import Layer
@@ -103,6 +103,7 @@ def rescale_units(
     References:
       Neyshabur, Salakhutdinov, Srebro, Path-SGD, 2015, equation (1).
     """
+    check_number("factors", factors)
     layers, leaves = chained_layers(params), jax.tree.leaves(params)
     hidden = layers[:-1]
     if not isinstance(factors, (list, tuple)):
@@ -156,7 +157,7 @@ def random_rescaling(
     Args:
       key: A `jax.random` key.
       params: Pytree of kernels and biases of a plain stack, see `rescale_units`.
-      fraction: Number of picks divided by the number of hidden units.
+      fraction: Number of picks divided by the number of hidden units, at most 1.
       log_mean: Mean $\mu$ of $\log c$.
       log_std: Standard deviation $\sigma$ of $\log c$.
       forward: The network, to be checked as in `rescale_units`.
@@ -166,7 +167,7 @@ def random_rescaling(
       Pytree like `params`, in the same dtypes.
 
     Raises:
-      ValueError: As in `rescale_units`; or `fraction` or `log_std` is negative.
+      ValueError: As in `rescale_units`; or `fraction` or `log_std` is out of range.
 
     Examples:
       >>> import jax
@@ -183,6 +184,12 @@ def random_rescaling(
       Neyshabur, Salakhutdinov, Srebro, Path-SGD, 2015, section 5.
     """
     check_range("fraction", fraction, 0)
+    if fraction > 1:
+        raise ValueError(
+            f"fraction must be at most 1, one pick per unit, got {fraction}; rescale "
+            "twice for more."
+        )
+    check_number("log_mean", log_mean)
     check_range("log_std", log_std, 0)
     params = jax.tree.map(jnp.asarray, params)
     layers, leaves = chained_layers(params), jax.tree.leaves(params)

@@ -3,6 +3,8 @@
 Derivation: docs/theory/second_order.md.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -11,7 +13,7 @@ import jax.numpy as jnp
 import optax
 
 from normax._core.axes import PyTree
-from normax._core.checks import check_range, requiring_params
+from normax._core.checks import check_learning_rate, check_range, requiring_params
 from normax._core.norms import at_least_float32
 from normax._core.programs import is_float
 from normax.second_order.conjugate_gradients import inner
@@ -133,6 +135,7 @@ def hessian_free(
         warm_start=warm_start,
         preconditioner_power=preconditioner_power,
     )
+    check_learning_rate(learning_rate)
     for name, number in numbers.items():
         check_range(name, number, low=0)
     check_range("cg_iterations", cg_iterations, low=1)

@@ -3,6 +3,8 @@
 Derivation: docs/theory/second_order.md.
 """
 
+from __future__ import annotations
+
 from typing import Any
 
 import jax
@@ -12,7 +14,7 @@ from jax.flatten_util import ravel_pytree
 from jax.sharding import PartitionSpec as P
 
 from normax._core.axes import Axes, PyTree, check_axes, resolve_axes
-from normax._core.checks import check_range, requiring_params
+from normax._core.checks import check_learning_rate, check_range, requiring_params
 from normax._core.norms import at_least_float32, nonzero
 from normax._core.programs import full_precision
 from normax.second_order.free_parameters import free_parameters, require_value_fn
@@ -102,6 +104,7 @@ def newton(
       Dauphin et al., Identifying and Attacking the Saddle Point Problem, 2014.
     """
     check_axes(axes)
+    check_learning_rate(learning_rate)
     check_range("damping", damping, low=0)
     check_range("weight_decay", weight_decay, low=0)
     check_range("rtol", rtol, low=0)

@@ -1,5 +1,7 @@
 """The measures of weight vectors, kept in the state of an optimizer."""
 
+from __future__ import annotations
+
 from typing import Any, NamedTuple
 
 import jax

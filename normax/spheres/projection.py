@@ -1,10 +1,13 @@
 """Projection of weight vectors onto spheres, and of updates onto their tangents."""
 
+from __future__ import annotations
+
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax import lax
 
 from normax._core.axes import (
     Axes,
@@ -14,7 +17,12 @@ from normax._core.axes import (
     map_vectors,
     resolve_axes,
 )
-from normax._core.checks import check_range, require_params, requiring_params
+from normax._core.checks import (
+    check_learning_rate,
+    check_range,
+    require_params,
+    requiring_params,
+)
 from normax._core.norms import (
     at_least_float32,
     common_dtype,
@@ -81,6 +89,7 @@ def projection_unit_norm(
         params,
         broadcast_radius(radius, axes, params),
         otherwise=lambda w, radius: w,
+        updates=False,
     )
 
 
@@ -130,8 +139,13 @@ def project_unit_norm(
 
     def project(vector_axes, w, u, radius):
         x, step = at_least_float32(w, u)
-        unit, inverse = unit_vector(x + step, vector_axes)
-        change = unit * radius.astype(x.dtype) - x
+        radius, moved = radius.astype(x.dtype), x + step
+        unit, inverse = unit_vector(moved, vector_axes)
+        projected = unit * radius
+        # Rounded at every step, a vector on the sphere would creep along it. So it
+        # stays as it is, but has the derivative of the projection.
+        rest = jnp.where(inverse == 1 / radius, moved - projected, 0)
+        change = projected + lax.stop_gradient(rest) - x
         # The norm is promised in the weights' dtype, so the update is no coarser.
         return change.astype(common_dtype(w, u)), inverse
 
@@ -229,14 +243,14 @@ def normalized_sgd(
       learning_rate: Learning rate $\eta$, a number or a schedule.
       axes: Which entries form one weight vector, as in `weight_norm`.
       weight_decay: Weight decay $\lambda$ of all parameters.
-      momentum: Decay of the velocity; None for none.
+      momentum: Decay of the velocity, at least 0 and below 1; None for none.
       nesterov: Whether the momentum is Nesterov's.
 
     Returns:
       A gradient transformation that needs `params`.
 
     Raises:
-      ValueError: `axes` does not fit, or `params` is missing.
+      ValueError: `axes` does not fit, a number is out of range, or `params` is missing.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -250,6 +264,9 @@ def normalized_sgd(
     References:
       van Laarhoven, 2017, arXiv:1706.05350, section 5.5 and Table 1.
     """
+    check_learning_rate(learning_rate)
+    check_range("weight_decay", weight_decay, low=0)
+    check_range("momentum", momentum, low=0, below=1)
     chain = optax.chain(
         optax.add_decayed_weights(weight_decay),
         optax.sgd(learning_rate, momentum, nesterov),

@@ -1,5 +1,7 @@
 """Updates that turn every weight vector by a given angle and keep its norm."""
 
+from __future__ import annotations
+
 import operator
 from typing import NamedTuple
 
@@ -36,6 +38,13 @@ class _Turn(NamedTuple):
     update_norm: jax.Array | None
 
 
+def _rounding(*arrays: jax.typing.ArrayLike) -> float:
+    """Return the unit in the last place of 1, in the coarsest dtype of some arrays."""
+    dtypes = (jnp.result_type(array) for array in arrays)
+    floats = (dtype for dtype in dtypes if jnp.issubdtype(dtype, jnp.floating))
+    return max(float(jnp.finfo(dtype).eps) for dtype in floats)
+
+
 def rotate_by_angle(
     angle: optax.ScalarOrSchedule,
     decay: jax.typing.ArrayLike = 0.0,
@@ -47,7 +56,9 @@ def rotate_by_angle(
 
     where $\Pi$ returns to the norm at `init`, and $\bar n^2$ is an average of
     $\|u_\perp\|^2$. With $\beta = 0$ the vectors turn by $\arctan\theta$. Place it last
-    in a chain. Arrays left alone keep their updates. More: docs/theory/spheres.md.
+    in a chain. Arrays left alone keep their updates. Rounding makes
+    a tangential part too, so one of up to four units in the last place of $\|u\|$, in
+    the coarser dtype of $w$ and $u$, counts as 0. More: docs/theory/spheres.md.
 
     Args:
       angle: Angle $\theta$ in radians, a number or a schedule.
@@ -88,7 +99,10 @@ def rotate_by_angle(
 
         def turn(vector_axes, w, u, old):
             x, y = at_least_float32(w, u)
-            w_norm, _, radial, new = polar_decomposition(x, y, vector_axes)
+            w_norm, u_norm, radial, new = polar_decomposition(x, y, vector_axes)
+            # A comparison with NaN is false, so a NaN stays.
+            radial_only = new <= 4 * _rounding(w, u) * u_norm
+            new = jnp.where(radial_only, 0, new)
             new = jnp.squeeze(new, vector_axes).astype(old.dtype)
             kept, added = jnp.sqrt(jnp.asarray([decay, 1 - decay], old.dtype))
             # At decay 0, 0 times an old NaN would be NaN again: select the new value.
@@ -96,6 +110,7 @@ def rotate_by_angle(
             started = 1 - jnp.asarray(decay, x.dtype) ** steps.astype(x.dtype)
             norm = jnp.expand_dims(mean, vector_axes) / jnp.sqrt(started)
             tangential = y - radial * (x / nonzero(w_norm))
+            tangential = jnp.where(radial_only, 0, tangential)
             length = jnp.asarray(theta, x.dtype) * w_norm
             step = length * (tangential / nonzero(norm))
             return _Turn(step.astype(common_dtype(w, u)), mean)

@@ -1,5 +1,7 @@
 """Optimizers that turn every weight vector by its equilibrium angle from the start."""
 
+from __future__ import annotations
+
 import math
 from collections.abc import Callable
 
@@ -8,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from normax._core.axes import Axes, map_vectors
-from normax._core.checks import requiring_params
+from normax._core.axes import Axes, Mask, check_mask, resolve_axes, resolve_mask
+from normax._core.checks import check_number, check_range, requiring_params
 from normax.spheres.rotation import rotate_by_angle
 
 
@@ -22,8 +24,14 @@ def _rotational(
     weight_decay: jax.typing.ArrayLike,
     decay: jax.typing.ArrayLike,
     axes: Axes,
+    mask: Mask,
 ) -> optax.GradientTransformationExtraArgs:
     """Turn the weight vectors along `rule`; give other arrays the `ordinary` rule."""
+    if not callable(learning_rate):
+        check_range("learning_rate", learning_rate, low=0)
+    check_number("weight_decay", weight_decay)
+    if not callable(mask):
+        check_mask(mask)
     if not isinstance(weight_decay, jax.core.Tracer) and not np.all(
         np.asarray(weight_decay) > 0
     ):
@@ -45,12 +53,12 @@ def _rotational(
     )
 
     def labels(params):
-        return map_vectors(
-            lambda vector_axes, w: "turned",
-            axes,
-            params,
-            otherwise=lambda w: "ordinary",
-        )
+        found = zip(resolve_axes(axes, params), resolve_mask(mask, params), strict=True)
+        names = [
+            "turned" if chosen and vector_axes is not None else "ordinary"
+            for vector_axes, chosen in found
+        ]
+        return jax.tree.unflatten(jax.tree.structure(params), names)
 
     both = optax.partition({"turned": turned, "ordinary": ordinary}, labels)
     return requiring_params(name, both)
@@ -62,6 +70,7 @@ def rotational_sgd(
     momentum: jax.typing.ArrayLike = 0.9,
     decay: jax.typing.ArrayLike = 0.0,
     axes: Axes = "unit",
+    mask: Mask = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Momentum SGD that turns weight vectors by its equilibrium angle.
 
@@ -73,9 +82,12 @@ def rotational_sgd(
     Args:
       learning_rate: Learning rate $\eta$, a number or a schedule.
       weight_decay: Weight decay $\lambda$, greater than 0.
-      momentum: Decay $\rho$ of the velocity.
+      momentum: Decay $\rho$ of the velocity, at least 0 and below 1.
       decay: Decay $\beta$ of `rotate_by_angle`; published is 0.9.
       axes: Which entries form one weight vector, as in `weight_norm`.
+      mask: Which arrays turn: None for all, or a pytree prefix of bools, or a function
+        of the parameters that returns one, as `optax.masked` takes. Where it is False,
+        the array trains by the plain rule; so the output layer should.
 
     Returns:
       A gradient transformation that needs `params`.
@@ -95,6 +107,7 @@ def rotational_sgd(
     References:
       Kosson, Messmer, Jaggi, Rotational Equilibrium, 2024, arXiv:2305.17212.
     """
+    check_range("momentum", momentum, low=0, below=1)
     return _rotational(
         "rotational_sgd",
         optax.trace(momentum),
@@ -107,6 +120,7 @@ def rotational_sgd(
         weight_decay,
         decay,
         axes,
+        mask,
     )
 
 
@@ -118,6 +132,7 @@ def rotational_adamw(
     eps: jax.typing.ArrayLike = 1e-8,
     decay: jax.typing.ArrayLike = 0.0,
     axes: Axes = "unit",
+    mask: Mask = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""AdamW that turns weight vectors by its equilibrium angle.
 
@@ -134,6 +149,7 @@ def rotational_adamw(
       eps: Added to the root, outside of it.
       decay: Decay $\beta$ of `rotate_by_angle`; published is 0.9.
       axes: Which entries form one weight vector, as in `weight_norm`.
+      mask: Which arrays turn, as in `rotational_sgd`.
 
     Returns:
       A gradient transformation that needs `params`.
@@ -153,6 +169,9 @@ def rotational_adamw(
     References:
       Kosson, Messmer, Jaggi, Rotational Equilibrium, 2024, arXiv:2305.17212.
     """
+    check_range("b1", b1, low=0, below=1)
+    check_range("b2", b2, low=0, below=1)
+    check_range("eps", eps, low=0)
     return _rotational(
         "rotational_adamw",
         optax.scale_by_adam(b1, b2, eps),
@@ -162,6 +181,7 @@ def rotational_adamw(
         weight_decay,
         decay,
         axes,
+        mask,
     )
 
 
@@ -172,6 +192,7 @@ def rotational_lion(
     b2: jax.typing.ArrayLike = 0.99,
     decay: jax.typing.ArrayLike = 0.0,
     axes: Axes = "unit",
+    mask: Mask = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Lion that turns weight vectors by its equilibrium angle.
 
@@ -188,6 +209,7 @@ def rotational_lion(
       b2: Decay of the average of gradients.
       decay: Decay $\beta$ of `rotate_by_angle`; published is 0.9.
       axes: Which entries form one weight vector, as in `weight_norm`.
+      mask: Which arrays turn, as in `rotational_sgd`.
 
     Returns:
       A gradient transformation that needs `params`.
@@ -207,6 +229,8 @@ def rotational_lion(
     References:
       Kosson, Messmer, Jaggi, Rotational Equilibrium, 2024, arXiv:2305.17212.
     """
+    check_range("b1", b1, low=0, below=1)
+    check_range("b2", b2, low=0, below=1)
 
     def angle(eta):
         variance = (1 - b1) ** 2 + b1**2 * (1 - b2) / (1 + b2)
@@ -221,4 +245,5 @@ def rotational_lion(
         weight_decay,
         decay,
         axes,
+        mask,
     )

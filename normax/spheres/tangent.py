@@ -1,11 +1,13 @@
 """SGDP and AdamP: momentum kept tangent to the sphere of scale-invariant weights."""
 
+from __future__ import annotations
+
 import jax
 import jax.numpy as jnp
 import optax
 
 from normax._core.axes import Axes, PyTree, check_axes, map_vectors
-from normax._core.checks import check_range, requiring_params
+from normax._core.checks import check_learning_rate, check_range, requiring_params
 from normax._core.norms import at_least_float32, nonzero, polar_decomposition
 from normax.spheres.projection import remove_radial_component
 
@@ -37,9 +39,9 @@ def _project_tangent(
     axes: Axes | None,
 ) -> optax.GradientTransformationExtraArgs:
     """Project the directions of `inner`, decay, and scale by the learning rate."""
+    check_learning_rate(learning_rate)
     check_range("delta", delta, low=0)
     check_range("wd_ratio", wd_ratio, low=0)
-    check_range("weight_decay", weight_decay, low=0)
     if axes is not None:
         check_axes(axes)
 
@@ -187,6 +189,8 @@ def sgdp(
       Heo et al., AdamP, 2021, arXiv:2006.08217.
     """
     check_range("momentum", momentum, low=0, below=1)
+    check_range("dampening", dampening, low=0, below=1)
+    check_range("weight_decay", weight_decay, low=0)
     return _project_tangent(
         "sgdp",
         _momentum(momentum, dampening, nesterov),
@@ -248,6 +252,10 @@ def adamp(
     References:
       Heo et al., AdamP, 2021, arXiv:2006.08217.
     """
+    check_range("b1", b1, low=0, below=1)
+    check_range("b2", b2, low=0, below=1)
+    check_range("eps", eps, low=0)
+    check_range("weight_decay", weight_decay, low=0)
     return _project_tangent(
         "adamp",
         _adam(b1, b2, eps, nesterov),

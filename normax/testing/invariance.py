@@ -88,7 +88,11 @@ def assert_unit_norm(
 
     radii = broadcast_radius(radius, axes, params)
     claim = "assert_unit_norm: every weight vector must have the norm `radius`"
-    check_all(claim, _named(map_vectors(compare, axes, params, radii)), custom_message)
+    check_all(
+        claim,
+        _named(map_vectors(compare, axes, params, radii, updates=False)),
+        custom_message,
+    )
 
 
 @full_precision()

@@ -7,9 +7,11 @@ Weight decay is *coupled*: it is part of the gradient that a rule sees. Only Ada
 import math
 import types
 from collections.abc import Mapping
+from typing import Any
 
 import optax
 
+from normax._core.checks import nearest
 from normax.second_order.hessian_free import hessian_free
 from normax.second_order.newton import newton
 from normax.spheres.projection import normalized_sgd
@@ -144,6 +146,16 @@ _RULES = (
         decays_itself=True,
     ),
 )
+
+
+class _Rules(dict[str, UpdateRule]):
+    def __missing__(self, name: Any) -> UpdateRule:
+        raise KeyError(
+            f"UPDATE_RULES has {', '.join(self)}, got {name!r}; "
+            f"{nearest(name, self, 'choose one of these.')}"
+        )
+
+
 UPDATE_RULES: Mapping[str, UpdateRule] = types.MappingProxyType(
-    {rule.name: rule for rule in _RULES}
+    _Rules((rule.name, rule) for rule in _RULES)
 )

@@ -1,5 +1,7 @@
 r"""Learning rates in closed form: schedules, and the optimum on quadratics."""
 
+from __future__ import annotations
+
 from typing import Any
 
 import jax

@@ -1,7 +1,8 @@
 """What an update rule is: how to make it, its effective rate, where it settles."""
 
+from __future__ import annotations
+
 import dataclasses
-import difflib
 import functools
 import inspect
 import math
@@ -14,7 +15,14 @@ import numpy as np
 import optax
 
 from normax._core.axes import PyTree
-from normax._core.checks import check_positive, check_range, requiring_params
+from normax._core.checks import (
+    check_learning_rate,
+    check_number,
+    check_positive,
+    check_range,
+    nearest,
+    requiring_params,
+)
 from normax._core.norms import at_least_float32
 from normax.theory.equilibrium import Equilibrium, Theory, steps_to_equilibrium
 
@@ -32,6 +40,11 @@ class Hyperparameter(NamedTuple):
     def or_zero(self, value: Any) -> Any:
         """Return `value`, or 0 for a number that is None, as momentum may be."""
         return 0.0 if value is None and self.below is not None else value
+
+    def check(self, value: Any) -> None:
+        """Raise unless a number is in range, or not known yet."""
+        if self.below is not None:
+            check_range(self.name, value, low=0, below=self.below)
 
     def is_default(self, value: Any) -> bool:
         """Return whether `value` is known to do what the default does."""
@@ -85,6 +98,10 @@ class UpdateRule:
 
         def make(learning_rate, weight_decay=0.0, **hyperparameters):
             values = self._values(hyperparameters)
+            check_learning_rate(learning_rate)
+            check_range("weight_decay", weight_decay, low=0)
+            for h in self.hyperparameters:
+                h.check(values[h.name])
             if self.decays_itself:
                 rule = self.optimizer(
                     learning_rate, weight_decay=weight_decay, **values
@@ -127,11 +144,15 @@ class UpdateRule:
         Returns:
           Effective learning rates, in the structure of `weight_norm`.
 
+        Raises:
+          ValueError: The learning rate is no number.
+
         Examples:
           >>> import normax
           >>> normax.UPDATE_RULES["momentum"].effective_learning_rate(0.1, 2.0)
           0.025
         """
+        check_number("learning_rate", learning_rate)
         return jax.tree.map(
             lambda norm: learning_rate / norm**self.norm_power, weight_norm
         )
@@ -250,8 +271,8 @@ class UpdateRule:
         values = {h.name: h.default for h in self.hyperparameters}
         for name in given:
             if name not in values:
-                near = difflib.get_close_matches(name, values, n=1, cutoff=0.5)
-                fix = f"did you mean {near[0]}?" if near else f"leave {name} out."
+                known = "learning_rate", "weight_decay", *values
+                fix = nearest(name, known, f"leave {name} out.")
                 raise TypeError(
                     f"UPDATE_RULES[{self.name!r}] has {', '.join(values)}, got {name}; "
                     f"{fix}"
@@ -303,9 +324,9 @@ class UpdateRule:
         for h in self.hyperparameters:
             if h.in_theory and h.below is None:
                 options[h.name] = values[h.name]
-            elif h.in_theory and h.below is not None:
+            elif h.in_theory:
                 numbers[h.name] = h.or_zero(values[h.name])
-                check_range(h.name, numbers[h.name], low=0, below=h.below)
+                h.check(numbers[h.name])
         arrays = jnp.broadcast_arrays(*at_least_float32(*numbers.values()))
         numbers = dict(zip(numbers, arrays, strict=True))
         return self._theory().settle(**numbers, **options)

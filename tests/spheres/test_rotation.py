@@ -134,6 +134,53 @@ def test_published_recurrence(rule, decay):
                 np.testing.assert_allclose(params[name], ws[name], rtol=1e-9)
 
 
+def mask_of_one(params):
+    return {name: name != "head" for name in params}
+
+
+MASKS = {
+    "none": ({"first": False, "head": False, "bias": False}, set()),
+    "prefix": ({"first": True, "head": False, "bias": True}, {"first"}),
+    "function": (mask_of_one, {"first"}),
+    "all": (True, {"first", "head"}),
+}
+
+
+@every_rule
+@pytest.mark.parametrize("masked", MASKS)
+def test_a_mask_leaves_arrays_to_the_plain_rule(rule, masked):
+    factory, ordinary, hyper, _ = RULES[rule]
+    mask, turned = MASKS[masked]
+    shapes = {"first": (7, 4), "head": (4, 5), "bias": (4,)}
+    axes = {"first": "unit", "head": (1,), "bias": "none"}
+    params = {name: start(1, shape) for name, shape in shapes.items()}
+    transformations = {
+        "masked": factory(ETA, DECAY, axes=axes, mask=mask, **hyper),
+        "rotational": factory(ETA, DECAY, axes=axes, **hyper),
+        "plain": ordinary(ETA, DECAY, **hyper),
+    }
+
+    results = {}
+    for name, tx in transformations.items():
+        w, state, results[name] = params, tx.init(params), []
+        for seed in (2, 3):
+            grads = {key: start(seed, shape) for key, shape in shapes.items()}
+            updates, state = tx.update(grads, state, w)
+            w = optax.apply_updates(w, updates)
+            results[name].append(updates)
+    for step in range(2):
+        for name in shapes:
+            like = "rotational" if name in turned else "plain"
+            # Programs of other sets of arrays may round otherwise.
+            np.testing.assert_allclose(
+                results["masked"][step][name],
+                results[like][step][name],
+                rtol=2e-6 if turned else 0,
+            )
+    difference = results["rotational"][0]["head"] - results["plain"][0]["head"]
+    assert np.max(np.abs(difference)) > 1e-3
+
+
 @functools.partial(jax.jit, static_argnames=("factory", "steps", "scale_invariant"))
 def random_stream(factory, w, hyper, *, steps=160, scale_invariant=False):
     """RMS angle at every step along gradients without an aim, and the weights."""
@@ -277,6 +324,73 @@ def test_vectors_that_cannot_turn_stay():
     for _ in range(3):
         updates, state = rotate(0.5, w, g, state)
         np.testing.assert_array_equal((w + updates == w).all(0), [True, True, False])
+
+
+def angles_between(v, w):
+    """Return the angles of columns, in float64."""
+    v, w = (np.asarray(x, np.float64) for x in (v, w))
+    v, w = (x / np.sqrt(np.sum(x**2, axis=0)) for x in (v, w))
+    return 2 * np.arcsin(np.sqrt(np.sum((v - w) ** 2, axis=0)) / 2)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def follow(w, radial, steps):
+    """Weights after some steps along updates that are multiples of the weights."""
+    tx = optax.chain(radial, normax.rotate_by_angle(0.01))
+
+    def step(carry, _):
+        w, state = carry
+        updates, state = tx.update(jnp.zeros_like(w), state, w)
+        return (optax.apply_updates(w, updates), state), None
+
+    return jax.lax.scan(step, (w, tx.init(w)), length=steps)[0][0]
+
+
+RADIAL = {
+    "decay": optax.chain(optax.add_decayed_weights(0.1), optax.scale(-0.3)),
+    "momentum": optax.chain(optax.add_decayed_weights(0.1), optax.trace(0.9)),
+}
+
+
+@pytest.mark.parametrize("radial", RADIAL)
+@pytest.mark.parametrize(
+    "shape, steps", [((64, 40), 500), ((2, 900), 500), ((20_000, 3), 50)]
+)
+def test_radial_updates_turn_nothing(shape, steps, radial):
+    for dtype in (jnp.float32, jnp.bfloat16):
+        w = start(shape=shape).astype(dtype)
+        turned = angles_between(w, follow(w, RADIAL[radial], steps))
+        assert np.max(turned) < 2 * jnp.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("updates", [jnp.float32, jnp.bfloat16])
+def test_radial_updates_of_mixed_dtypes_turn_nothing(updates):
+    """A coarse number stays coarse in a finer dtype."""
+    coarse, fine = start().astype(jnp.bfloat16), start()
+    w = coarse if updates == jnp.float32 else fine
+    u = (-jnp.bfloat16(0.3) * w.astype(jnp.bfloat16)).astype(updates)
+    tx = normax.rotate_by_angle(0.2)
+    step, state = tx.update(u, tx.init(w), w)
+    assert np.max(angles_between(w, np.float64(w) + np.float64(step))) < 0.004
+    np.testing.assert_array_equal(state[0].update_norm, 0)
+
+
+@pytest.mark.parametrize(
+    "dtype, part", [("float32", 1e-5), ("float32", 1e-3), ("bfloat16", 0.1)]
+)
+@pytest.mark.parametrize("shape", [(2, 300), (64, 40), (20_000, 3)])
+def test_small_tangential_parts_turn_by_the_whole_angle(dtype, part, shape):
+    w, v = (start(seed, shape).astype(dtype).astype(np.float64) for seed in (1, 2))
+    w_norm = np.sqrt(np.sum(w**2, axis=0))
+    v -= w * (np.sum(v * w, axis=0) / w_norm**2)
+    v /= np.sqrt(np.sum(v**2, axis=0))
+    u = (-w / w_norm + part * v).astype(dtype)
+    w = w.astype(dtype)
+    tx = normax.rotate_by_angle(0.2)
+    step, _ = jax.jit(tx.update)(u, tx.init(w), w)
+    turned = angles_between(w, np.float64(w) + np.float64(step))
+    # Rounding changes the tangential part by the rounding of u over `part`.
+    np.testing.assert_allclose(turned, np.arctan(0.2), rtol=0.01)
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.5])

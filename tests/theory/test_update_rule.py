@@ -145,7 +145,7 @@ def test_unknown_hyperparameters(method, name, keyword, message):
         ("adam", dict(eps=-1e-8), "eps must be at least 0"),
         ("adamw", dict(b2=1.0), "b2 must be at least 0 and below 1"),
         ("sgd", dict(momentum=1.0), "momentum must be at least 0 and below 1"),
-        ("adadelta", dict(rho=[0.5, -1.0]), "rho must be at least 0 and below 1"),
+        ("adadelta", dict(rho=[0.5, -1.0]), r"rho\[1\] must be at least 0 and below 1"),
     ],
 )
 def test_ranges(name, hyper, message):

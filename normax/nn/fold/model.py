@@ -17,7 +17,7 @@ from normax.nn.fold.layer import (
     inference,
     misfit,
 )
-from normax.nn.weight_norm import KeyPath, WeightNorm, path_name
+from normax.nn.weight_norm import KeyPath, WeightNorm, path_name, require_nnx
 
 _WRAPPERS = (WeightNorm, nnx.WeightNorm, nnx.SpectralNorm)
 
@@ -147,6 +147,7 @@ def fold_batch_norms(model: nnx.Module, *args: Any, **kwargs: Any) -> FoldedMode
       A `FoldedModel`: the new model, what was folded, what was left, and the error.
 
     Raises:
+      ValueError: The model is no module of Flax NNX.
       TraceContextError: The model normalizes with the statistics of the batch though it
         is in inference mode.
 
@@ -166,6 +167,9 @@ def fold_batch_norms(model: nnx.Module, *args: Any, **kwargs: Any) -> FoldedMode
     References:
       Zaytsev, Burnaev, Deep learning models and how to train them (lecture).
     """
+    fix = "build the model of flax.nnx layers, whose kernels have the same shapes"
+    # One that holds a Linen module hides the layers of it.
+    require_nnx("fold_batch_norms", model, fix, refused=nnx.bridge.ToNNX)
     original: Any = inference(model)
     modules: dict[str, tuple[KeyPath, Any]] = {}
     nodes = list(nnx.iter_graph(original))

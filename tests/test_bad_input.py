@@ -1,0 +1,327 @@
+"""What cannot be right raises at once, and names what it is, its value and the fix."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+from flax import nnx
+
+import normax
+
+RULES = normax.UPDATE_RULES
+EQUILIBRIA = "equilibrium_norm", "equilibrium_rotation", "equilibrium_time"
+
+
+def given(call, *args, **defaults):
+    """Return the call as a function of keywords."""
+    return lambda **keywords: call(*args, **defaults | keywords)
+
+
+def equilibrium(rule, name):
+    start = {"initial_norm": 1.0} if name == "equilibrium_time" else {}
+    numbers = dict(learning_rate=0.1, weight_decay=0.1, gradient_norm=1.0, dimension=9)
+    return given(getattr(RULES[rule], name), **numbers, **start)
+
+
+SGD, ADAMW, LION = (
+    given(factory, 0.1, **{"weight_decay": 0.1})
+    for factory in (
+        normax.rotational_sgd,
+        normax.rotational_adamw,
+        normax.rotational_lion,
+    )
+)
+# A call, the numbers that it takes by name, and the bound that they lie below, if any.
+IN_RANGE = [
+    (given(normax.normalized_sgd, 0.1), "momentum", 1),
+    (given(normax.normalized_sgd, 0.1), "weight_decay", None),
+    (given(normax.sgdp, 0.1), "momentum dampening", 1),
+    (given(normax.sgdp, 0.1), "weight_decay delta wd_ratio", None),
+    (given(normax.adamp, 0.1), "b1 b2", 1),
+    (given(normax.adamp, 0.1), "eps weight_decay delta wd_ratio", None),
+    (SGD, "momentum decay", 1),
+    (ADAMW, "b1 b2 decay", 1),
+    (ADAMW, "eps", None),
+    (LION, "b1 b2 decay", 1),
+    *((given(rule.make, 0.1), "weight_decay", None) for rule in RULES.values()),
+    *((given(RULES[name].make, 0.1), "momentum", 1) for name in ("sgd", "nesterov")),
+    (given(RULES["normalized_sgd"].make, 0.1), "momentum", 1),
+    (given(RULES["rmsprop"].make, 0.1), "decay momentum", 1),
+    (given(RULES["adadelta"].make, 0.1), "rho", 1),
+    (given(RULES["adagrad"].make, 0.1), "eps initial_accumulator_value", None),
+    *((given(RULES[name].make, 0.1), "b1 b2", 1) for name in ("adam", "adamw")),
+    *((given(RULES[name].make, 0.1), "eps", None) for name in ("adam", "adamw")),
+    *((equilibrium("adamw", name), "b1 b2", 1) for name in EQUILIBRIA),
+    *((equilibrium("adamw", name), "weight_decay", None) for name in EQUILIBRIA),
+]
+IN_RANGE = [
+    (call, name, below) for call, names, below in IN_RANGE for name in names.split()
+]
+
+
+@pytest.mark.parametrize("call, name, below", IN_RANGE)
+def test_numbers_out_of_range(call, name, below):
+    for value in (-1.0, float("nan"), *((1.0, 1.5) if below else ())):
+        upper = rf"below {below}(\.0)?" if below else "finite"
+        message = f"^{name} must be at least 0 and {upper}, got {value}; choose {name}"
+        with pytest.raises(ValueError, match=message):
+            call(**{name: value})
+
+
+@pytest.mark.parametrize("call, name, below", IN_RANGE)
+def test_traced_numbers_pass(call, name, below):
+    def made(value):
+        call(**{name: value})
+        return value
+
+    jax.eval_shape(made, jnp.float32(0))
+
+
+RADIUS = given(normax.projection_unit_norm, {"w": jnp.ones((3, 2))})
+STACK = [jnp.ones((2, 3)), jnp.ones((3, 1))]
+X = jnp.ones((4, 2))
+NETWORK = {"w": jnp.ones((2, 3)), "v": jnp.ones((3, 1))}
+
+
+def forward(params, x):
+    return jax.nn.relu(x @ params["w"]) @ params["v"]
+
+
+# More numbers that have other bounds, or none.
+NUMBERS = [
+    *((call, "weight_decay") for call in (SGD, ADAMW, LION)),
+    (given(normax.rotate_by_angle, 0.1), "decay"),
+    (normax.monitor_weight_dynamics, "decay"),
+    (normax.project_unit_norm, "radius"),
+    (RADIUS, "radius"),
+    (given(normax.path_norm, forward, NETWORK, X), "p"),
+    (given(normax.path_scales, forward, NETWORK, X), "p"),
+    (given(RULES["sgd"].effective_learning_rate, weight_norm=1.0), "learning_rate"),
+    (equilibrium("adam", "equilibrium_time"), "initial_norm"),
+    *(
+        (equilibrium("adam", method), name)
+        for method in EQUILIBRIA
+        for name in ("learning_rate", "gradient_norm", "dimension")
+    ),
+    (given(normax.theory.harmonic_schedule, 0.1, offset=1.0), "transition_steps"),
+    (given(normax.rescaling.rescale_units, STACK), "factors"),
+    *(
+        (given(normax.rescaling.random_rescaling, jax.random.key(0), STACK), name)
+        for name in ("log_mean", "log_std", "fraction")
+    ),
+]
+NUMBERS = [(call, name) for call, name, _ in IN_RANGE] + NUMBERS
+NO_NUMBERS = {
+    "string": ("0.1", r"'0\.1'; pass a float"),
+    "schedule": (optax.constant_schedule(0.1), "<function .*; pass its value at one"),
+    "complex": (1j, "1j; pass a float"),
+}
+
+
+@pytest.mark.parametrize("kind", NO_NUMBERS)
+@pytest.mark.parametrize("call, name", NUMBERS)
+def test_what_is_no_number(call, name, kind):
+    value, message = NO_NUMBERS[kind]
+    if name == "radius" and kind == "string":
+        message = r"'0\.1'; the norms of some parameters are weight_norm"
+    with pytest.raises(ValueError, match=rf"^{name} must be a .*got {message}"):
+        call(**{name: value})
+
+
+LEARNING_RATES = [
+    given(normax.normalized_sgd),
+    given(normax.sgdp),
+    given(normax.adamp),
+    given(normax.rotational_sgd, weight_decay=0.1),
+    given(normax.rotational_adamw, weight_decay=0.1),
+    given(normax.rotational_lion, weight_decay=0.1),
+    given(normax.second_order.newton),
+    given(normax.second_order.hessian_free),
+    *(given(rule.make) for rule in RULES.values()),
+]
+
+
+@pytest.mark.parametrize("call", LEARNING_RATES)
+def test_learning_rates_are_numbers_or_schedules(call):
+    for kind in ("string", "complex"):
+        value, message = NO_NUMBERS[kind]
+        message = rf"^learning_rate must be a real number, got {message}"
+        with pytest.raises(ValueError, match=message):
+            call(learning_rate=value)
+    call(learning_rate=optax.constant_schedule(0.1))
+
+
+@pytest.mark.parametrize(
+    "rule", [normax.rotational_sgd, normax.rotational_adamw, normax.rotational_lion]
+)
+def test_a_rotational_rule_takes_the_root_of_its_learning_rate(rule):
+    message = r"^learning_rate must be at least 0 and finite, got -0\.1; choose"
+    with pytest.raises(ValueError, match=message):
+        rule(-0.1, weight_decay=0.1)
+
+
+PARAMS = {"bias": jnp.ones(2), "kernel": jnp.ones((3, 2))}
+# A sum with the parameters would not complain, since it broadcasts.
+UPDATES = {"bias": jnp.ones(2), "kernel": jnp.ones((1, 2))}
+TRANSFORMATIONS = {
+    "project_unit_norm": normax.project_unit_norm(),
+    "project_unit_norm, initial": normax.project_unit_norm(radius="initial"),
+    "remove_radial_component": normax.remove_radial_component(),
+    "monitor_weight_dynamics": normax.monitor_weight_dynamics(),
+    "rotate_by_angle": normax.rotate_by_angle(0.1),
+    "rotational_sgd": SGD(),
+    "rotational_adamw": ADAMW(),
+    "normalized_sgd": normax.normalized_sgd(0.1, momentum=0.9),
+    "sgdp": normax.sgdp(0.1),
+    "adamp": normax.adamp(0.1),
+    **{name: rule.make(0.1) for name, rule in RULES.items()},
+}
+MISFIT = (
+    r"the shapes of the parameters, but params\['kernel'\] has shape \(3, 2\) and its "
+    r"update \(1, 2\); pass the updates of these parameters"
+)
+
+
+@pytest.mark.parametrize("name", TRANSFORMATIONS)
+def test_updates_of_another_shape(name):
+    tx = TRANSFORMATIONS[name]
+    state = jax.eval_shape(tx.init, PARAMS)
+    with pytest.raises(ValueError, match=MISFIT):
+        jax.eval_shape(tx.update, UPDATES, state, PARAMS)
+    # One number for a bias, which is left alone.
+    bad = {"bias": jnp.ones(()), "kernel": PARAMS["kernel"]}
+    with pytest.raises(ValueError, match=r"params\['bias'\] has shape \(2,\)"):
+        jax.eval_shape(tx.update, bad, state, PARAMS)
+
+
+@pytest.mark.parametrize("measure", [normax.relative_update, normax.angular_update])
+def test_measures_of_updates_of_another_shape(measure):
+    with pytest.raises(ValueError, match=MISFIT):
+        measure(PARAMS, UPDATES)
+    with pytest.raises(ValueError, match=r"params has shape \(3, 2\) and its update"):
+        measure(PARAMS["kernel"], UPDATES["kernel"])
+
+
+class Block(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.BatchNorm(use_running_average=True)(nn.Dense(2)(x))
+
+
+def bridged():
+    return nnx.bridge.ToNNX(Block(), rngs=nnx.Rngs(0)).lazy_init(X)
+
+
+ARRAY = jnp.ones((3, 2))
+ERRORS = [
+    # Complex radii, fractions and axes.
+    (
+        lambda: normax.projection_unit_norm(PARAMS, radius={"bias": 1, "kernel": 1j}),
+        r"radius\['kernel'\] must be a real number, got 1j; pass a float",
+    ),
+    (
+        lambda: normax.rescaling.random_rescaling(jax.random.key(0), STACK, 2.0),
+        r"fraction must be at most 1, .* got 2\.0; rescale twice",
+    ),
+    (
+        lambda: normax.weight_norm(ARRAY, axes=(True,)),
+        r"axes\[0\] must be one of .*, got True; a single axis is written as a tuple",
+    ),
+    # Unknown names.
+    (
+        lambda: RULES["adamm"],
+        r"UPDATE_RULES has sgd, .*hessian_free, got 'adamm'; did you mean adam\?",
+    ),
+    (
+        lambda: RULES["qqq"],
+        r"UPDATE_RULES has sgd, .*hessian_free, got 'qqq'; choose one of these",
+    ),
+    (
+        lambda: RULES[3],  # type: ignore[index]
+        r"UPDATE_RULES has sgd, .*, got 3; choose one of these",
+    ),
+    (
+        lambda: RULES["adam"].make(0.1, beta1=0.5),
+        r"UPDATE_RULES\['adam'\] has b1, b2, .*, got beta1; did you mean b1\?",
+    ),
+    (
+        lambda: RULES["adam"].make(0.1, weight_decays=0.5),
+        r"has b1, .*, got weight_decays; did you mean weight_decay\?",
+    ),
+    # Swapped arguments.
+    *(
+        (
+            lambda call=call, order=order: call(*order),
+            rf"forward must be a function, but {call.__name__} got a dict; the order "
+            rf"is {call.__name__}\(forward, params, inputs\)",
+        )
+        for call in (normax.path_norm, normax.path_scales)
+        for order in ((NETWORK, forward, X), (NETWORK, X, forward))
+    ),
+    *(
+        (
+            lambda call=call: call(forward, X, NETWORK),
+            r"takes the parameters first, but it fails on \(params, inputs\) with "
+            r".*Error, and accepts \(inputs, params\); swap the two",
+        )
+        for call in (normax.path_norm, normax.path_scales)
+    ),
+    (
+        lambda: normax.path_sgd(0.1, forward, NETWORK).init(X),
+        r"takes the parameters first, .*; swap the two",
+    ),
+    # Modules of Linen.
+    (
+        lambda: normax.nn.WeightNorm(nn.Dense(2)),  # type: ignore[arg-type]
+        r"nn\.WeightNorm takes .* Flax NNX, got a flax\.linen.*Dense; flax\.linen\.W",
+    ),
+    *(
+        (
+            lambda model=model: normax.nn.fold_batch_norms(model(), X),
+            rf"nn\.fold_batch_norms takes a module of Flax NNX, got a .*{kind}; build",
+        )
+        for model, kind in ((Block, "Block"), (bridged, "ToNNX"))
+    ),
+    (
+        lambda: normax.nn.initialize_weight_norm(Block(), X),  # type: ignore[arg-type]
+        r"initialize_weight_norm takes a module of Flax NNX, got a .*Block; build",
+    ),
+    # Parameters that are one array.
+    (
+        lambda: normax.weight_norm(ARRAY, {"kernel": "unit"}),
+        r"axes must be a prefix .*, but params is one array and axes a dict; pass what",
+    ),
+    (
+        lambda: normax.projection_unit_norm(ARRAY, radius=[1.0]),
+        r"radius must be a prefix .*, but params is one array and radius a list; pass",
+    ),
+    (
+        lambda: ADAMW(mask={"kernel": True}).init(ARRAY),
+        r"mask must be a prefix .*, but params is one array and mask a dict; pass what",
+    ),
+    # Masks.
+    (
+        lambda: SGD(mask={"head": 0}),
+        r"mask\['head'\] must be True or False, got 0; pass a pytree of bools",
+    ),
+    (
+        lambda: SGD(mask=lambda params: 1.0).init(PARAMS),
+        r"mask must be True or False, got 1\.0; pass a pytree of bools",
+    ),
+    (
+        lambda: LION(mask={"bias": True}).init(PARAMS),
+        r"mask must be a prefix .*no entry for params\['kernel'\]; add one",
+    ),
+    (
+        lambda: LION(mask={"bias": True, "kernel": True, "w": True}).init(PARAMS),
+        r"mask must be a prefix .*nothing at \['w'\]; remove these entries",
+    ),
+]
+
+
+@pytest.mark.parametrize("call, message", ERRORS)
+def test_errors_name_the_argument_the_value_and_the_fix(call, message):
+    with pytest.raises((ValueError, TypeError, KeyError), match=message) as error:
+        call()
+    assert "[]" not in str(error.value)
