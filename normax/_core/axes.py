@@ -30,6 +30,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from normax._core.modules import refuse_modules
+
 Axes: TypeAlias = Any  # a word, a tuple of ints, or a pytree prefix of them
 PyTree: TypeAlias = Any
 Mask: TypeAlias = Any  # None, a pytree prefix of bools, or a function that returns it
@@ -84,6 +86,7 @@ def _match_prefix(
       A match for each array, in the order of `jax.tree.leaves`. It is explicit if the
       prefix's leaf stands for this array alone.
     """
+    refuse_modules(params)
     flat = jax.tree_util.tree_leaves_with_path(prefix, is_leaf=is_leaf)
     values = {names_of(path): value for path, value in flat}
     nodes = jax.tree_util.tree_leaves_with_path(params, is_leaf=_has_no_leaves)

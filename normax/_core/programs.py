@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
+from jax.sharding import AxisType, NamedSharding
 
 
 def open_program(program: Jaxpr | ClosedJaxpr) -> tuple[Jaxpr, Sequence[Any]]:
@@ -164,9 +165,48 @@ def fill_value(equation: JaxprEqn) -> Any:
     return equation.params.get("fill_value")
 
 
+@contextlib.contextmanager
+def one_explicit_device() -> Iterator[None]:
+    """Make every axis of the mesh explicit and of one device, for what is traced.
+
+    A network that names shardings, `out_sharding=P("x")`, can be traced there only. An
+    axis of one device divides every length, also that of a batch of one.
+    """
+    mesh: Any = jax.sharding.get_abstract_mesh()
+    # JAX wants as many devices as before. They lie along an axis that nobody names.
+    names = (*mesh.axis_names, "all devices")
+    sizes = (*(1 for _ in mesh.axis_names), mesh.size)
+    explicit = (AxisType.Explicit,) * len(names)
+    one = jax.sharding.AbstractMesh(sizes, names, explicit)
+    with jax.sharding.use_abstract_mesh(one):
+        yield
+
+
+def shape_of(leaf: Any) -> Any:
+    """Return the shape and dtype of an array, without the mesh that it lies on."""
+    return jax.ShapeDtypeStruct(np.shape(leaf), jax.dtypes.result_type(leaf))
+
+
+_LAYOUTS = ("mesh_cast", "reshard", "sharding_constraint")
+
+
+def _is_explicit(parameter: Any) -> bool:
+    """Return whether a parameter of an equation is a sharding on an explicit mesh."""
+    return isinstance(parameter, NamedSharding) and (
+        AxisType.Explicit in parameter.mesh.axis_types
+    )
+
+
 def bind(equation: JaxprEqn, *operands: Any, **changed: Any) -> Any:
-    """Evaluate the primitive of an equation, with some parameters changed."""
-    return equation.primitive.bind(*operands, **equation.params | changed)
+    """Evaluate the primitive of an equation, with some parameters changed.
+
+    Shardings of `one_explicit_device` are left out, since there is no such mesh.
+    """
+    params = equation.params | changed
+    explicit = {name for name, value in params.items() if _is_explicit(value)}
+    if explicit and equation.primitive.name in _LAYOUTS:
+        return operands[0]
+    return equation.primitive.bind(*operands, **params | dict.fromkeys(explicit))
 
 
 def may_collide(equation: JaxprEqn) -> bool:

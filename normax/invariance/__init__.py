@@ -5,6 +5,7 @@ gradient is orthogonal to it, and weight decay sets its effective learning rate.
 vectors are found from the loss alone. Derivation: docs/theory/invariance.md.
 """
 
+from normax.invariance.groups import JointScaleInvariance
 from normax.invariance.masks import weight_decay_mask
 from normax.invariance.normalizers import INVARIANCES, Invariances, invariance_table
 from normax.invariance.report import (
@@ -18,6 +19,7 @@ __all__ = [
     "INVARIANCES",
     "ArrayScaleInvariance",
     "Invariances",
+    "JointScaleInvariance",
     "ScaleInvarianceReport",
     "invariance_table",
     "scale_invariance_report",

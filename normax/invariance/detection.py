@@ -147,26 +147,48 @@ def radial_products(loss: Loss) -> Callable[..., tuple[Products, PyTree]]:
     return products
 
 
+class Trial(NamedTuple):
+    """What a rescaling of the vectors of one array did to the loss.
+
+    Attributes:
+      sums: The vectors.
+      change: Largest change of the loss, in units of their size.
+      allowed: The largest change that counts as rounding, or as that of an epsilon.
+    """
+
+    sums: RadialSums
+    change: float
+    allowed: float
+
+    @property
+    def passed(self) -> bool:
+        """Whether the vectors are scale-invariant."""
+        return self.change <= self.allowed
+
+
+def rounding_of(value: jax.Array) -> float:
+    """Return the change of a loss that rounding may make."""
+    return 16 * float(jnp.finfo(value.dtype).eps * jnp.abs(value))
+
+
 def confirm(
     loss: Loss, point: PyTree, candidates: dict[int, list[RadialSums]], rtol: float
-) -> tuple[dict[int, RadialSums], dict[int, float]]:
+) -> dict[int, Trial]:
     """Find the first candidate of every array whose rescaling does not change the loss.
 
     Returns:
-      What was confirmed, and the changes of the loss in units of the sizes.
+      The trial of this candidate, or of the first one if there is none.
     """
     if not any(candidates.values()):
-        return {}, {}
+        return {}
     value = loss.compiled(point)
-    rounding = 16 * float(jnp.finfo(value.dtype).eps * jnp.abs(value))
-    confirmed: dict[int, RadialSums] = {}
-    changes: dict[int, float] = {}
+    trials: dict[int, Trial] = {}
     rounds = max(map(len, candidates.values()))
     for index in range(rounds):
         trial = {
             i: found[index]
             for i, found in candidates.items()
-            if i not in confirmed and index < len(found)
+            if index < len(found) and not (i in trials and trials[i].passed)
         }
         axes = [
             trial[i].axes if i in trial else "none" for i in range(len(loss.leaves))
@@ -179,8 +201,9 @@ def confirm(
             # Where an epsilon breaks the invariance, the sum falls as the square of the
             # scale. Division by 2 then changes the loss by 1.5 sums, and multiplication
             # by less.
-            allowed = 4 * max(rtol, found.radial) * found.size + rounding
-            changes[i] = max(measured[i]) / found.size
-            if all(change <= allowed for change in measured[i]):
-                confirmed[i] = found
-    return confirmed, changes
+            allowed = 4 * max(rtol, found.radial) + rounding_of(value) / found.size
+            change = float(np.max(measured[i])) / found.size
+            tried = Trial(found, change, allowed)
+            if tried.passed or i not in trials:
+                trials[i] = tried
+    return trials

@@ -1,5 +1,10 @@
 """Masks for optax, made of what is scale-invariant."""
 
+from typing import Any
+
+import jax
+from flax import nnx
+
 from normax._core.axes import Axes, PyTree, map_vectors
 
 
@@ -22,7 +27,9 @@ def weight_decay_mask(axes: Axes, params: PyTree) -> PyTree:
 
     Returns:
       Pytree with the structure of `params` and a bool for every array: whether it holds
-      weight vectors.
+      weight vectors. In an `nnx.State` a bool stands for the whole variable, so that
+      the mask fits both states that `nnx.Optimizer` makes: at first of variables, and
+      then of their arrays.
 
     Raises:
       ValueError: `axes` does not fit `params`, or an array is complex.
@@ -37,6 +44,19 @@ def weight_decay_mask(axes: Axes, params: PyTree) -> PyTree:
     References:
       van Laarhoven, L2 Regularization versus Batch and Weight Normalization, 2017, §2.
     """
-    return map_vectors(
+    mask = map_vectors(
         lambda vector_axes, w: True, axes, params, otherwise=lambda w: False
     )
+    return jax.tree.map(_without_variable, mask, is_leaf=_is_variable)
+
+
+def _is_variable(node: Any) -> bool:
+    return isinstance(node, nnx.Variable)
+
+
+def _without_variable(node: Any) -> Any:
+    """Return what a variable holds, its only child."""
+    if not _is_variable(node):
+        return node
+    (value,) = jax.tree.leaves(node, is_leaf=lambda child: child is not node)
+    return value

@@ -6,13 +6,17 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from flax.errors import TraceContextError
 
 from normax._core.axes import Axes, PyTree
 from normax._core.checks import check_range
+from normax._core.modules import refuse_modules
 from normax._core.programs import compiled, full_precision, is_float
+from normax.invariance.comparison import differences
 from normax.invariance.detection import (
     Loss,
     RadialSums,
+    Trial,
     confirm,
     log10_chance,
     radial_products,
@@ -20,33 +24,54 @@ from normax.invariance.detection import (
     sets_of_axes,
     word,
 )
+from normax.invariance.groups import (
+    MOST_ARRAYS,
+    JointScaleInvariance,
+    joint_invariances,
+)
 
 # The first evaluation lets these ratios pass. It is at weights of the given size, where
 # the epsilon of a normalization hides some of the invariance.
 _NEAR = 0.03
 
+_NO_SUMS = RadialSums((), math.nan, 0.0, 0.0)
+_NO_TRIAL = Trial(_NO_SUMS, math.nan, math.nan)
+
 
 class ArrayScaleInvariance(NamedTuple):
     r"""What `scale_invariance_report` found out about one array.
+
+    An array is scale-invariant if its numbers are within all three limits.
 
     Attributes:
       name: Path of the array.
       shape: Its shape.
       axes: Its scale-invariant vectors: a word or a tuple of axes, or `"none"`.
-      radial: $\big(\sum_w \langle w, \nabla L\rangle^2 / \sum \|w \odot \nabla L\|^2
-        \big)^{1/2}$ of these vectors, or else of those that came closest. It is about 1
-        by chance, and NaN without a gradient.
+      tried: The vectors that the numbers are of: those of `axes`, or if there are none,
+        those that came closest. It is `"none"` without a gradient.
+      near: $\big(\sum_w \langle w, \nabla L\rangle^2 / \sum \|w \odot \nabla L\|^2
+        \big)^{1/2}$ of these vectors, about 1 by chance; NaN without a gradient. The
+        limit is `ScaleInvarianceReport.near`.
+      radial: The same at weights eight times as large, NaN if it was not needed. The
+        limit is `ScaleInvarianceReport.rtol`.
       change: Largest change of the loss as the vectors were rescaled, in units of
         $\sum\|w \odot \nabla L\|$; NaN if they were not rescaled.
+      allowed: The limit of `change`: 4 times the larger of `rtol` and `near`, and 16
+        units in the last place of the loss.
       log10_chance: Decimal logarithm of the probability of such ratios by chance.
+      difference: How it differs from `compare`; empty if it does not.
     """
 
     name: str
     shape: tuple[int, ...]
     axes: str | tuple[int, ...]
+    tried: str | tuple[int, ...]
+    near: float
     radial: float
     change: float
+    allowed: float
     log10_chance: float
+    difference: str = ""
 
 
 class ScaleInvarianceReport(NamedTuple):
@@ -55,21 +80,37 @@ class ScaleInvarianceReport(NamedTuple):
     Attributes:
       axes: What `scale_invariant_axes` returns.
       arrays: What was found out about every array, in the order of `jax.tree.leaves`.
+      near: The limit of every array's `near`.
+      rtol: The limit of every array's `radial`.
+      groups: Arrays that are scale-invariant only together; None if there are too many
+        arrays to look for them.
     """
 
     axes: PyTree
     arrays: tuple[ArrayScaleInvariance, ...]
+    near: float
+    rtol: float
+    groups: tuple[JointScaleInvariance, ...] | None
 
     def __str__(self) -> str:
-        rows: list[tuple[str, ...]] = [ArrayScaleInvariance._fields]
-        for name, shape, axes, *numbers in self.arrays:
-            formats = (".0e", ".0e", ".0f")
+        limits = f"{self.near:.0e}", f"{self.rtol:.0e}", "allowed"
+        rows: list[tuple[str, ...]] = [
+            ArrayScaleInvariance._fields[:-1],
+            ("at most", "", "", "", *limits, "", ""),
+        ]
+        for name, shape, axes, tried, *numbers, difference in self.arrays:
+            formats = (".0e", ".0e", ".0e", ".0e", ".0f")
             pairs = zip(numbers, formats, strict=True)
             shown = ("" if math.isnan(x) else format(x, how) for x, how in pairs)
-            rows.append((name, str(shape), str(axes), *shown))
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = ("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
-        return "\n".join(lines)
+            mark = f"  <- {difference}" if difference else ""
+            rows.append((name, str(shape), str(axes), str(tried), *shown, mark))
+        columns = zip(*(row[:9] for row in rows), strict=True)
+        widths = [max(map(len, column)) for column in columns]
+        lines = ["  ".join(map(str.ljust, row, [*widths, 0])).rstrip() for row in rows]
+        if self.groups is None:
+            few = f"among more than {MOST_ARRAYS} arrays no groups are looked for"
+            return "\n".join([*lines, few])
+        return "\n".join([*lines, *map(str, self.groups)])
 
 
 def _check_loss(loss_fn: Callable[[PyTree], Any], params: PyTree) -> None:
@@ -78,7 +119,16 @@ def _check_loss(loss_fn: Callable[[PyTree], Any], params: PyTree) -> None:
             "axes are words, found from the values of the parameters, but these are "
             "traced; look for scale-invariant axes outside jax.jit."
         )
-    loss = jax.eval_shape(loss_fn, params)
+    try:
+        loss = jax.eval_shape(loss_fn, params)
+    except TraceContextError as error:
+        raise ValueError(
+            "loss_fn must change nothing outside of itself, but it updates a variable "
+            "of a Flax model that it closes over, as BatchNorm does with its running "
+            "statistics in training; split the model outside, graphdef, params, rest = "
+            "nnx.split(model, nnx.Param, ...), and have loss_fn(params) use "
+            "nnx.merge(graphdef, params, rest, copy=True)."
+        ) from error
     shapes = [(leaf.shape, str(leaf.dtype)) for leaf in jax.tree.leaves(loss)]
     real = isinstance(loss, jax.ShapeDtypeStruct) and jnp.issubdtype(
         loss.dtype, jnp.floating
@@ -91,47 +141,23 @@ def _check_loss(loss_fn: Callable[[PyTree], Any], params: PyTree) -> None:
         )
 
 
-@full_precision()
-def scale_invariance_report(
-    loss_fn: Callable[[PyTree], Any],
-    params: PyTree,
-    *,
-    key: jax.Array,
-    rtol: float = 1e-3,
-) -> ScaleInvarianceReport:
-    r"""Find the scale-invariant weight vectors of every array, with the evidence.
+class _Search(NamedTuple):
+    """What was found about the arrays one by one, with what it was found from."""
 
-    $$\Big(\frac{\sum_w \langle w, \nabla_w L\rangle^2}
-    {\sum_w \|w \odot \nabla_w L\|^2}\Big)^{1/2} \le \text{rtol}$$
+    loss: Loss
+    products: Callable[..., Any]
+    axes: PyTree
+    arrays: tuple[ArrayScaleInvariance, ...]
+    near: float
+    rtol: float
 
-    over the vectors $w$ of an array that is called scale-invariant.
 
-    Args:
-      loss_fn: As in `scale_invariant_axes`.
-      params: Pytree of arrays.
-      key: Key for the random perturbations.
-      rtol: Largest ratio, at weights eight times as large.
-
-    Returns:
-      A report with a line for every array; `str` of it is a table.
-
-    Raises:
-      ValueError: As `scale_invariant_axes`.
-
-    Examples:
-      >>> import jax
-      >>> import jax.numpy as jnp
-      >>> import normax
-      >>> def loss_fn(w):
-      ...     return jnp.sum(jnp.sin(w / jnp.linalg.norm(w, axis=0, keepdims=True)))
-      >>> w, key = jnp.ones((2, 3)), jax.random.key(0)
-      >>> normax.scale_invariance_report(loss_fn, w, key=key).arrays[0].axes
-      'unit'
-
-    References:
-      van Laarhoven, L2 Regularization versus Batch and Weight Normalization, 2017, §3.
-    """
+def _search(
+    loss_fn: Callable[[PyTree], Any], params: PyTree, key: jax.Array, rtol: float
+) -> _Search:
+    """Look for the scale-invariant vectors of every array."""
     check_range("rtol", rtol, low=0, below=1)
+    refuse_modules(params)
     _check_loss(loss_fn, params)
     treedef: Any
     paths, treedef = jax.tree_util.tree_flatten_with_path(params)
@@ -154,36 +180,108 @@ def scale_invariance_report(
     enlarged = {i for i in passed if passed[i]}
     if enlarged:
         arrays, _ = products(second_key, enlarged)
-    strictly = {
-        i: [s for s in passed[i] if radial_sums(arrays[i], s.axes).radial <= strict]
+    radials = {
+        i: {s.axes: radial_sums(arrays[i], s.axes).radial for s in passed[i]}
         for i in enlarged
     }
-    confirmed, changes = confirm(loss, point, strictly, strict)
+    strictly = {
+        i: [s for s in passed[i] if radials[i][s.axes] <= strict] for i in enlarged
+    }
+    trials = confirm(loss, point, strictly, strict)
 
-    nothing = RadialSums((), math.nan, 0.0, 0)
     rows = []
     for i, leaf in enumerate(leaves):
-        shown = confirmed.get(i) or min(
-            sums.get(i) or [nothing], key=lambda s: (math.isnan(s.radial), s.radial)
+        trial, shape = trials.get(i, _NO_TRIAL), jnp.shape(leaf)
+        radial = radials.get(i, {})
+        closest = min(
+            sums.get(i) or [_NO_SUMS], key=lambda s: (s.radial != s.radial, s.radial)
         )
+        if radial:
+            closest = min(passed[i], key=lambda s: radial[s.axes])
+        shown = trial.sums if i in trials else closest
+        in_tree = bool(paths[i][0])
+        tried = word(shown.axes, shape, in_tree) if shown.size else "none"
+        chances = (log10_chance(limit, shown.vectors) for limit in (near, strict))
         rows.append(
             ArrayScaleInvariance(
                 name=names[i],
-                shape=jnp.shape(leaf),
-                axes=word(shown.axes, jnp.shape(leaf), in_tree=bool(paths[i][0]))
-                if i in confirmed
-                else "none",
-                radial=shown.radial,
-                change=changes.get(i, math.nan),
-                log10_chance=sum(log10_chance(t, shown.vectors) for t in (near, strict))
-                if i in confirmed
-                else math.nan,
+                shape=shape,
+                axes=tried if trial.passed else "none",
+                tried=tried,
+                near=shown.radial,
+                radial=radial.get(shown.axes, math.nan),
+                change=trial.change,
+                allowed=trial.allowed,
+                log10_chance=sum(chances) if trial.passed else math.nan,
             )
         )
     axes = treedef.unflatten([row.axes for row in rows])
-    return ScaleInvarianceReport(axes, tuple(rows))
+    return _Search(loss, products, axes, tuple(rows), near, strict)
 
 
+@full_precision()
+def scale_invariance_report(
+    loss_fn: Callable[[PyTree], Any],
+    params: PyTree,
+    *,
+    key: jax.Array,
+    rtol: float = 1e-3,
+    compare: Axes | None = None,
+) -> ScaleInvarianceReport:
+    r"""Find the scale-invariant weight vectors of every array, with the evidence.
+
+    $$\Big(\frac{\sum_w \langle w, \nabla_w L\rangle^2}
+    {\sum_w \|w \odot \nabla_w L\|^2}\Big)^{1/2} \le \text{rtol}$$
+
+    over the vectors $w$ of an array that is called scale-invariant. Groups of arrays
+    that are scale-invariant only together are looked for among up to 128 others, which
+    takes one gradient for each.
+
+    Args:
+      loss_fn: As in `scale_invariant_axes`.
+      params: Pytree of arrays.
+      key: Key for the random perturbations.
+      rtol: Largest ratio, at weights eight times as large.
+      compare: Axes, or a mask of bools for weight decay, that the table compares with
+        what was found; a pytree prefix of `params`.
+
+    Returns:
+      A report with a line for every array; `str` of it is a table.
+
+    Raises:
+      ValueError: As `scale_invariant_axes`; or `compare` does not fit `params`.
+
+    Examples:
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> import normax
+      >>> def loss_fn(w):
+      ...     return jnp.sum(jnp.sin(w / jnp.linalg.norm(w, axis=0, keepdims=True)))
+      >>> w, key = jnp.ones((2, 3)), jax.random.key(0)
+      >>> report = normax.scale_invariance_report(loss_fn, w, key=key, compare=False)
+      >>> report.arrays[0].axes, report.arrays[0].difference
+      ('unit', 'yours leaves it alone, but it is scale-invariant')
+
+    References:
+      van Laarhoven, L2 Regularization versus Batch and Weight Normalization, 2017, §3.
+    """
+    found = _search(loss_fn, params, key, rtol)
+    arrays = found.arrays
+    if compare is not None:
+        texts = differences(compare, params, found.axes)
+        pairs = zip(arrays, texts, strict=True)
+        arrays = tuple(row._replace(difference=text) for row, text in pairs)
+    others = [i for i in found.loss.positions if arrays[i].axes == "none"]
+    groups = None
+    if len(others) <= MOST_ARRAYS:
+        limits, group_key = (found.near, found.rtol), jax.random.fold_in(key, 1)
+        groups = joint_invariances(
+            found.loss, found.products, group_key, others, limits
+        )
+    return ScaleInvarianceReport(found.axes, arrays, found.near, found.rtol, groups)
+
+
+@full_precision()
 def scale_invariant_axes(
     loss_fn: Callable[[PyTree], Any],
     params: PyTree,
@@ -234,4 +332,4 @@ def scale_invariant_axes(
     References:
       van Laarhoven, L2 Regularization versus Batch and Weight Normalization, 2017, §1.
     """
-    return scale_invariance_report(loss_fn, params, key=key, rtol=rtol).axes
+    return _search(loss_fn, params, key, rtol).axes

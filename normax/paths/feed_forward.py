@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import optax
 
 from normax._core.axes import PyTree, names_of
+from normax._core.modules import refuse_modules
 
 
 class Layer(NamedTuple):
@@ -33,7 +34,11 @@ class Layer(NamedTuple):
 
 
 def require_whole_network(name: str, params: PyTree) -> None:
-    """Raise if `optax.masked` or `optax.partition` has taken parameters away."""
+    """Raise if `optax.masked` or `optax.partition` has taken parameters away.
+
+    A Flax module in their place raises, too.
+    """
+    refuse_modules(params)
     masked = lambda node: isinstance(node, optax.MaskedNode)  # noqa: E731
     if any(map(masked, jax.tree.leaves(params, is_leaf=masked))):
         raise ValueError(
@@ -55,8 +60,9 @@ def _natural(names: tuple[str, ...]) -> list[list[tuple[int, int | str]]]:
 def feed_forward_layers(
     params: PyTree,
     fix: str = "pass `forward` and `inputs`, which describe any network",
+    order: Mapping[int, int] | None = None,
 ) -> list[Layer]:
-    """Find the layers of a stack, in natural order of their names.
+    """Find the layers of a stack, by default in natural order of their names.
 
     Args:
       params: Pytree of kernels, of rank two and more with the outputs last, and
@@ -64,6 +70,8 @@ def feed_forward_layers(
         bias stands beside its kernel: in a subtree of their own, or both in the order
         of the layers.
       fix: What the user is told to do if they are no such stack.
+      order: Where each array comes instead, by its position among the leaves; see
+        `order_of_use`.
 
     Returns:
       The layers, from the inputs to the outputs.
@@ -77,7 +85,8 @@ def feed_forward_layers(
         if not jnp.issubdtype(jnp.result_type(leaf), jnp.inexact) or not jnp.size(leaf):
             continue
         names = names_of(path)
-        groups.setdefault(names[:-1], []).append((_natural(names), position, leaf))
+        key = _natural(names) if order is None else order.get(position, len(leaves))
+        groups.setdefault(names[:-1], []).append((key, position, leaf))
     layers = []
     for group in groups.values():
         group.sort(key=lambda entry: entry[0])

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import os
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import flax
+import flax.linen
 import jax
 import jaxlib
+from flax import nnx
 from jax.extend.core import Jaxpr, JaxprEqn
 
 from normax.paths.values import Origin, Unsupported
@@ -28,15 +31,31 @@ _LIBRARIES = (
 _NORMAX = _folder(os.path.dirname(__file__))
 
 
+_IN_BATCH_NORM = ", in its BatchNorm"
+
+
+@functools.cache
+def _lines_of_batch_norms() -> dict[str | None, range]:
+    """Return the lines of Flax's two classes, by their files."""
+    lines = {}
+    for layer in (flax.linen.BatchNorm, nnx.BatchNorm):
+        source, start = inspect.getsourcelines(layer)
+        lines[inspect.getsourcefile(layer)] = range(start, start + len(source))
+    return lines
+
+
 def users_line(eqn: JaxprEqn) -> str | None:
     """Return the line of the user's code that an equation comes from."""
     traceback = eqn.source_info.traceback
     frames: Sequence[Any] = traceback.frames if traceback is not None else ()
+    layer = ""
     for frame in frames:
         if frame.file_name.startswith(_NORMAX):
             return None
         if not frame.file_name.startswith(_LIBRARIES):
-            return f"{frame.file_name}:{frame.line_num} ({frame.function_name})"
+            return f"{frame.file_name}:{frame.line_num} ({frame.function_name}){layer}"
+        if frame.line_num in _lines_of_batch_norms().get(frame.file_name, ()):
+            layer = _IN_BATCH_NORM
     return None
 
 
@@ -51,12 +70,19 @@ def is_of_a_library(jaxpr: Jaxpr) -> bool:
 def unsupported(name: str, line: str | None, reason: str) -> Unsupported:
     """Return what stands for the results of a primitive without paths."""
     place = f" at {line}" if line else ""
+    fix = (
+        "Leave it out of `forward`, or end `forward` before it (at the logits, without "
+        "the softmax and the loss)."
+    )
+    if line and line.endswith(_IN_BATCH_NORM):
+        fix = (
+            "A BatchNorm in training divides by statistics of the batch; call "
+            "model.eval() first, or in Linen pass use_running_average=True."
+        )
     return Unsupported(
         "a path norm is defined for positively homogeneous networks (linear "
         "layers, ReLU, leaky ReLU, pooling, sums, and batch norm with stopped "
-        f"statistics), but the network applies `{name}`{place}: {reason}. Leave "
-        "it out of `forward`, or end `forward` before it (at the logits, without "
-        "the softmax and the loss)."
+        f"statistics), but the network applies `{name}`{place}: {reason}. {fix}"
     )
 
 

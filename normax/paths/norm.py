@@ -19,6 +19,7 @@ from jax.sharding import AxisType, PartitionSpec
 import normax.paths.primitives  # noqa: F401  # enters their specifications
 from normax._core.axes import PyTree
 from normax._core.checks import check_range
+from normax._core.modules import refuse_modules
 from normax._core.norms import at_least_float32
 from normax._core.programs import full_precision, is_float
 from normax.paths import numbers
@@ -26,7 +27,15 @@ from normax.paths.arithmetic import PathArithmetic
 from normax.paths.lifting import PathTransform
 from normax.paths.numbers import Scaled
 from normax.paths.one_example import Forward, trace_one_example
-from normax.paths.values import Activation, Factors, Origin, Path, Unsupported, Weight
+from normax.paths.values import (
+    Activation,
+    Factors,
+    Origin,
+    Path,
+    Unsupported,
+    Weight,
+    weight,
+)
 
 
 def _shapes_only(inputs: PyTree) -> PyTree:
@@ -41,9 +50,13 @@ def _shapes_only(inputs: PyTree) -> PyTree:
 
 @full_precision()
 def _lift(
-    forward: Forward, params: PyTree, inputs: PyTree, p: jax.typing.ArrayLike
+    forward: Forward,
+    params: PyTree,
+    inputs: PyTree,
+    p: jax.typing.ArrayLike,
+    args: tuple[PyTree, ...] = (),
 ) -> tuple[PathTransform, list[Path], list[Weight]]:
-    """Interpret a network.
+    """Interpret a network; `args` are what it takes besides, such as statistics.
 
     Returns:
       The interpreter, the paths to its outputs, and the nodes of the parameters.
@@ -67,7 +80,7 @@ def _lift(
             "the inputs of a path norm must be real, but `inputs` holds complex "
             "numbers; pass real and imaginary parts as two arrays."
         )
-    inputs, closed = trace_one_example(forward, params, _shapes_only(inputs))
+    inputs, closed = trace_one_example(forward, params, _shapes_only(inputs), args)
     arithmetic = PathArithmetic(p)
     transform = PathTransform(arithmetic)
     weights = [
@@ -92,7 +105,9 @@ def _lift(
             "integers among the inputs are constants of the network, so their values "
             "matter, but `inputs` holds only the shape of some; pass them as arrays."
         )
-    outputs = transform.interpret(closed.jaxpr, closed.consts, [*weights, *activations])
+    constants = [weight(leaf) for leaf in jax.tree.leaves(args)]
+    arguments = [*weights, *activations, *constants]
+    outputs = transform.interpret(closed.jaxpr, closed.consts, arguments)
     reached: list[Any] = []
     for output, variable in zip(outputs, closed.jaxpr.outvars, strict=True):
         if isinstance(output, Unsupported):
@@ -137,6 +152,7 @@ def _of_total(
     p: jax.typing.ArrayLike,
 ) -> jax.Array:
     """Return a function of the sum over all paths."""
+    refuse_modules(params)
 
     # A cache keyed by `forward` would keep what `forward` closed over at its first
     # call. So the program is compiled anew.
@@ -153,10 +169,14 @@ def _of_total(
 
 
 def scale_factors(
-    forward: Forward, params: PyTree, inputs: PyTree, p: jax.typing.ArrayLike
+    forward: Forward,
+    params: PyTree,
+    inputs: PyTree,
+    p: jax.typing.ArrayLike,
+    args: tuple[PyTree, ...] = (),
 ) -> PyTree:
     r"""Return factors of $\partial F/\partial v_e$, a tuple for each parameter."""
-    transform, outputs, weights = _lift(forward, params, inputs, p)
+    transform, outputs, weights = _lift(forward, params, inputs, p, args)
     dtype = outputs[0].value.root.dtype
     for path in outputs:
         transform.accumulate(path, (numbers.ones(path.shape, dtype),))
@@ -302,6 +322,7 @@ def path_scales(
       Neural Networks, 2015, equation (9).
     """
     _check_order("path_scales", forward)
+    refuse_modules(params)
 
     def evaluate(params):
         factors = scale_factors(forward, params, inputs, p)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -17,10 +17,15 @@ import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
 from normax._core.axes import PyTree
-from normax._core.programs import called_programs, reduced_lengths
+from normax._core.programs import (
+    called_programs,
+    one_explicit_device,
+    reduced_lengths,
+    shape_of,
+)
 from normax.paths.primitive_spec import SPECS
 
-Forward = Callable[[PyTree, PyTree], PyTree]
+Forward = Callable[..., PyTree]  # of params, inputs, and what `forward_args` holds
 
 
 def _mixes(jaxpr: Jaxpr) -> list[tuple[str, tuple[int, ...]]]:
@@ -35,6 +40,26 @@ def _mixes(jaxpr: Jaxpr) -> list[tuple[str, tuple[int, ...]]]:
         for inner in called_programs(eqn):
             mixes += _mixes(inner)
     return mixes
+
+
+def _trace(
+    forward: Forward, params: PyTree, inputs: PyTree, args: Sequence[PyTree]
+) -> tuple[ClosedJaxpr, PyTree]:
+    """Trace a network, also one that says how its arrays lie on an explicit mesh."""
+    # JAX remembers what a function closed over when it was traced. So it gets a new
+    # one.
+    trace = jax.make_jaxpr(functools.partial(forward), return_shape=True)
+    try:
+        return trace(params, inputs, *args)
+    except Exception as reason:  # such as `out_sharding`, which has no error of its own
+        if jax.sharding.get_abstract_mesh().empty:
+            raise
+        with one_explicit_device():
+            shapes = jax.tree.map(shape_of, (params, inputs, *args))
+            try:
+                return trace(*shapes)
+            except Exception:  # the network fails on any mesh
+                raise reason from None
 
 
 def _traced(trace: Callable[..., Any], params: PyTree, inputs: PyTree) -> Any:
@@ -55,7 +80,7 @@ def _traced(trace: Callable[..., Any], params: PyTree, inputs: PyTree) -> Any:
 
 
 def trace_one_example(
-    forward: Forward, params: PyTree, inputs: PyTree
+    forward: Forward, params: PyTree, inputs: PyTree, args: Sequence[PyTree] = ()
 ) -> tuple[PyTree, ClosedJaxpr]:
     """Trace a network for a batch of one, if the first axis is that of a batch.
 
@@ -65,9 +90,10 @@ def trace_one_example(
     Returns:
       The inputs, of one example if they are a batch, and the program for them.
     """
-    # JAX remembers what a function closed over when it was traced. So it gets a new
-    # one.
-    trace = jax.make_jaxpr(functools.partial(forward), return_shape=True)
+
+    def trace(params, inputs):
+        return _trace(forward, params, inputs, args)
+
     program, whole = _traced(trace, params, inputs)
     sizes = {np.shape(x)[0] for x in jax.tree.leaves(inputs) if np.ndim(x)}
     if len(sizes) != 1 or sizes == {1}:

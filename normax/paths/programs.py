@@ -7,6 +7,7 @@ go when it goes.
 
 from __future__ import annotations
 
+import inspect
 import weakref
 from collections.abc import Callable, Hashable
 from typing import Any, NamedTuple
@@ -17,6 +18,7 @@ import numpy as np
 from jax import lax, stages
 
 from normax._core.axes import PyTree
+from normax._core.norms import at_least_float32
 from normax._core.programs import is_float, is_key, kept_with
 from normax._core.scheduling import event_of
 from normax.paths.arithmetic import PathArithmetic
@@ -24,6 +26,7 @@ from normax.paths.feed_forward import dense_stack
 from normax.paths.norm import scale_factors, with_automatic_sharding
 from normax.paths.one_example import Forward
 
+Args = tuple[PyTree, ...]
 Roots = tuple[PyTree, PyTree]
 Programs = tuple[stages.Wrapped, stages.Wrapped]
 
@@ -42,25 +45,68 @@ class PathProgram(NamedTuple):
     power: tuple[jax.typing.ArrayLike, ...]
     network: Any
 
-    def check(self, params: PyTree) -> None:
-        """Raise what the program would raise."""
-        if jax.tree.leaves(params):
-            jax.eval_shape(self.programs[0], (params, self.power))
+    @property
+    def takes_more(self) -> bool:
+        """Whether the network needs more arguments than parameters and inputs."""
+        if self.network is dense_stack:
+            return False
+        try:
+            signature = inspect.signature(self.network)
+        except (TypeError, ValueError):  # Some functions that are not Python's.
+            return False
+        try:
+            signature.bind(None, None)
+        except TypeError:
+            return True
+        return False
 
-    def roots(self, params: PyTree) -> tuple[Roots, jax.Array]:
+    def check_args(self, args: Args) -> None:
+        """Raise unless the network gets the arguments that it needs."""
+        if args and self.network is dense_stack:
+            raise ValueError(
+                "forward_args are further arguments of `forward`, but there is no "
+                "`forward`; pass it when the transformation is built."
+            )
+        if not args and self.takes_more:
+            raise ValueError(
+                "`forward` must get all of its arguments, but it takes more than "
+                "(params, inputs), and forward_args is (); hand them over at every "
+                "step, as in update(grads, state, params, forward_args=(batch_stats,))."
+            )
+
+    def check(self, params: PyTree) -> None:
+        """Raise what the program would raise, if it needs no more arguments."""
+        if jax.tree.leaves(params) and not self.takes_more:
+            jax.eval_shape(self.programs[0], (params, self.power, ()))
+
+    def roots(self, params: PyTree, args: Args) -> tuple[Roots, jax.Array]:
         """Return factors of the inverse roots, and a number that is known with them."""
         if jax.tree.leaves(params):
-            return self.programs[0]((params, self.power))
+            return self.programs[0]((params, self.power, args))
         # A placeholder of optax.tree.map_params stands for the parameters.
         return (params, params), jnp.float32(0)
 
+    def first_roots(self, params: PyTree) -> Roots:
+        """Return the factors, or what stands for them if more arguments are needed."""
+        if not self.takes_more:
+            return self.roots(params, ())[0]
+        (dtype,) = {x.dtype for x in at_least_float32(jnp.float32(0), *_floats(params))}
+        zeros = jax.tree.map(
+            lambda w: jnp.zeros(jnp.shape(w), dtype) if is_float(w) else None, params
+        )
+        return zeros, zeros
+
     def roots_if(
-        self, due: jax.typing.ArrayLike, params: PyTree, kept: Roots
+        self, due: jax.typing.ArrayLike, params: PyTree, kept: Roots, args: Args
     ) -> tuple[Roots, jax.Array]:
         """Return the same if they are due, otherwise those that were kept."""
         if jax.tree.leaves(params):
-            return self.programs[1](due, (params, self.power), kept)
-        return self.roots(params)
+            return self.programs[1](due, (params, self.power, args), kept)
+        return self.roots(params, args)
+
+
+def _floats(params: PyTree) -> list[jax.Array]:
+    return [jnp.asarray(w) for w in jax.tree.leaves(params) if is_float(w)]
 
 
 def _inverse_roots(params: PyTree, factors: PyTree, p: jax.typing.ArrayLike) -> Roots:
@@ -109,19 +155,25 @@ def _compile(
     @jax.jit
     @with_automatic_sharding
     def compute(arguments):
-        params, power = arguments
+        params, power, args = arguments
         (q,) = power or (p,)
         forward, example = network(), inputs
         if forward is dense_stack:
             forward, example = dense_stack(params)
-        factors = scale_factors(forward, params, example, q)
+        factors = scale_factors(forward, params, example, q, args)
         # Exponents are those of the largest sums, so they are known only after these.
         exponents = (x for x in jax.tree.leaves(factors) if x.dtype == jnp.int32)
         return _inverse_roots(params, factors, q), event_of(exponents)
 
     @jax.jit
     def compute_if(due, arguments, kept):
-        return lax.cond(due, lambda: compute(arguments), lambda: (kept, jnp.float32(0)))
+        def anew():
+            # Those of `first_roots` have the shapes of the parameters.
+            like = lambda new, old: jnp.broadcast_to(new, jnp.shape(old))  # noqa: E731
+            roots, event = compute(arguments)
+            return jax.tree.map(like, roots, kept), event
+
+        return lax.cond(due, anew, lambda: (kept, jnp.float32(0)))
 
     return compute, compute_if
 

@@ -63,6 +63,11 @@ def scale_by_path_sgd(
         first used with such parameters, inputs and `p`: transformations with the same
         one share a compiled program, and a new one, such as
         `functools.partial(forward)` or `model.apply` written again, is read anew.
+        So do not close over what training changes: path scales are off by 1e4 once a
+        running variance has fallen from 1 to 1e-4. Let `forward` take such values
+        as further arguments, and hand them over at every step:
+        `update(updates, state, params, forward_args=(batch_stats,))` calls
+        `forward(params, inputs, batch_stats)`, without compiling anew.
       inputs: An example or a batch of the network's inputs; only shapes matter, but
         integers are constants, and read when the transformation is built.
       p: The power of the path norm, at least 1 and below 32.
@@ -76,7 +81,9 @@ def scale_by_path_sgd(
       ValueError: `forward` comes without `inputs` or the other way round, or `p` or
         `update_every` is out of range. `init` and `update` raise if parameters are
         masked, are no plain stack though there is no `forward`, or are those of a
-        network that is not positively homogeneous; `update` if `params` is None.
+        network that is not positively homogeneous; `update` if `params` is None, or
+        if `forward_args` lacks what `forward` takes. A `forward` that needs them is
+        looked at in `update` only.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -115,17 +122,18 @@ def scale_by_path_sgd(
         if every_step:
             program.check(params)  # raises now what would be raised later
             return ScaleByPathSGDState(count, None)
-        return ScaleByPathSGDState(count, program.roots(params)[0])
+        return ScaleByPathSGDState(count, program.first_roots(params))
 
-    def update_fn(updates, state, params=None, **extra_args):
+    def update_fn(updates, state, params=None, *, forward_args=(), **extra_args):
         del extra_args
         params = require_params("scale_by_path_sgd", params)
         require_whole_network("scale_by_path_sgd", params)
+        program.check_args(forward_args)
         if every_step:
-            roots, event = program.roots(params)
+            roots, event = program.roots(params, forward_args)
         else:
-            due = state.count % update_every == 0
-            roots, event = program.roots_if(due, params, state.inverse_roots)
+            due, kept = state.count % update_every == 0, state.inverse_roots
+            roots, event = program.roots_if(due, params, kept, forward_args)
         one = one_after(event, updates)
 
         def divide(param, update, first, second):
@@ -170,7 +178,7 @@ def path_sgd(
       update_every: Number of steps after which the scales are computed again.
 
     Returns:
-      A transformation whose `update` requires `params`.
+      A transformation whose `update` requires `params`, and takes `forward_args`.
 
     Raises:
       ValueError: As `scale_by_path_sgd`.

@@ -260,7 +260,8 @@ def balance(
     Args:
       params: Pytree of kernels and biases of a plain stack, see `rescale_units`.
       p: The power of the max-norm, at least 1 and below 32, a number.
-      forward: The network, to be checked as in `rescale_units`.
+      forward: The network, which gives the order of the layers, and is checked as in
+        `rescale_units`.
       inputs: Inputs of the network.
 
     Returns:
@@ -281,7 +282,8 @@ def balance(
       Neyshabur, Salakhutdinov, Srebro, Path-SGD, 2015, Lemma 3.1.
     """
     check_range("p", p, 1, 32)
-    layers, leaves = chained_layers(params), jax.tree.leaves(params)
+    layers = chained_layers(params, forward, inputs)
+    leaves = jax.tree.leaves(params)
     find = functools.partial(_balancing_factors, layers=layers, p=float(p))
     factors = with_automatic_sharding(find)(leaves)
     return rescaled_network(params, layers, factors, forward, inputs)

@@ -157,8 +157,8 @@ def _broken_rule(
             "same factors in `normax.rescaling.rescale_units`, and no others."
         )
     return (
-        f"{claim}: what leaves these units is not what the next kernel, in natural "
-        f"order of the names, takes in; {MAKE_A_STACK}, or give these layers factors 1."
+        f"{claim}: what leaves these units is not what the next kernel that `forward` "
+        f"uses takes in; {MAKE_A_STACK}, or give these layers factors 1."
     )
 
 
@@ -170,12 +170,6 @@ def rescaled_network(
     inputs: PyTree,
 ) -> PyTree:
     """Rescale the hidden units; check the result where values are known, not traced."""
-    if (forward is None) != (inputs is None):
-        raise ValueError(
-            "`forward` and `inputs` describe the network together, but only "
-            f"`{'inputs' if forward is None else 'forward'}` is given; pass both, or "
-            "neither for a plain stack of layers with ReLUs between them."
-        )
     leaves, treedef = jax.tree.flatten(params)
     leaves = [jnp.asarray(leaf) for leaf in leaves]
     result = jax.tree.unflatten(treedef, scale_layers(leaves, factors, layers=layers))

@@ -1,13 +1,14 @@
 """The units of a plain stack of layers, and the weights that enter and leave them.
 
-Both are read off the parameters. A hidden unit of a convolution is a channel.
+Both are read off the parameters. Their order is that of their names, or that in which
+the network uses them if it is given. A hidden unit of a convolution is a channel.
 """
 
 from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -15,14 +16,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from normax._core.axes import PyTree
+from normax._core.modules import refuse_modules
 from normax._core.norms import at_least_float32
 from normax._core.powers_of_two import halves
 from normax.paths.feed_forward import Layer, feed_forward_layers
+from normax.paths.one_example import Forward
+from normax.rescaling.order import order_of_use
 
 MAKE_A_STACK = (
     "rescaling is defined for plain stacks of dense layers and convolutions, named in "
-    "their order: fold batch norms into the layers before them first, and leave "
-    "everything else out of the parameters"
+    "their order if `forward` is not given: fold batch norms into the layers before "
+    "them first, and leave everything else out of the parameters"
 )
 
 
@@ -33,8 +37,11 @@ class UnitFactors(NamedTuple):
     exponent: jax.Array
 
 
-def parameter_layers(params: PyTree) -> tuple[Layer, ...]:
+def parameter_layers(
+    params: PyTree, order: Mapping[int, int] | None = None
+) -> tuple[Layer, ...]:
     """Find the layers of a network; their shapes need not chain."""
+    refuse_modules(params)
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         if not jnp.issubdtype(jax.dtypes.result_type(leaf), jnp.floating):
             raise ValueError(
@@ -42,7 +49,8 @@ def parameter_layers(params: PyTree) -> tuple[Layer, ...]:
                 f"{jax.tree_util.keystr(path)} has dtype {jnp.result_type(leaf)}; "
                 "leave it out of the parameters."
             )
-    layers = feed_forward_layers(jax.tree.map(jnp.asarray, params), MAKE_A_STACK)
+    arrays = jax.tree.map(jnp.asarray, params)
+    layers = feed_forward_layers(arrays, MAKE_A_STACK, order)
     if not layers:
         raise ValueError(
             "a network has at least one layer, but the parameters hold no kernel; pass "
@@ -51,16 +59,28 @@ def parameter_layers(params: PyTree) -> tuple[Layer, ...]:
     return tuple(layers)
 
 
-def chained_layers(params: PyTree) -> tuple[Layer, ...]:
+def chained_layers(
+    params: PyTree, forward: Forward | None, inputs: PyTree
+) -> tuple[Layer, ...]:
     """Find the layers of a stack, from its inputs to its outputs."""
-    layers, leaves = parameter_layers(params), jax.tree.leaves(params)
+    if (forward is None) != (inputs is None):
+        raise ValueError(
+            "`forward` and `inputs` describe the network together, but only "
+            f"`{'inputs' if forward is None else 'forward'}` is given; pass both, or "
+            "neither for a plain stack of layers with ReLUs between them."
+        )
+    refuse_modules(params)
+    order, by = None, "in natural order of their names"
+    if forward is not None:
+        order, by = order_of_use(forward, params, inputs), "as `forward` uses them"
+    layers, leaves = parameter_layers(params, order), jax.tree.leaves(params)
     for before, after in itertools.pairwise(layers):
         shapes = leaves[before.kernel].shape, leaves[after.kernel].shape
         if source_units(*shapes) is None:
             raise ValueError(
-                "the kernels of a plain stack, in natural order of their names, chain: "
-                "dense kernels (inputs, outputs) and, before them, convolutions (..., "
-                f"inputs, outputs); but {before.name} has shape {shapes[0]} and "
+                f"the kernels of a plain stack, {by}, chain: dense kernels (inputs, "
+                "outputs) and, before them, convolutions (..., inputs, outputs); but "
+                f"{before.name} has shape {shapes[0]} and "
                 f"{after.name}, which follows it, {shapes[1]}; {MAKE_A_STACK}."
             )
     return layers

@@ -72,15 +72,16 @@ def rescale_units(
 
     Inputs and outputs have $c = 1$. The network is a plain stack with ReLUs, in natural
     order of its parameters' names; docs/theory/rescaling.md says which layers fit.
-    Shapes do not show residual connections or other activations, so pass `forward` to
-    have the function checked.
+    Shapes do not show another order, residual connections or other activations. So
+    pass `forward`, which gives the order of layers and has the function checked.
 
     Args:
       params: Pytree of kernels and biases.
       factors: Positive factors $c$: for every hidden layer a number, or an array that
         broadcasts to its units (of a convolution, its channels).
-      forward: The network, `forward(params, inputs) -> outputs`. It is compared before
-        and after at random inputs, except under `jax.jit`.
+      forward: The network, `forward(params, inputs) -> outputs`. Its layers come in
+        the order in which it uses their kernels. It is compared before and after at
+        random inputs, except under `jax.jit`.
       inputs: Inputs of the network, or `jax.ShapeDtypeStruct`s of them. Only shapes and
         the values of integers matter.
 
@@ -104,7 +105,8 @@ def rescale_units(
       Neyshabur, Salakhutdinov, Srebro, Path-SGD, 2015, equation (1).
     """
     check_number("factors", factors)
-    layers, leaves = chained_layers(params), jax.tree.leaves(params)
+    layers = chained_layers(params, forward, inputs)
+    leaves = jax.tree.leaves(params)
     hidden = layers[:-1]
     if not isinstance(factors, (list, tuple)):
         factors = list(jnp.atleast_1d(jnp.asarray(factors)))
@@ -160,7 +162,8 @@ def random_rescaling(
       fraction: Number of picks divided by the number of hidden units, at most 1.
       log_mean: Mean $\mu$ of $\log c$.
       log_std: Standard deviation $\sigma$ of $\log c$.
-      forward: The network, to be checked as in `rescale_units`.
+      forward: The network, which gives the order of the layers, and is checked as in
+        `rescale_units`.
       inputs: Inputs of the network.
 
     Returns:
@@ -191,8 +194,9 @@ def random_rescaling(
         )
     check_number("log_mean", log_mean)
     check_range("log_std", log_std, 0)
+    layers = chained_layers(params, forward, inputs)
     params = jax.tree.map(jnp.asarray, params)
-    layers, leaves = chained_layers(params), jax.tree.leaves(params)
+    leaves = jax.tree.leaves(params)
     widths = [leaves[layer.kernel].shape[-1] for layer in layers[:-1]]
     dtype = np.dtype(_dtype(leaves, layers))
     tiny = max(float(jnp.finfo(leaf.dtype).tiny) for leaf in leaves)

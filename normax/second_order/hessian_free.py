@@ -14,6 +14,7 @@ import optax
 
 from normax._core.axes import PyTree
 from normax._core.checks import check_learning_rate, check_range, requiring_params
+from normax._core.modules import refuse_modules
 from normax._core.norms import at_least_float32
 from normax._core.programs import is_float
 from normax.second_order.conjugate_gradients import inner
@@ -141,6 +142,7 @@ def hessian_free(
     check_range("cg_iterations", cg_iterations, low=1)
 
     def init_fn(params):
+        refuse_modules(params)
         dtype = _dtype(jax.tree.leaves(params))
         return HessianFreeState(
             count=jnp.zeros((), jnp.int32),

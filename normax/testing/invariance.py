@@ -14,6 +14,7 @@ from normax._core.comparisons import (
     maximum,
     named_leaves,
 )
+from normax._core.modules import refuse_modules
 from normax._core.norms import at_least_float32, inner_product, nonzero, vector_norm
 from normax._core.programs import compiled, full_precision
 from normax.invariance.rescalings import rescalings
@@ -136,6 +137,7 @@ def assert_scale_invariant(
     References:
       van Laarhoven, L2 Regularization versus Batch and Weight Normalization, 2017, §1.
     """
+    refuse_modules(params)
     compiled_fn = compiled(fn)
     expected = named_leaves("outputs", compiled_fn(params))
     comparisons = [
@@ -195,6 +197,7 @@ def assert_inverse_gradient_scaling(
     References:
       van Laarhoven, L2 Regularization versus Batch and Weight Normalization, 2017, §3.
     """
+    refuse_modules(params)
     gradient = jax.grad(compiled(loss_fn), allow_int=True)
     gradients = jax.tree.leaves(gradient(params))
     products = [
@@ -264,6 +267,7 @@ def assert_orthogonal_gradient(
     References:
       van Laarhoven, L2 Regularization versus Batch and Weight Normalization, 2017, §3.
     """
+    refuse_modules(params)
     gradients = jax.grad(compiled(loss_fn), allow_int=True)(params)
 
     def size(vector_axes, w, g):

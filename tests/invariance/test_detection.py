@@ -10,6 +10,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from flax.errors import TraceContextError
 
 import normax
 
@@ -294,15 +295,76 @@ def test_report(found):
     assert array.shape == (6, 8) and array.axes == "unit"
     assert array.radial < 1e-3 and array.change < 1e-3 and array.log10_chance < -5
     table = str(report)
-    assert table.splitlines()[0].split() == [*array._fields]
+    assert table.splitlines()[0].split() == [*array._fields[:-1]]
+    assert table.splitlines()[1].split() == ["at", "most", "3e-02", "1e-03", "allowed"]
     assert any(
         line.split()[:4] == [array.name, "(6,", "8)", "unit"]
         for line in table.splitlines()
     )
     plain = by_name["params['plain']['head']"]
-    assert (
-        plain.radial > 0.03 and np.isnan(plain.change) and np.isnan(plain.log10_chance)
-    )
+    assert plain.near > 0.03 and np.isnan([*plain[5:9]]).all()
+
+
+def test_the_numbers_shown_are_those_that_decided(found):
+    _, _, report = found
+    for array in report.arrays:
+        within = (
+            array.near <= report.near,
+            array.radial <= report.rtol,
+            array.change <= array.allowed,
+        )
+        assert all(within) == (array.axes != "none"), array
+        assert array.axes in ("none", array.tried)
+    # Its norm's epsilon is visible at the weights as they are, and decides nothing.
+    (embedding,) = (a for a in report.arrays if a.name.endswith("['embedding']"))
+    assert embedding.near > report.rtol >= embedding.radial
+
+
+# Derived by hand: kernel and bias before a layer norm; factors of products; and what
+# comes before and after a ReLU, or the weighted mean of an attention.
+GROUPS = {
+    "layer_norm_bias": [{"first/kernel": 1, "first/bias": 1}],
+    "attention": [
+        {"key_ln/scale": 1, "query_ln/scale": -1},
+        {"out/kernel": 1, "value/kernel": -1},
+    ],
+    "plain_attention": [
+        {"query/kernel": 1, "query/bias": 1, "key/kernel": -1},
+        {"value/kernel": 1, "value/bias": 1, "out/kernel": -1},
+    ],
+    "batch_norm": [{"gain": 1, "head": -1}],
+    "rms_norm": [{"gain": 1, "head": -1}],
+    "weight_norm": [{"gain": 1, "head": -1}],
+    "standardized": [{"gain": 1, "head": -1}],
+    "plain": [
+        {"first/kernel": 1, "first/bias": 1, "gain": -1},
+        {"first/kernel": 1, "first/bias": 1, "head": -1},
+    ],
+    "conv_batch": [{"layers_1/scale": 1, "layers_1/bias": 1, "layers_3/kernel": -1}],
+    "conv_instance": [{"layers_1/scale": 1, "layers_1/bias": 1, "layers_3/kernel": -1}],
+}
+
+
+def test_groups_of_arrays_that_are_scale_invariant_only_together(found):
+    _, _, report = found
+    rows = []
+    for group in report.groups:
+        paths = [path.removeprefix("params").strip("[']") for path in group.names]
+        names = [path.replace("']['", "/") for path in paths]
+        rows.append(dict(zip(names, group.powers, strict=True)))
+    wanted = [
+        {f"{name}/{path}": power for path, power in group.items()}
+        for name, groups in GROUPS.items()
+        for group in groups
+    ]
+    columns = sorted({name for group in [*rows, *wanted] for name in group})
+
+    def rank(groups):
+        table = [[group.get(name, 0) for name in columns] for group in groups]
+        return np.linalg.matrix_rank(np.array(table))
+
+    # Other combinations say the same.
+    assert len(rows) == len(wanted) == rank(rows) == rank(wanted) == rank(rows + wanted)
 
 
 ACTIVATIONS = {
@@ -341,7 +403,8 @@ def test_no_false_positives_in_a_thousand_layers():
             scale_variant, params, key=jax.random.key(seed)
         )
         assert words(report.axes) == {}
-        near += sum(array.radial < 0.03 for array in report.arrays)
+        near += sum(array.near < 0.03 for array in report.arrays)
+        assert report.groups == ()
         assert all(np.isnan(array.change) for array in report.arrays)
     # One gradient would be wrong this often; the second left none to be rescaled.
     assert near > 5
@@ -415,7 +478,7 @@ def test_arrays_without_influence():
     assert words(report.axes) == {}
     assert "nan" not in str(report)
     nothing = normax.scale_invariance_report(lambda _: jnp.ones([]), {}, key=KEY)
-    assert nothing == ({}, ())
+    assert nothing[:2] == ({}, ()) and nothing.groups == ()
 
 
 def test_dead_units_and_zeros_do_not_hide_the_others():
@@ -509,3 +572,74 @@ def test_arguments_that_cannot_be_right():
             normax.scale_invariant_axes(loss, arrays(), key=KEY, rtol=rtol)
     with pytest.raises(ValueError, match=r"outside jax\.jit"):
         jax.jit(lambda p: normax.scale_invariant_axes(loss, p, key=KEY))(arrays())
+
+
+def test_a_loss_that_updates_a_model_outside_is_told_how_to_merge():
+    rngs = nnx.Rngs(0)
+    model = nnx.Sequential(nnx.Linear(6, 8, rngs=rngs), nnx.BatchNorm(8, rngs=rngs))
+    graph, params, rest = nnx.split(model, nnx.Param, ...)
+
+    def closing(params):
+        nnx.update(model, params)
+        return squares(model(X))
+
+    def merging(params):
+        return squares(nnx.merge(graph, params, rest)(X))
+
+    for loss in (closing, merging, jax.jit(merging)):
+        for find in (normax.scale_invariant_axes, normax.scale_invariance_report):
+            with pytest.raises(ValueError, match=r"rest, copy=True\)") as error:
+                find(loss, params, key=KEY)
+            assert isinstance(error.value.__cause__, TraceContextError)
+
+
+COMPARED = {
+    "first": {"kernel": "layer", "bias": "layer"},
+    "gain": "none",
+    "head": (1,),
+    "second": "none",
+}
+
+
+def test_the_report_compares_with_axes_and_masks():
+    def loss(p):
+        z = batch_norm(X @ p["first"]["kernel"] + p["first"]["bias"][None])
+        return squares(
+            jnp.tanh(rms_norm(z * p["gain"][None] @ p["second"])) @ p["head"]
+        )
+
+    params = arrays(gain=(8,), second=(8, 8))
+    loss = jax.jit(loss)
+
+    def marks(compare):
+        report = normax.scale_invariance_report(loss, params, key=KEY, compare=compare)
+        marks = {row.name: row.difference for row in report.arrays if row.difference}
+        lines = str(report).splitlines()
+        for name, text in marks.items():
+            assert any(ln.startswith(name) and ln.endswith(text) for ln in lines)
+        assert str(report).count("<-") == len(marks)
+        return marks
+
+    kernel, second = "params['first']['kernel']", "params['second']"
+    head, gain = "params['head']", "params['gain']"
+    assert marks(COMPARED) == {
+        kernel: "yours takes axes (0, 1), but smaller vectors are scale-invariant",
+        "params['first']['bias']": "yours takes it, but it is not scale-invariant",
+        gain: "yours leaves it alone, but it is scale-invariant",
+        second: "yours leaves it alone, but it is scale-invariant",
+        head: "yours takes it, but it is not scale-invariant",
+    }
+    found = normax.scale_invariant_axes(loss, params, key=KEY)
+    assert marks(found) == {}
+    assert marks(normax.weight_decay_mask(found, params)) == {}
+    assert marks(True) == {
+        "params['first']['bias']": "yours takes it, but it is not scale-invariant",
+        head: "yours takes it, but it is not scale-invariant",
+    }
+    mask = {"first": True, "gain": False, "head": False, "second": True}
+    assert set(marks(mask)) == {"params['first']['bias']", gain}
+    columns = found | {"second": (0,)}
+    text = "yours takes axes (0,), but those are not scale-invariant"
+    assert marks(columns) == {second: text}
+    with pytest.raises(ValueError, match="prefix of the parameters"):
+        marks({"first": "unit"})

@@ -1134,3 +1134,63 @@ def test_inputs_of_an_explicit_mesh():
         for x in (jnp.ones((1, 4)), sharded):
             got = normax.path_norm(lambda w, x: x @ w, jnp.asarray(w), x)
             np.testing.assert_allclose(got, expected, 1e-6)
+
+
+@pytest.mark.devices(4)
+def test_networks_that_name_shardings():
+    mesh = jax.make_mesh((2, 2), ("x", "y"), (AxisType.Explicit,) * 2)
+    first, second = draw(4, 6), draw(6, 2)
+    stack = jnp.stack([draw(6, 6), draw(6, 6)])
+    params = {"first": first, "stack": stack, "second": second}
+
+    def plain(params, x):
+        h = relu(x @ params["first"])
+        h, _ = jax.lax.scan(lambda h, w: (relu(h @ w), None), h, params["stack"])
+        return h @ params["second"] * jnp.float32(0.5)
+
+    def sharded(params, x):
+        spec = P("x", "y")
+        h = relu(jnp.einsum("bi,ij->bj", x, params["first"], out_sharding=spec))
+        h = jax.sharding.reshard(h, P("x", None))
+
+        def layer(h, w):
+            h = jax.lax.dot_general(
+                h, w, (((1,), (0,)), ((), ())), out_sharding=P("x", None)
+            )
+            return relu(h), None
+
+        h, _ = jax.lax.scan(layer, h, params["stack"])
+        h = jnp.einsum("bi,ij->bj", h, params["second"], out_sharding=P("x", None))
+        return h * jnp.full(2, 0.5, out_sharding=P(None))[None]
+
+    batch = jnp.ones((8, 4))
+    norm = normax.path_norm(plain, params, batch)
+    scales = normax.path_scales(plain, params, batch)
+    tx = normax.scale_by_path_sgd(plain, batch)
+    updates, _ = tx.update(params, tx.init(params), params)
+    with jax.set_mesh(mesh):
+        specs = {"first": P(None, "y"), "stack": P(), "second": P("y")}
+        placed = {
+            name: jax.device_put(w, NamedSharding(mesh, specs[name]))
+            for name, w in params.items()
+        }
+        x = jax.device_put(batch, NamedSharding(mesh, P("x")))
+        sharded(placed, x)  # It is a network that JAX takes.
+        np.testing.assert_allclose(normax.path_norm(sharded, placed, x), norm, 1e-6)
+        found = normax.path_scales(sharded, placed, x)
+        chex.assert_trees_all_close(jax.device_get(found), scales, rtol=1e-6)
+        for every in (1, 2):
+            tx = normax.scale_by_path_sgd(sharded, x, update_every=every)
+            state, step = tx.init(placed), jax.jit(tx.update)
+            for _ in range(2):
+                got, state = step(placed, state, placed)
+            chex.assert_trees_all_close(jax.device_get(got), updates, rtol=1e-5)
+        wrong = lambda w, x: jnp.tanh(sharded(w, x))  # noqa: E731
+        with pytest.raises(ValueError, match="applies `tanh`"):
+            normax.path_norm(wrong, placed, x)
+
+        def broken(w, x):
+            raise KeyError("of the network itself")
+
+        with pytest.raises(KeyError, match="of the network itself"):
+            normax.path_norm(broken, placed, x)

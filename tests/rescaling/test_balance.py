@@ -307,3 +307,45 @@ def test_depth_and_layers_of_any_scale():
         v = np.sqrt(np.float64(w).T ** 2 @ v**2)
         log_norm, v = log_norm + np.log(np.max(v)), v / np.max(v)
     np.testing.assert_allclose(depth * np.log(m), log_norm, 1e-4, 1e-3)
+
+
+# Names whose order is not that of the layers, which the shapes do not show.
+ORDER = ("encoder", "body", "decoder")
+
+
+def ordered(params, x):
+    return forward([params[name] for name in ORDER], x)
+
+
+def test_the_order_of_layers_is_that_of_the_network():
+    with jax.enable_x64(True):
+        layers = draw(5, (3, 3, 3, 3), True)
+        params = dict(zip(ORDER, layers, strict=True))
+        x = np.random.default_rng(0).normal(size=(8, 3))
+        balanced = normax.rescaling.balance(params, forward=ordered, inputs=x)
+        np.testing.assert_allclose(ordered(balanced, x), ordered(params, x), 1e-10)
+        chain = [balanced[name] for name in ORDER]
+        least = np.exp(least_log_max_norm(layers, [dense, dense], 2.0))
+        np.testing.assert_allclose(normax.rescaling.max_norm(chain), least, 1e-7)
+        np.testing.assert_allclose(unit_norms(chain, 2)[:6], least, 1e-7)
+        by_names = normax.rescaling.balance(params)
+        assert not np.allclose(ordered(by_names, x), ordered(params, x), rtol=0.1)
+        # Kernels and biases in one group, whose names say nothing of their pairs.
+        flat = {"c": layers[0]["kernel"], "a": layers[1]["kernel"]} | {
+            "d": layers[0]["bias"], "e": layers[1]["bias"]
+        }  # fmt: skip
+
+        def two(w, x):
+            return jax.nn.relu(x @ w["c"] + w["d"][None]) @ w["a"] + w["e"][None]
+
+        for change in (
+            normax.rescaling.balance,
+            lambda *a, **k: normax.rescaling.rescale_units(*a, [[2.0, 3.0, 4.0]], **k),
+            lambda *a, **k: normax.rescaling.random_rescaling(
+                jax.random.key(0), *a, fraction=1.0, **k
+            ),
+        ):
+            shape = jax.ShapeDtypeStruct(x.shape, x.dtype)
+            other = change(flat, forward=two, inputs=shape)
+            assert not np.allclose(other["c"], flat["c"])
+            np.testing.assert_allclose(two(other, x), two(flat, x), 1e-10)

@@ -382,8 +382,15 @@ def test_forward_is_checked():
             dict(zip(params, reversed(params.values()), strict=True)), x
         )
 
+    turned = normax.rescaling.balance(SQUARE, forward=reversed_order, **given)
+    assert_close(reversed_order(turned, x), reversed_order(SQUARE, x), 3e-6)
+
+    def exchanged(params, x):
+        return jax.nn.relu(x @ params["a"])[:, ::-1] @ params["b"]
+
     with pytest.raises(ValueError, match="not what the next kernel"):
-        normax.rescaling.balance(SQUARE, forward=reversed_order, **given)
+        pair = {"a": SQUARE["Dense_0"], "b": SQUARE["Dense_1"]}
+        normax.rescaling.balance(pair, forward=exchanged, **given)
 
     def large(params, x):
         return stack(jax.nn.relu)(params, x * 1e12) * 1e-12
