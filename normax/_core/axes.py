@@ -255,6 +255,7 @@ def resolve_mask(mask: Mask, params: PyTree) -> list[bool]:
 
 def check_shapes(params: PyTree, updates: PyTree) -> None:
     """Raise unless every update has the shape of its array; None means no update."""
+    refuse_modules(params)
     treedef: Any
     named, treedef = jax.tree_util.tree_flatten_with_path(params)
     for (path, w), u in zip(named, treedef.flatten_up_to(updates), strict=True):
