@@ -42,7 +42,7 @@ def check_learning_rate(value: Any) -> None:
 
 def nearest(name: Any, known: Iterable[str], otherwise: str) -> str:
     """Return what to do about an unknown name: take the nearest one, if any is near."""
-    near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
+    near = difflib.get_close_matches(str(name).lower(), known, n=1, cutoff=0.5)
     return f"did you mean {near[0]}?" if near else otherwise
 
 

@@ -25,13 +25,16 @@ def _tuple(value: Any) -> tuple[Any, ...]:
     return tuple(value) if isinstance(value, Sequence) else (value,)
 
 
-def vector_axes(module: Any, name: str, rank: int) -> tuple[int, ...] | None:
+def vector_axes(
+    module: Any, name: str, rank: int, equation: str | None = None
+) -> tuple[int, ...] | None:
     """Return the axes that the module sums over, or None where it does not sum.
 
     Args:
       module: A Flax module, of NNX or Linen.
       name: What the module calls the parameter.
       rank: Rank of the parameter, without axes that stack several modules.
+      equation: That of a call, for an `Einsum` without one of its own.
     """
     match module:
         case nnx.Embed() | linen.Embed():
@@ -47,11 +50,7 @@ def vector_axes(module: Any, name: str, rank: int) -> tuple[int, ...] | None:
             batch, features = _tuple(module.batch_dims), _tuple(module.features)
             return _between(len(batch), len(features), rank)
         case nnx.Einsum() | linen.Einsum():
-            if not module.einsum_str:  # each call brings its own equation
-                return tuple(range(rank - 1))
-            operands, result = module.einsum_str.replace(" ", "").split("->")
-            kernel = operands.split(",")[1]
-            return tuple(i for i, letter in enumerate(kernel) if letter not in result)
+            return _contracted(module.einsum_str or equation, rank)
         case (
             nnx.ConvTranspose(transpose_kernel=True)
             | linen.ConvTranspose(transpose_kernel=True)
@@ -62,12 +61,24 @@ def vector_axes(module: Any, name: str, rank: int) -> tuple[int, ...] | None:
     return tuple(range(rank - 1)) if isinstance(module, _MATRICES) else None
 
 
+def _contracted(equation: str | None, rank: int) -> tuple[int, ...] | None:
+    """Return the axes of the second operand that are not in the result."""
+    if equation is None:
+        return None
+    operands, result = equation.replace(" ", "").split("->")
+    before, dots, after = operands.split(",")[1].partition("...")
+    # The axes of an ellipsis stay in the result.
+    kept = "." * (rank - len(before + after)) if dots else ""
+    letters = enumerate(before + kept + after)
+    return tuple(i for i, letter in letters if letter not in result + ".")
+
+
 def _between(batch: int, features: int, rank: int) -> tuple[int, ...]:
     return tuple(range(batch, rank - features))
 
 
 def _shape_of_one(module: Any, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Return the shape of an NNX module's kernel as it was before stacking."""
+    """Return the shape of an NNX module's parameter as it was before stacking."""
     match module:
         case nnx.Linear():
             return module.in_features, module.out_features
@@ -98,10 +109,10 @@ def nnx_vector_axes(model: nnx.Module) -> dict[KeyPath, Axes]:
     modules = dict(nnx.iter_graph(model))
     found: dict[KeyPath, Axes] = {}
     for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param)):
-        (array,) = jax.tree.leaves(variable)  # its shape may be all there is
-        shape = array.shape
-        module = modules.get(path[:-1])
+        leaves = jax.tree.leaves(variable)  # a shape may be all there is of it
+        shape = leaves[0].shape if leaves else ()
+        module, name = modules.get(path[:-1]), str(path[-1])
         one = _shape_of_one(module, shape)
-        axes = vector_axes(module, str(path[-1]), len(one))
+        axes = vector_axes(module, name, len(one))
         found[path] = "none" if axes is None else within(axes, one, shape)
     return found

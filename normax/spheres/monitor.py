@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import lax
 
@@ -21,6 +22,7 @@ class MonitorWeightDynamicsState(NamedTuple):
 
     Attributes:
       steps: Number of updates so far, int32 of shape ().
+      measured: Number of updates before the last one that was measured.
       total_weight: Sum of the weights $\beta^{t-s}$ of the averages.
       weight_norm: Averages of `normax.weight_norm`, before the updates.
       relative_update: Averages of `normax.relative_update`.
@@ -31,6 +33,7 @@ class MonitorWeightDynamicsState(NamedTuple):
     """
 
     steps: jax.Array
+    measured: jax.Array
     total_weight: jax.Array
     weight_norm: PyTree
     relative_update: PyTree
@@ -54,14 +57,23 @@ def _is_rounded(w: jax.Array) -> bool:
     return jnp.finfo(w.dtype).bits < 32
 
 
+def _rounded(x: jax.Array, dtype: Any) -> jax.Array:
+    """Round as a narrower dtype does; XLA leaves out a conversion there and back."""
+    info = jnp.finfo(dtype)
+    rounded = lax.reduce_precision(x, info.nexp, info.nmant)
+    if info.tiny == jnp.finfo(x.dtype).tiny:
+        return rounded
+    # The narrower dtype has subnormal numbers here, which `reduce_precision` has not.
+    step = float(info.smallest_subnormal)
+    return jnp.where(jnp.abs(x) < info.tiny, jnp.round(x / step) * step, rounded)
+
+
 def _applied(w: jax.Array, u: jax.Array) -> tuple[jax.Array, Any, Any]:
     """Return weights, what `optax.apply_updates` adds to them, and what is lost."""
     x, step = at_least_float32(w, u)
     if not _is_rounded(w):
         return x, step, None
-    info = jnp.finfo(w.dtype)
-    # A conversion there and back would be no rounding, since XLA leaves both out.
-    applied = lax.reduce_precision(x + step, info.nexp, info.nmant) - x
+    applied = _rounded(x + step, w.dtype) - x
     wanted = step != 0
     lost = jnp.sum(wanted & (applied == 0), dtype=jnp.float32)
     return x, applied, lost / jnp.maximum(jnp.sum(wanted, dtype=jnp.float32), 1)
@@ -88,9 +100,10 @@ def monitor_weight_dynamics(
     $$\bar x_t = \sum_{s \le t} \beta^{t-s} x_s \Big/ \sum_{s \le t} \beta^{t-s}$$
 
     is the average of a measure $x$ over the steps that are measured. Place it last in a
-    chain. Where parameters are in half precision, it measures the update that is left
-    after `optax.apply_updates` has rounded the sum. Arrays left alone have None for
-    measures. An array whose update is None keeps its last measures.
+    chain, and inside of `optax.MultiSteps`. Where parameters are in half precision, it
+    measures the update that is left after `optax.apply_updates` has rounded the sum.
+    Arrays left alone have None for measures, and an array whose update is None keeps
+    its last measures. Averages over a NaN stay NaN.
 
     Args:
       axes: Which entries form one weight vector, as in `weight_norm`.
@@ -120,6 +133,10 @@ def monitor_weight_dynamics(
     check_axes(axes)
     check_range("decay", decay, low=0, below=1)
     check_range("every", every, low=1)
+    if not isinstance(every, jax.core.Tracer) and np.any(np.asarray(every) % 1):
+        raise ValueError(
+            f"every must be a whole number of steps, got {every}; round it."
+        )
 
     def init_fn(params):
         norms = weight_norm(params, axes)
@@ -130,6 +147,7 @@ def monitor_weight_dynamics(
         # The trees of zeros differ, because a buffer cannot be donated twice.
         return MonitorWeightDynamicsState(
             steps=jnp.zeros([], jnp.int32),
+            measured=jnp.zeros([], jnp.int32),
             total_weight=jnp.zeros([], jnp.float32),
             weight_norm=norms,
             relative_update=jax.tree.map(jnp.zeros_like, norms),
@@ -169,7 +187,9 @@ def monitor_weight_dynamics(
             )
             for name in AVERAGED
         }
-        state = state._replace(total_weight=total_weight, **averages)
+        state = state._replace(
+            measured=state.steps, total_weight=total_weight, **averages
+        )
         return field("update"), state
 
     def update_fn(updates, state, params=None, **extra_args):

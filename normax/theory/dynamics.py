@@ -5,14 +5,16 @@ import warnings
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 import rich.box
 import rich.console
+import rich.markup
 import rich.table
 
 from normax._core.axes import PyTree, names_of
+from normax._core.checks import check_positive
+from normax._core.norms import vector_norm
 from normax.spheres.monitor import AVERAGED, MonitorWeightDynamicsState
 from normax.theory.rules import UPDATE_RULES
 from normax.theory.update_rule import UpdateRule
@@ -67,7 +69,7 @@ class DynamicsTable(NamedTuple):
         for row in self.arrays:
             numbers = row[2:5]
             table.add_row(
-                row.name,
+                rich.markup.escape(row.name),
                 ", ".join(map(str, row.axes)),
                 *("" if np.isnan(x) else f"{x:.3g}" for x in numbers),
                 "" if np.isnan(row.steps_left) else f"{row.steps_left:.0f}",
@@ -76,7 +78,8 @@ class DynamicsTable(NamedTuple):
         return table
 
     def __str__(self) -> str:
-        console = rich.console.Console(file=io.StringIO(), width=120)
+        longest = max((len(row.name) for row in self.arrays), default=0)
+        console = rich.console.Console(file=io.StringIO(), width=100 + longest)
         with console.capture() as captured:
             console.print(self)
         return captured.get().rstrip()
@@ -99,7 +102,13 @@ def _monitors(opt_state: PyTree) -> list[MonitorWeightDynamicsState]:
 
 def _by_name(tree: PyTree) -> dict[str, jax.Array]:
     leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {"/".join(names_of(path)) or "params": leaf for path, leaf in leaves}
+    named = [("/".join(names_of(path)) or "params", leaf) for path, leaf in leaves]
+    return {name: leaf for name, leaf in named if leaf.size}
+
+
+def _scalar(values: jax.Array) -> jax.Array:
+    """Return the root of the mean square, in the range of the values themselves."""
+    return vector_norm(values.ravel(), (0,))[0] / values.size**0.5
 
 
 def dynamics_scalars(opt_state: PyTree, prefix: str = "dynamics/") -> dict[str, Any]:
@@ -132,50 +141,106 @@ def dynamics_scalars(opt_state: PyTree, prefix: str = "dynamics/") -> dict[str, 
     References:
       Kosson, Messmer, Jaggi, Rotational Equilibrium, 2024, arXiv:2305.17212.
     """
-    return {
-        f"{prefix}{name}/{measure}": jnp.sqrt(jnp.mean(jnp.square(values)))
-        for state in _monitors(opt_state)
-        for measure in AVERAGED
-        for name, values in _by_name(getattr(state, measure)).items()
-    }
+    scalars: dict[str, Any] = {}
+    for state in _monitors(opt_state):
+        for measure in AVERAGED:
+            for name, values in _by_name(getattr(state, measure)).items():
+                label = f"{prefix}{name}/{measure}"
+                if label in scalars:
+                    raise ValueError(
+                        f"names must be different, but {label} stands twice in "
+                        "opt_state; pass the state of one monitor at a time."
+                    )
+                scalars[label] = _scalar(values)
+    return scalars
 
 
-def _steps_left(
-    rule: UpdateRule,
-    excess: float,
-    rates: tuple[Any, Any],
-    hyperparameters: dict[str, Any],
-) -> float:
-    r"""Return the steps until equilibrium, from how much faster a vector turns.
+class _Prediction:
+    """What a rule and its rates say of arrays that the monitor has measured."""
 
-    The angle per step is in proportion to $\|w\|^{-p}$. So the norm is
-    $\text{excess}^{-1/p}$ times that of equilibrium, whatever the gradient is.
-    """
-    if not (rule.norm_power and np.isfinite(excess) and excess > 0):
-        return np.nan
-    # The norm in equilibrium depends on these, but its ratio to today's does not.
-    given = (*rates, 1.0, 1.0)
-    settled = rule.equilibrium_norm(*given, **hyperparameters)
-    start = settled * excess ** (-1 / rule.norm_power)
-    return float(rule.equilibrium_time(*given, initial_norm=start, **hyperparameters))
+    def __init__(self, rule, rates, hyperparameters, step):
+        """Take a schedule at the step that was measured."""
+        self.rotation, self.reason = np.nan, ""
+        self.rule, self.hyperparameters = rule, hyperparameters
+        if rule is None:
+            return
+        learning_rate, weight_decay = rates
+        if callable(learning_rate):
+            learning_rate = learning_rate(step)
+        if rule.theory is None:
+            self.reason = f"{rule.name} has no equilibrium"
+        elif rule.rotation_needs:
+            self.reason = f"depends on the {rule.rotation_needs[0]}".replace("_", " ")
+        elif float(learning_rate) == 0:
+            self.reason = "the learning rate is 0"
+        else:
+            check_positive("weight_decay", weight_decay)
+            self.rates = learning_rate, weight_decay
+            predicted = rule.equilibrium_rotation(*self.rates, **hyperparameters)
+            self.rotation = float(predicted)
+
+    def steps_left(self, excess: float) -> float:
+        r"""Return the steps until equilibrium, from how much faster a vector turns.
+
+        The angle per step is in proportion to $\|w\|^{-p}$. So the norm is
+        $\text{excess}^{-1/p}$ times that of equilibrium, whatever the gradient is.
+        """
+        if not (np.isfinite(excess) and excess > 0 and self.rule.norm_power):
+            return np.nan
+        # The norm in equilibrium depends on these, but its ratio to today's does not.
+        given = (*self.rates, 1.0, 1.0)
+        settled = self.rule.equilibrium_norm(*given, **self.hyperparameters)
+        start = settled * excess ** (-1 / self.rule.norm_power)
+        time = self.rule.equilibrium_time
+        return float(time(*given, initial_norm=start, **self.hyperparameters))
+
+    def verdict(self, norm: float, angle: float, steps_left: float, lost: float) -> str:
+        """Say what the numbers of one array mean."""
+        excess = angle / self.rotation
+        if not (np.isfinite(norm) and np.isfinite(angle)):
+            return "not finite"
+        if norm == 0:
+            return "all weights are 0"
+        if lost > _LOST:
+            return (
+                f"{lost:.0%} of the updates are rounded away: keep float32 parameters"
+            )
+        if np.isnan(excess):
+            return self.reason
+        if excess == 0:
+            return "does not turn"
+        if steps_left == 0:
+            return "in equilibrium"
+        if excess > 1:
+            return f"{excess:.2g} times too fast: should grow"
+        return f"{1 / excess:.2g} times too slow: should shrink"
 
 
-def _verdict(norm: float, excess: float, steps_left: float, lost: float) -> str:
-    if not np.isfinite(norm):
-        return "not finite"
-    if norm == 0:
-        return "all weights are 0"
-    if lost > _LOST:
-        return f"{lost:.0%} of the updates are rounded away: keep float32 parameters"
-    if np.isnan(excess):
-        return ""
-    if excess == 0:
-        return "does not turn"
-    if steps_left == 0:
-        return "in equilibrium"
-    if excess > 1:
-        return f"{excess:.2g} times too fast: the norm grows"
-    return f"{1 / excess:.2g} times too slow: the norm falls"
+def _rule_of(
+    rule: str | UpdateRule | None, rates: tuple[Any, Any], hyperparameters: Any
+) -> UpdateRule | None:
+    """Return the rule, or raise unless all of them fit together."""
+    if isinstance(rule, str):
+        rule = UPDATE_RULES[rule]
+    if rule is None:
+        if hyperparameters or rates != (None, None):
+            raise ValueError(
+                f"rates belong to a rule, but rule is None and learning_rate, "
+                f"weight_decay are {rates}; name one of {', '.join(UPDATE_RULES)}."
+            )
+        return None
+    if not isinstance(rule, UpdateRule):
+        raise ValueError(
+            f"rule must be one of {', '.join(UPDATE_RULES)}, or None, got {rule!r}; "
+            "pass its name."
+        )
+    if None in rates:
+        raise ValueError(
+            f"the equilibrium of {rule.name} depends on both rates, but learning_rate "
+            f"is {rates[0]} and weight_decay {rates[1]}; pass both."
+        )
+    rule._values(hyperparameters)  # refuses unknown ones
+    return rule
 
 
 def dynamics_table(
@@ -191,13 +256,14 @@ def dynamics_table(
     \|w\| / \|w\|_\mathrm{eq} = (\theta / \theta_\mathrm{eq})^{-1/p}$$
 
     with $\eta_\mathrm{eff} = \eta / \|w\|^p$. So the measured angle says how far the
-    norm is from its equilibrium. A warning is given where parameters in half precision
-    round most of their updates away.
+    norm is from its equilibrium. That holds for arrays that are scale-invariant and
+    decay; the norm of others, such as an output layer, goes its own way. A warning is
+    given where parameters in half precision round most of their updates away.
 
     Args:
       opt_state: State of an optimizer, which holds that of `monitor_weight_dynamics`.
       rule: The update rule, of `UPDATE_RULES`, or its name; None to predict nothing.
-      learning_rate: Learning rate; a schedule is taken at the last step.
+      learning_rate: Learning rate; a schedule is taken at the step that was measured.
       weight_decay: Weight decay.
       **hyperparameters: Those of the rule, with its defaults.
 
@@ -205,8 +271,8 @@ def dynamics_table(
       A table; `str` of it prints, and `arrays` holds its lines.
 
     Raises:
-      ValueError: `opt_state` holds no state of the monitor, or a rule comes without its
-        rates.
+      ValueError: `opt_state` holds no state of the monitor, that of several runs, or
+        two of one array; or rule, rates and hyperparameters do not fit.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -216,49 +282,41 @@ def dynamics_table(
       >>> _, state = tx.update(updates, tx.init(params), params)
       >>> table = normax.dynamics_table(state, "adamw", 1e-3, 0.1)
       >>> table.arrays[0].verdict
-      '31 times too fast: the norm grows'
+      '31 times too fast: should grow'
 
     References:
       Kosson, Messmer, Jaggi, Rotational Equilibrium, 2024, arXiv:2305.17212.
     """
-    if isinstance(rule, str):
-        rule = UPDATE_RULES[rule]
-    if rule is not None and (learning_rate is None or weight_decay is None):
-        raise ValueError(
-            f"the equilibrium of {rule.name} depends on both rates, but learning_rate "
-            f"is {learning_rate} and weight_decay {weight_decay}; pass both."
-        )
-    monitors = _monitors(opt_state)
-    steps = max(int(state.steps) for state in monitors)
-    if callable(learning_rate):
-        learning_rate = learning_rate(max(steps - 1, 0))
-    predicted = np.nan
-    rates = learning_rate, weight_decay
-    if rule is not None and not rule.rotation_needs:
-        rotation: Any = rule.equilibrium_rotation
-        predicted = float(rotation(*rates, **hyperparameters))
-    scalars = dynamics_scalars(opt_state, prefix="")
+    known = _rule_of(rule, (learning_rate, weight_decay), hyperparameters)
     rows = []
+    monitors = _monitors(opt_state)
     for state in monitors:
-        for name, axes in _by_name(state.axes).items():
+        if isinstance(state.steps, jax.core.Tracer) or np.ndim(state.steps):
+            raise ValueError(
+                "opt_state must be that of one run, outside of jax.jit, but its steps "
+                f"are {state.steps}; index the runs, or log dynamics_scalars."
+            )
+        rates = learning_rate, weight_decay
+        theory = _Prediction(known, rates, hyperparameters, int(state.measured))
+        scalars = dynamics_scalars(state, prefix="")
+        for name in _by_name(state.weight_norm):
+            axes = _by_name(state.axes)[name]
             norm, _, angle, lost = (
                 float(scalars.get(f"{name}/{measure}", 0)) for measure in AVERAGED
             )
-            excess = angle / predicted
-            left = np.nan
-            if rule is not None and not np.isnan(predicted):
-                left = _steps_left(rule, excess, rates, hyperparameters)
-            numbers = norm, angle, predicted, left, lost
-            verdict = _verdict(norm, excess, left, lost)
-            where = tuple(map(int, np.ravel(axes)))
-            rows.append(ArrayDynamics(name, where, *numbers, verdict))
+            left = theory.steps_left(angle / theory.rotation)
+            verdict = theory.verdict(norm, angle, left, lost)
+            if state.steps == 0:
+                verdict = "not measured yet"
+            numbers = norm, angle, theory.rotation, left, lost
+            rows.append(ArrayDynamics(name, tuple(axes.tolist()), *numbers, verdict))
     worst = max(rows, key=lambda row: row.rounded_away, default=None)
     if worst and worst.rounded_away > _LOST:
         warnings.warn(
-            f"rounding undoes {worst.rounded_away:.0%} of the updates of {worst.name}: "
+            f"rounding undoes most of the updates of {worst.name}: "
             "decay and step lie below half a unit in the last place of its dtype; keep "
             "the parameters in float32 and compute in half precision, in Flax by "
             "param_dtype=jnp.float32 and dtype=jnp.bfloat16.",
             stacklevel=2,
         )
-    return DynamicsTable(steps, tuple(rows))
+    return DynamicsTable(max(int(state.steps) for state in monitors), tuple(rows))

@@ -230,6 +230,10 @@ def test_the_axes_fit_an_optimizer_and_plain_trees():
     [
         (lambda: unit_axes(cast(Any, {"kernel": 0})), "got dict.*pass the nnx"),
         (
+            lambda: unit_axes(nnx.bridge.ToNNX(nn.Dense(3))),
+            "holds a ToNNX; take the axes of the module that it wraps",
+        ),
+        (
             lambda: unit_axes(nnx.Linear(2, 2, rngs=nnx.Rngs(0)), jnp.ones(2)),
             "got 1 inputs for Linear; pass the model alone",
         ),
@@ -238,3 +242,41 @@ def test_the_axes_fit_an_optimizer_and_plain_trees():
 def test_what_is_no_model_raises(call, message):
     with pytest.raises(TypeError, match=message):
         call()
+
+
+class Jitted(nn.Module):
+    """Two equal layers that are compiled once."""
+
+    @nn.compact
+    def __call__(self, x):
+        layer = nn.jit(LinenBlock)
+        return layer(name="second")(layer(name="first")(x, None)[0], None)[0]
+
+
+def test_what_is_compiled_once_is_seen_every_time():
+    x = jax.ShapeDtypeStruct((2, 3, 4), jnp.float32)
+    for _ in range(2):
+        axes = unit_axes(Jitted(), x)
+        assert axes["first"] == axes["second"]
+        assert axes["first"]["Dense_0"] == {"kernel": (0,), "bias": "none"}
+
+
+def test_equations():
+    x = jax.ShapeDtypeStruct((2, 5, 4), jnp.float32)
+    einsum = nn.Einsum((3, 4), use_bias=False)
+    assert unit_axes(einsum, x, "bsd,fd->bsf") == {"kernel": (1,)}
+    assert unit_axes(einsum, x, einsum_str="bsd,fd->bsf") == {"kernel": (1,)}
+    dots = nn.Einsum((5, 4, 3), "b...d,...df->b...f", use_bias=False)
+    assert unit_axes(dots, x) == {"kernel": (1,)}
+
+
+def test_arrays_under_two_names_and_under_none():
+    class Shared(nnx.Module):
+        def __init__(self):
+            self.a = nnx.Linear(4, 4, rngs=nnx.Rngs(0))
+            self.nothing = nnx.Param(None)
+            self.b = normax.nn.WeightNorm(self.a)
+
+    model = Shared()
+    norms = normax.weight_norm(nnx.state(model, nnx.Param), unit_axes(model))
+    assert [x.shape for x in jax.tree.leaves(norms)] == [(4,)]

@@ -246,6 +246,18 @@ def test_weights_that_do_not_move_are_not_said_to_move():
     assert np.all(state.relative_update > 1e-6) and state.rounded_away is None
 
 
+@pytest.mark.parametrize("size", [1.0, 3e-5, 3e-7])
+@pytest.mark.parametrize("step", [0.0, 0.1, 0.01])
+def test_float16_has_subnormal_numbers(size, step):
+    w = (size * draw((64, 2))).astype(jnp.float16)
+    u = (step * size * draw((64, 2), seed=1)).astype(jnp.float16)
+    tx = normax.monitor_weight_dynamics()
+    _, state = tx.update(u, tx.init(w), w)
+    before, after = (np.asarray(x, np.float64) for x in (w, optax.apply_updates(w, u)))
+    _, relative, _ = exact(before, after - before, (0,))
+    np.testing.assert_allclose(state.relative_update, relative, rtol=1e-5, atol=1e-9)
+
+
 def test_the_state_says_which_axes_were_measured():
     params = {"a": draw((4, 3)), "b": draw((2, 3, 4, 5)), "c": draw((3,))}
     state = normax.monitor_weight_dynamics({"a": (1,), "b": "unit", "c": "none"}).init(
@@ -259,3 +271,5 @@ def test_the_state_says_which_axes_were_measured():
 def test_every_below_one_raises(every):
     with pytest.raises(ValueError, match="every must be at least 1 and finite, got"):
         normax.monitor_weight_dynamics(every=every)
+    with pytest.raises(ValueError, match="whole number of steps, got 2"):
+        normax.monitor_weight_dynamics(every=2.5)
