@@ -184,7 +184,9 @@ def one_explicit_device() -> Iterator[None]:
 
 def shape_of(leaf: Any) -> Any:
     """Return the shape and dtype of an array, without the mesh that it lies on."""
-    return jax.ShapeDtypeStruct(np.shape(leaf), jax.dtypes.result_type(leaf))
+    dtype = getattr(leaf, "dtype", None)  # of random keys as well
+    dtype = jax.dtypes.result_type(leaf) if dtype is None else dtype
+    return jax.ShapeDtypeStruct(np.shape(leaf), dtype)
 
 
 _LAYOUTS = ("mesh_cast", "reshard", "sharding_constraint")

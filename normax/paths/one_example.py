@@ -28,6 +28,13 @@ from normax.paths.primitive_spec import SPECS
 Forward = Callable[..., PyTree]  # of params, inputs, and what `forward_args` holds
 
 
+_SHARDINGS = (
+    "normax can trace a network that names shardings if it names them by a "
+    "PartitionSpec, not a NamedSharding, and closes over no array on the mesh; let "
+    "such an array be a parameter, or hand it to Path-SGD as one of forward_args."
+)
+
+
 def _mixes(jaxpr: Jaxpr) -> list[tuple[str, tuple[int, ...]]]:
     """Return the primitives of a program that mix entries, and along what lengths."""
     mixes = []
@@ -58,7 +65,9 @@ def _trace(
             shapes = jax.tree.map(shape_of, (params, inputs, *args))
             try:
                 return trace(*shapes)
-            except Exception:  # the network fails on any mesh
+            except Exception as other:
+                if str(other) != str(reason):  # or else the network fails on any mesh
+                    reason.add_note(_SHARDINGS)
                 raise reason from None
 
 

@@ -39,26 +39,13 @@ class PathProgram(NamedTuple):
         they are; functions of the parameters and the power.
       power: The power, if it is an array.
       network: The network, which the programs do not keep alive.
+      takes_more: Whether it needs more arguments than parameters and inputs.
     """
 
     programs: Programs
     power: tuple[jax.typing.ArrayLike, ...]
     network: Any
-
-    @property
-    def takes_more(self) -> bool:
-        """Whether the network needs more arguments than parameters and inputs."""
-        if self.network is dense_stack:
-            return False
-        try:
-            signature = inspect.signature(self.network)
-        except (TypeError, ValueError):  # Some functions that are not Python's.
-            return False
-        try:
-            signature.bind(None, None)
-        except TypeError:
-            return True
-        return False
+    takes_more: bool
 
     def check_args(self, args: Args) -> None:
         """Raise unless the network gets the arguments that it needs."""
@@ -103,6 +90,21 @@ class PathProgram(NamedTuple):
         if jax.tree.leaves(params):
             return self.programs[1](due, (params, self.power, args), kept)
         return self.roots(params, args)
+
+
+def _takes_more(network: Any) -> bool:
+    """Return whether a network needs more arguments than parameters and inputs."""
+    if network is dense_stack:
+        return False
+    try:
+        signature = inspect.signature(network)
+    except (TypeError, ValueError):  # Some functions that are not Python's.
+        return False
+    try:
+        signature.bind(None, None)
+    except TypeError:
+        return True
+    return False
 
 
 def _floats(params: PyTree) -> list[jax.Array]:
@@ -193,13 +195,15 @@ def path_program(
     power = () if isinstance(p, int | float) else (p,)
     number = None if power else p
     key = (number, structure, tuple(key for _, key in fixed))
+    takes_more = _takes_more(network)
     try:
         hash(key)
         programs = kept_with(network)
         # A strong reference would keep the network, and so its programs, alive.
         reference: Callable[[], Any] = weakref.ref(network)
     except TypeError:  # No hash, or no weak references: this one is not kept.
-        return PathProgram(_compile(lambda: network, inputs, number), power, network)
+        compiled = _compile(lambda: network, inputs, number)
+        return PathProgram(compiled, power, network, takes_more)
     if key not in programs:
         programs[key] = _compile(reference, inputs, number)
-    return PathProgram(programs[key], power, network)
+    return PathProgram(programs[key], power, network, takes_more)

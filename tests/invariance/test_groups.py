@@ -7,7 +7,7 @@ import pytest
 
 import normax
 
-pytestmark = [pytest.mark.usefixtures("quick_compilation")]
+pytestmark = [pytest.mark.usefixtures("quick_compilation"), pytest.mark.few_rows(3)]
 KEY = jax.random.key(4)
 X = np.random.default_rng(0).normal(size=(32, 6)).astype(np.float32)
 
@@ -139,6 +139,22 @@ def test_arrays_that_are_invariant_alone_are_in_no_group():
     )
 
 
+def test_groups_are_rejected_if_rescaling_changes_the_loss():
+    # The gradient is that of an invariant function; rounding adds to the loss alone.
+    def loss(p):
+        rounded = jax.lax.stop_gradient(jnp.round(4 * p["kernel"]))
+        return with_bias(p) + p["size"] * jnp.mean(jnp.sin(rounded))
+
+    params = arrays(**ONE)
+    (group,) = normax.scale_invariance_report(
+        loss, params | {"size": 0}, key=KEY
+    ).groups
+    assert set(group.names) == {"params['bias']", "params['kernel']"}
+    report = normax.scale_invariance_report(loss, params | {"size": 1}, key=KEY)
+    assert report.groups == ()
+
+
+@pytest.mark.slow
 def test_more_arrays_than_can_be_told_apart():
     params = {str(i): jnp.float32(1 + i / 100) for i in range(129)}
     loss = lambda p: sum(jnp.sin(w) for w in p.values())  # noqa: E731

@@ -65,13 +65,14 @@ def test_each_step_has_the_statistics_of_that_step(update_every):
             lambda g, s: np.float32(g / s), grads, scales_in_float64(*known)
         )
         chex.assert_trees_all_close(updates, expected, rtol=1e-5)
-        # A new transformation whose network closes over the statistics of the step.
-        fresh = normax.scale_by_path_sgd(
-            lambda params, x: normalized(params, x, known[1]),  # noqa: B023
-            X,
-        )
-        again, _ = fresh.update(grads, fresh.init(known[0]), known[0])
-        chex.assert_trees_all_close(updates, again, rtol=1e-5)
+        if step == 4:
+            # A new transformation whose network closes over the statistics of the step.
+            fresh = normax.scale_by_path_sgd(
+                lambda params, x: normalized(params, x, known[1]),  # noqa: B023
+                X,
+            )
+            again, _ = fresh.update(grads, fresh.init(known[0]), known[0])
+            chex.assert_trees_all_close(updates, again, rtol=1e-5)
         assert jax.tree.map(jnp.shape, state) == start
         chex.assert_trees_all_equal_dtypes(state, tx.init(params))
         traced = traced or len(calls)
@@ -199,6 +200,7 @@ def test_nnx_optimizer_with_running_statistics():
     chex.assert_trees_all_close(moved, updates, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_linen_with_running_statistics():
     class Model(nn.Module):
         @nn.compact

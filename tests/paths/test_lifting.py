@@ -1137,6 +1137,21 @@ def test_inputs_of_an_explicit_mesh():
 
 
 @pytest.mark.devices(4)
+def test_an_einsum_that_names_its_sharding():
+    mesh = jax.make_mesh((4,), ("x",), (AxisType.Explicit,))
+    w = draw(4, 4)
+
+    def network(w, x):
+        return jnp.einsum("bi,ij->bj", x, w, out_sharding=P("x", None))
+
+    with jax.set_mesh(mesh):
+        x = jax.ShapeDtypeStruct((8, 4), jnp.float32)
+        got = normax.path_norm(network, jnp.asarray(w), x)
+    np.testing.assert_allclose(got, np.linalg.norm(w), 1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.devices(4)
 def test_networks_that_name_shardings():
     mesh = jax.make_mesh((2, 2), ("x", "y"), (AxisType.Explicit,) * 2)
     first, second = draw(4, 6), draw(6, 2)
@@ -1161,7 +1176,7 @@ def test_networks_that_name_shardings():
 
         h, _ = jax.lax.scan(layer, h, params["stack"])
         h = jnp.einsum("bi,ij->bj", h, params["second"], out_sharding=P("x", None))
-        return h * jnp.full(2, 0.5, out_sharding=P(None))[None]
+        return h * jax.sharding.reshard(jnp.full((1, 2), 0.5), P(None, None))
 
     batch = jnp.ones((8, 4))
     norm = normax.path_norm(plain, params, batch)
@@ -1192,5 +1207,10 @@ def test_networks_that_name_shardings():
         def broken(w, x):
             raise KeyError("of the network itself")
 
-        with pytest.raises(KeyError, match="of the network itself"):
+        with pytest.raises(KeyError, match="of the network itself") as error:
             normax.path_norm(broken, placed, x)
+        assert "PartitionSpec" not in str(getattr(error.value, "__notes__", ""))
+        closing = lambda _, x: sharded(placed, x)  # noqa: E731
+        with pytest.raises(ValueError, match="einsum") as error:
+            normax.path_norm(closing, placed, x)
+        assert "closes over no array on the mesh" in str(error.value.__notes__)

@@ -330,22 +330,30 @@ def test_the_order_of_layers_is_that_of_the_network():
         np.testing.assert_allclose(unit_norms(chain, 2)[:6], least, 1e-7)
         by_names = normax.rescaling.balance(params)
         assert not np.allclose(ordered(by_names, x), ordered(params, x), rtol=0.1)
-        # Kernels and biases in one group, whose names say nothing of their pairs.
-        flat = {"c": layers[0]["kernel"], "a": layers[1]["kernel"]} | {
-            "d": layers[0]["bias"], "e": layers[1]["bias"]
-        }  # fmt: skip
+
+
+@pytest.mark.slow
+def test_pairs_of_kernels_and_biases_are_those_of_the_network():
+    with jax.enable_x64(True):
+        # They are in one group, whose names say nothing of their order.
+        first, second = draw(5, (3, 3, 3), True)
+        flat = {"c": first["kernel"], "a": second["kernel"]}
+        flat |= {"d": first["bias"], "e": second["bias"]}
 
         def two(w, x):
             return jax.nn.relu(x @ w["c"] + w["d"][None]) @ w["a"] + w["e"][None]
 
-        for change in (
-            normax.rescaling.balance,
-            lambda *a, **k: normax.rescaling.rescale_units(*a, [[2.0, 3.0, 4.0]], **k),
-            lambda *a, **k: normax.rescaling.random_rescaling(
-                jax.random.key(0), *a, fraction=1.0, **k
+        x = np.random.default_rng(0).normal(size=(8, 3))
+        shape = jax.ShapeDtypeStruct(x.shape, x.dtype)
+        key = jax.random.key(0)
+        for other in (
+            normax.rescaling.balance(flat, forward=two, inputs=shape),
+            normax.rescaling.rescale_units(
+                flat, [jnp.array([2.0, 3.0, 4.0])], forward=two, inputs=shape
+            ),
+            normax.rescaling.random_rescaling(
+                key, flat, fraction=1.0, forward=two, inputs=shape
             ),
         ):
-            shape = jax.ShapeDtypeStruct(x.shape, x.dtype)
-            other = change(flat, forward=two, inputs=shape)
             assert not np.allclose(other["c"], flat["c"])
             np.testing.assert_allclose(two(other, x), two(flat, x), 1e-10)
