@@ -181,6 +181,22 @@ def test_a_mask_leaves_arrays_to_the_plain_rule(rule, masked):
     assert np.max(np.abs(difference)) > 1e-3
 
 
+def test_masks_with_injected_hyperparameters():
+    params = {"first": start(1, (7, 4)), "head": start(2, (4, 5))}
+    grads = jax.tree.map(jnp.ones_like, params)
+
+    def first_updates(make, **kwargs):
+        tx = make(ETA, weight_decay=DECAY, **kwargs)
+        return tx.update(grads, tx.init(params), params)[0]
+
+    for mask in (None, {"first": True, "head": False}, mask_of_one):
+        static = ["mask"] if callable(mask) else []
+        injected = optax.inject_hyperparams(normax.rotational_sgd, static)
+        expected = first_updates(normax.rotational_sgd, mask=mask)
+        for name, update in first_updates(injected, mask=mask).items():
+            np.testing.assert_allclose(update, expected[name], rtol=1e-6)
+
+
 @functools.partial(jax.jit, static_argnames=("factory", "steps", "scale_invariant"))
 def random_stream(factory, w, hyper, *, steps=160, scale_invariant=False):
     """RMS angle at every step along gradients without an aim, and the weights."""
