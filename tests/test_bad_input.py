@@ -226,7 +226,20 @@ ERRORS = [
     ),
     (
         lambda: normax.weight_norm(ARRAY, axes=(True,)),
-        r"axes\[0\] must be one of .*, got True; a single axis is written as a tuple",
+        r"^axes must be one of .*, got \(True,\); a single axis is written as a tuple",
+    ),
+    (
+        lambda: normax.project_unit_norm({"kernel": (0, True)}),
+        r"axes\['kernel'\] must be one of .*, got \(0, True\); a single axis",
+    ),
+    # Updates of another structure, and numbers that were rounded.
+    (
+        lambda: normax.relative_update(PARAMS, PARAMS | {"bias": {"b": ARRAY}}),
+        r"params\['bias'\] has shape \(2,\) and its update is a dict; pass the updates",
+    ),
+    (
+        lambda: optax.inject_hyperparams(normax.adamp)(0.1).init(jnp.bfloat16(1)),
+        r"b2 must be at least 0 and below 1, got 1\.0 in bfloat16; choose",
     ),
     # Unknown names.
     (
@@ -286,6 +299,10 @@ ERRORS = [
     (
         lambda: normax.nn.initialize_weight_norm(Block(), X),  # type: ignore[arg-type]
         r"initialize_weight_norm takes a module of Flax NNX, got a .*Block; build",
+    ),
+    (
+        lambda: normax.nn.WeightNorm(nnx.Dropout(0.5)),
+        r"none of Dropout, which has no parameters; pass for example",
     ),
     # Parameters that are one array.
     (

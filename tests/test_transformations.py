@@ -108,6 +108,11 @@ def network(params, x):
     return jax.nn.relu(x @ params["conv"]) @ dense["kernel"] + dense["bias"]
 
 
+def all_but_images(params):
+    """A mask as a function of the parameters."""
+    return jax.tree.map(lambda w: np.ndim(w) < 4, params)
+
+
 SECOND_ORDER = {"newton": given_a_loss, "hessian_free": given_its_loss}
 ROWS = [
     Row("project_unit_norm", normax.project_unit_norm),
@@ -128,6 +133,11 @@ ROWS = [
         "rotational_adamw",
         normax.rotational_adamw,
         dict(learning_rate=0.1, weight_decay=0.1),
+    ),
+    Row(
+        "rotational_sgd_mask",
+        normax.rotational_sgd,
+        dict(learning_rate=0.1, weight_decay=0.1, mask=all_but_images),
     ),
     Row("sgdp", normax.sgdp, dict(learning_rate=0.1, momentum=0.9, weight_decay=0.01)),
     Row("adamp", normax.adamp, dict(learning_rate=0.1, nesterov=True, axes="unit")),
@@ -171,6 +181,7 @@ SETTINGS = {
     "monitor_weight_dynamics",
     "monitor_weight_dynamics_every",
     "rotational_adamw",
+    "rotational_sgd_mask",
     "sgdp",
     "nesterov",
     "path_sgd",

@@ -42,8 +42,7 @@ _WORDS = ("unit", "layer", "none")
 
 def _is_axes_leaf(node: Any) -> bool:
     return type(node) is tuple and all(
-        isinstance(axis, numbers.Integral) and not isinstance(axis, bool)
-        for axis in node
+        isinstance(axis, numbers.Integral) for axis in node
     )
 
 
@@ -125,7 +124,9 @@ def _match_prefix(
 def check_axes(axes: Axes) -> Axes:
     """Return `axes`, or raise unless its leaves are known words or tuples of ints."""
     for path, leaf in jax.tree_util.tree_leaves_with_path(axes, _is_axes_leaf):
-        if not (_is_axes_leaf(leaf) or (isinstance(leaf, str) and leaf in _WORDS)):
+        known = leaf in _WORDS if isinstance(leaf, str) else _is_axes_leaf(leaf)
+        # True is an integer for Python, and would name axis 1.
+        if not known or any(isinstance(axis, bool) for axis in leaf):
             raise ValueError(
                 f"axes{jax.tree_util.keystr(path)} must be one of "
                 f"{', '.join(map(repr, _WORDS))} or a tuple of ints, got {leaf!r}; "
@@ -259,11 +260,15 @@ def check_shapes(params: PyTree, updates: PyTree) -> None:
     treedef: Any
     named, treedef = jax.tree_util.tree_flatten_with_path(params)
     for (path, w), u in zip(named, treedef.flatten_up_to(updates), strict=True):
-        if not _has_no_leaves(u) and jnp.shape(u) != jnp.shape(w):
+        if _has_no_leaves(u):
+            continue
+        is_array = jax.tree_util.all_leaves([u])
+        found = jnp.shape(u) if is_array else f"is a {type(u).__name__}"
+        if found != jnp.shape(w):
             raise ValueError(
                 "updates must have the shapes of the parameters, but params"
                 f"{jax.tree_util.keystr(path)} has shape {jnp.shape(w)} and its update "
-                f"{jnp.shape(u)}; pass the updates of these parameters."
+                f"{found}; pass the updates of these parameters."
             )
 
 

@@ -55,8 +55,10 @@ def check_range(name: str, value: Any, low: float, below: float = float("inf")) 
     for where, array in _known_numbers(name, value):
         if not np.all((array >= low) & (array < below)):
             upper = "finite" if below == float("inf") else f"below {below}"
+            # An optimizer's numbers may be rounded to the dtype of the parameters.
+            dtype = f" in {array.dtype}" if array.dtype.itemsize < 4 else ""
             raise ValueError(
-                f"{where} must be at least {low} and {upper}, got {array}; "
+                f"{where} must be at least {low} and {upper}, got {array}{dtype}; "
                 f"choose {name} in that range."
             )
 

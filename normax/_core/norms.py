@@ -107,6 +107,25 @@ def _unit_vector_jvp(axes, primals, tangents):
     return (unit, inverse), (relative + slope * unit, slope * inverse)
 
 
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
+def on_sphere(
+    x: jax.Array, radius: jax.Array, axes: tuple[int, ...]
+) -> tuple[jax.Array, jax.Array]:
+    r"""Return $r\,\hat x$ for every vector, and $\|x\|$; x itself where they agree."""
+    # Rounded at every step, a vector on the sphere would creep along it.
+    norm = vector_norm(x, axes)
+    inverse = jnp.where(norm == radius, 1, 1 / nonzero(norm))
+    return x * inverse * jnp.where(norm == radius, 1, radius), norm
+
+
+@on_sphere.defjvp
+def _on_sphere_jvp(axes, primals, tangents):
+    (x, radius), (x_dot, radius_dot) = primals, tangents
+    (unit, _), (unit_dot, _) = jax.jvp(lambda x: unit_vector(x, axes), (x,), (x_dot,))
+    projected_dot = unit_dot * radius + unit * radius_dot
+    return on_sphere(x, radius, axes), (projected_dot, inner_product(unit, x_dot, axes))
+
+
 @jax.custom_jvp
 def ratio(a: jax.Array, b: jax.Array) -> jax.Array:
     """Return `a / b` for b that is not 0; the derivative does not square b."""

@@ -156,10 +156,11 @@ class WeightNorm(nnx.Module):
             vector_axes.append((path, axes))
         if not gains:
             params = nnx.to_flat_state(nnx.state(layer, nnx.Param))
+            names = [path_name(path) for path, _ in params]
             raise ValueError(
                 "variable_filter must select a parameter to normalize, but "
                 f"{variable_filter} selects none of {type(layer).__name__}, which has "
-                f"{[path_name(path) for path, _ in params]}; pass for example "
+                f"{names or 'no parameters'}; pass for example "
                 'nnx.PathContains("embedding").'
             )
         self.layer = layer

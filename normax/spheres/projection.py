@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax import lax
 
 from normax._core.axes import (
     Axes,
@@ -27,6 +26,7 @@ from normax._core.norms import (
     at_least_float32,
     common_dtype,
     nonzero,
+    on_sphere,
     polar_decomposition,
     unit_vector,
 )
@@ -139,15 +139,10 @@ def project_unit_norm(
 
     def project(vector_axes, w, u, radius):
         x, step = at_least_float32(w, u)
-        radius, moved = radius.astype(x.dtype), x + step
-        unit, inverse = unit_vector(moved, vector_axes)
-        projected = unit * radius
-        # Rounded at every step, a vector on the sphere would creep along it. So it
-        # stays as it is, but has the derivative of the projection.
-        rest = jnp.where(inverse == 1 / radius, moved - projected, 0)
-        change = projected + lax.stop_gradient(rest) - x
+        projected, norm = on_sphere(x + step, radius.astype(x.dtype), vector_axes)
+        change = projected - x
         # The norm is promised in the weights' dtype, so the update is no coarser.
-        return change.astype(common_dtype(w, u)), inverse
+        return change.astype(common_dtype(w, u)), norm
 
     def init_fn(params):
         if initial:

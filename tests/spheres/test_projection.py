@@ -308,3 +308,36 @@ def test_coarse_updates_of_fine_weights_do_not_coarsen_the_norm():
     updates, _ = tx.update(u, tx.init(w), w)
     after = optax.apply_updates(w, updates)
     np.testing.assert_allclose(norms(after, 0), [1] * 4, rtol=3e-7)
+
+
+@pytest.mark.parametrize("radius", ["initial", 1.0, 0.3])
+def test_a_vector_on_the_sphere_stays_to_the_last_bit(radius):
+    """Rounded at every step, it would creep, by 1e-5 radians in 500 steps."""
+    w, tx = draw((64, 40)), normax.project_unit_norm(radius=radius)
+    state = tx.init(w)
+
+    @jax.jit
+    def follow(w):
+        def step(w, _):
+            updates, _ = tx.update(jnp.zeros_like(w), state, w)
+            return w + updates, None
+
+        return jax.lax.scan(step, w, length=20)[0]
+
+    settled = follow(w)
+    np.testing.assert_array_equal(follow(settled), settled)
+    if radius == "initial":
+        np.testing.assert_array_equal(settled, w)
+
+
+def test_on_the_sphere_the_derivative_is_still_that_of_the_projection():
+    w, direction = draw((64, 40)), draw((64, 40), seed=1)
+    tx = normax.project_unit_norm(radius="initial")
+    state = tx.init(w)
+    after = lambda u: w + tx.update(u, state, w)[0]  # noqa: E731
+    stays, slope = jax.jvp(after, (jnp.zeros_like(w),), (direction,))
+    np.testing.assert_array_equal(stays, w)
+    unit = np.asarray(w, np.float64) / norms(w, 0)[None]
+    d = np.asarray(direction, np.float64)
+    expected = d - unit * np.sum(unit * d, axis=0)[None]
+    np.testing.assert_allclose(slope, expected, atol=1e-6)
