@@ -1,9 +1,9 @@
 """A sharded model, trained by several processes with `jax.distributed`.
 
 `python examples/distributed.py` starts two processes of itself on this machine, and
-they talk over a port. All devices form a mesh. Batches are split over its rows, one for
-each process, and kernels over its columns. normax needs nothing for this: norms and
-angles are sums, and the compiler adds the parts of all devices.
+they talk over a port. Each has one device, and all devices form a mesh. A batch is
+split over it, and so is every kernel, with its part of AdamW's averages. normax needs
+nothing for this: norms and angles are sums, and the compiler adds the parts.
 
 On a pod, or on several machines with GPUs:
 
@@ -11,7 +11,7 @@ On a pod, or on several machines with GPUs:
   `gcloud compute tpus tpu-vm ssh --worker=all`.
 - `jax.distributed.initialize()` takes no arguments there. It finds the others by
   itself. On a cluster that it does not know, it needs those given below.
-- `XLA_FLAGS` and `JAX_PLATFORMS` are left out. They make CPU devices here.
+- `XLA_FLAGS` and `JAX_PLATFORMS` are left out. They make a CPU device here.
 - Each process reads its own part of the data. It hands this part to
   `jax.make_array_from_process_local_data`, as `batches` does below.
 - Checkpoints go to a file system that all share, and every process calls Orbax.
@@ -29,8 +29,6 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-DEVICES = 4  # on this machine, whatever the number of processes
-MODEL = 2  # that share one kernel
 BATCH = 16
 
 
@@ -39,7 +37,7 @@ def launch(argv: Sequence[str], processes: int) -> str:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    flag = f"--xla_force_host_platform_device_count={DEVICES // processes}"
+    flag = "--xla_force_host_platform_device_count=1"
     environment = os.environ | {"XLA_FLAGS": flag, "JAX_PLATFORMS": "cpu"}
     workers = [
         subprocess.Popen(
@@ -67,33 +65,34 @@ def work(options: argparse.Namespace) -> None:
     jax.distributed.initialize(address, options.processes, options.process)
     import numpy as np
     import optax
+    from flax import nnx
     from jax.sharding import AxisType, NamedSharding
     from jax.sharding import PartitionSpec as P
-    from layer_dynamics import loss_fn
-    from transformer import Setting, make_network, read_text
+    from layer_dynamics import from_nnx, loss_fn
+    from transformer import Setting, Transformer, read_text
 
     import normax
 
-    shape = jax.device_count() // MODEL, MODEL
-    mesh = jax.make_mesh(shape, ("data", "model"), (AxisType.Auto,) * 2)
+    devices = jax.device_count()
+    mesh = jax.make_mesh((devices,), ("all",), (AxisType.Auto,))
     setting = Setting(options.width, 1, 2, 32)
-    network = make_network("nnx", setting, 0)
+
+    def make() -> nnx.Module:
+        return Transformer(setting, nnx.Rngs(0))
+
+    # This has shapes alone. No process holds more than its part of the model.
+    network = from_nnx(nnx.eval_shape(make))
 
     def sharding(array: jax.Array) -> NamedSharding:
         # Mostly the last axis counts vectors, so a device holds whole vectors. An axis
         # within the vectors would do as well.
-        split = array.ndim > 1 and array.shape[-1] % MODEL == 0
-        last = ("model",) if split else (None,)
-        return NamedSharding(mesh, P(*(None,) * (array.ndim - 1), *last))
+        split = array.ndim > 1 and array.shape[-1] % devices == 0
+        last = ("all",) if split else ()
+        return NamedSharding(mesh, P(*(None,) * (array.ndim - len(last)), *last))
 
-    def spread(array: jax.Array) -> jax.Array:
-        host = np.asarray(array)
-        return jax.make_array_from_callback(
-            host.shape, sharding(array), host.__getitem__
-        )
-
-    # Every process has drawn the same parameters, and keeps its devices' parts.
-    params = jax.tree.map(spread, network.params)
+    shardings = jax.tree.map(sharding, network.params)
+    init = jax.jit(lambda: nnx.state(make(), nnx.Param), out_shardings=shardings)
+    params = init()
     optimizer = optax.chain(
         optax.adamw(1e-2, weight_decay=0.3, mask=network.mask),
         normax.monitor_weight_dynamics(network.axes, decay=0.9),
@@ -102,7 +101,7 @@ def work(options: argparse.Namespace) -> None:
 
     def batches() -> Iterator[Any]:
         text, rng = read_text(), np.random.default_rng(0)
-        rows = NamedSharding(mesh, P("data"))
+        rows = NamedSharding(mesh, P("all"))
         size = BATCH // options.processes
         for _ in range(options.steps):
             starts = rng.integers(len(text) - setting.context, size=BATCH)

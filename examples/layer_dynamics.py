@@ -229,11 +229,10 @@ def picture(columns: Columns) -> Figure:
     for (top, bottom), invariant in zip(panels.T, (True, False), strict=True):
         mask = columns["scale_invariant"] == invariant
         arrays = list(dict.fromkeys(columns["array"][mask]))
-        colours = iter(np.linspace(0, 0.95, max(len(arrays), 1)))
+        colours = iter(np.linspace(0.05, 0.95, max(len(arrays), 1)))
         for array in arrays:
             found = select(columns, array)
-            # The map of colours goes from dark to light, in the order of the arrays.
-            style: Any = {"color": colormaps["viridis"](next(colours)), "lw": 1.3}
+            style: Any = {"color": colormaps["turbo"](next(colours)), "lw": 1.3}
             scale = found["predicted_norm"] if known else found["norm"][0]
             top.plot(found["step"], found["norm"] / scale, label=array, **style)
             bottom.plot(found["step"], found["angle"], **style)
@@ -253,5 +252,9 @@ def picture(columns: Columns) -> Figure:
     panels[1, 0].set_ylabel("angle per step (radians)")
     for axes in panels.flat:
         axes.set_yscale("log")
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter(
+            lambda x, _: f"{x:g}" if f"{x:e}"[0] in "235" else ""
+        )
         axes.grid(alpha=0.3)
     return figure

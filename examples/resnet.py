@@ -235,7 +235,7 @@ def main(argv: Sequence[str] | None = None) -> Outcome:
     add = parser.add_argument
     add("--framework", default="nnx", choices=("nnx", "linen"))
     add("--rule", default="momentum", choices=tuple(RATES))
-    add("--steps", type=int, default=1500)
+    add("--steps", type=int, default=1000)
     add("--batch-size", type=int, default=64)
     add("--width", type=int, default=8, help="channels of the first stage")
     add("--blocks", type=int, default=1, help="in each of the three stages")
