@@ -254,7 +254,7 @@ def picture(columns: Columns) -> Figure:
         axes.set_yscale("log")
         axes.yaxis.set_major_formatter("{x:g}")
         axes.yaxis.set_minor_formatter(
-            lambda x, _: f"{x:g}" if f"{x:e}"[0] in "235" else ""
+            lambda x, _: f"{x:g}" if f"{x:e}"[0] in "23468" else ""
         )
         axes.grid(alpha=0.3)
     return figure
