@@ -36,6 +36,7 @@ SGD, ADAMW, LION = (
 IN_RANGE = [
     (given(normax.normalized_sgd, 0.1), "momentum", 1),
     (given(normax.normalized_sgd, 0.1), "weight_decay", None),
+    (given(normax.path_sgd, 0.1), "momentum", 1),
     (given(normax.sgdp, 0.1), "momentum dampening", 1),
     (given(normax.sgdp, 0.1), "weight_decay delta wd_ratio", None),
     (given(normax.adamp, 0.1), "b1 b2", 1),
@@ -342,3 +343,10 @@ def test_errors_name_the_argument_the_value_and_the_fix(call, message):
     with pytest.raises((ValueError, TypeError, KeyError), match=message) as error:
         call()
     assert "[]" not in str(error.value)
+
+
+def test_a_network_of_path_sgd_in_the_wrong_place():
+    with pytest.raises(ValueError, match=r"is a .*; the order is scale_by_path_sgd"):
+        normax.scale_by_path_sgd(X, forward)
+    with pytest.raises(ValueError, match="learning_rate must be a real number"):
+        normax.path_sgd("0.1")

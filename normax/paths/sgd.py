@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import optax
 
 from normax._core.axes import PyTree
-from normax._core.checks import check_range, require_params
+from normax._core.checks import check_learning_rate, check_range, require_params
 from normax._core.scheduling import one_after
 from normax.paths.arithmetic import divide_by_path_scale
 from normax.paths.feed_forward import require_whole_network
@@ -112,6 +112,11 @@ def scale_by_path_sgd(
             f"`{given}` is given; pass `{missing}` as well, or neither for a plain "
             "stack of dense layers."
         )
+    if forward is not None and not callable(forward):
+        raise ValueError(
+            f"forward must be a function, but is a {type(forward).__name__}; the order "
+            "is scale_by_path_sgd(forward, inputs)."
+        )
     every_step = isinstance(update_every, int) and update_every == 1
 
     program = path_program(forward, inputs, p)
@@ -198,6 +203,8 @@ def path_sgd(
       Neyshabur, Salakhutdinov, Srebro, Path-SGD: Path-Normalized Optimization in Deep
       Neural Networks, 2015, equation (8).
     """
+    check_learning_rate(learning_rate)
+    check_range("momentum", momentum, 0, 1)
     return optax.chain(
         scale_by_path_sgd(forward, inputs, p, update_every),
         optax.identity() if momentum is None else optax.trace(momentum, nesterov),
