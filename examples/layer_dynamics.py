@@ -16,7 +16,7 @@ finds them, and the picture shows the others beside them.
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import numpy as np
@@ -29,7 +29,7 @@ from tqdm import trange
 import normax
 
 Columns = dict[str, np.ndarray]
-Optimizer = optax.GradientTransformation
+Optimizer: TypeAlias = optax.GradientTransformation
 
 # The monitor averages over about ten steps.
 MONITOR_DECAY = 0.9
@@ -59,14 +59,15 @@ class Network(NamedTuple):
 
 def from_nnx(model: nnx.Module) -> Network:
     """Return a model of Flax NNX as a network."""
-    graph, params, rest = nnx.split(model, nnx.Param, ...)
+    parts: Any = nnx.split(model, nnx.Param, ...)
+    graph, params, rest = parts
 
     def apply(params: Any, rest: Any, inputs: jax.Array, train: bool) -> Any:
         model: Any = nnx.merge(graph, params, rest, copy=True)
         if not train:
             model.eval()
         outputs = model(inputs)
-        return outputs, nnx.split(model, nnx.Param, ...)[2]
+        return outputs, nnx.state(model, nnx.Not(nnx.Param))
 
     return Network(params, rest, normax.nn.unit_axes(model), apply)
 
