@@ -29,7 +29,6 @@ from tqdm import trange
 import normax
 
 Columns = dict[str, np.ndarray]
-Optimizer = optax.GradientTransformation
 
 # The monitor averages over about ten steps.
 MONITOR_DECAY = 0.9
@@ -59,14 +58,16 @@ class Network(NamedTuple):
 
 def from_nnx(model: nnx.Module) -> Network:
     """Return a model of Flax NNX as a network."""
-    graph, params, rest = nnx.split(model, nnx.Param, ...)
+    graph, *variables = nnx.split(model, nnx.Param, ...)
+    params, rest = variables
 
     def apply(params: Any, rest: Any, inputs: jax.Array, train: bool) -> Any:
         model: Any = nnx.merge(graph, params, rest, copy=True)
         if not train:
             model.eval()
         outputs = model(inputs)
-        return outputs, nnx.split(model, nnx.Param, ...)[2]
+        *_, rest = nnx.split(model, nnx.Param, ...)
+        return outputs, rest
 
     return Network(params, rest, normax.nn.unit_axes(model), apply)
 
@@ -127,7 +128,7 @@ def scale_invariant(network: Network, batch: Any, seed: int) -> set[str]:
 
 def train(
     network: Network,
-    optimizer: Optimizer,
+    optimizer: optax.GradientTransformation,
     draw: Callable[[Any, jax.Array], Any],
     data: Any,
     steps: int,

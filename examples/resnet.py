@@ -103,7 +103,7 @@ class ResNet(nnx.Module):
     ) -> None:
         self.stem = convolution(nnx.Conv)(channels, width, strides=1, rngs=rngs)
         self.stem_norm = nnx.BatchNorm(width, momentum=0.9, rngs=rngs)
-        self.blocks = nnx.List()
+        self.blocks: Any = nnx.List()
         inputs = width
         for stage, stride in enumerate(STRIDES):
             for index in range(blocks):

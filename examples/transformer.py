@@ -185,7 +185,7 @@ def run(
     text = read_text()
     known, held_out = np.split(text, [int(len(text) * (1 - HELD_OUT))])
 
-    def draw(text: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def draw(text: Any, key: jax.Array) -> tuple[jax.Array, jax.Array]:
         starts = jax.random.randint(key, (batch_size,), 0, len(text) - context)
         return windows(text, starts, context)
 
