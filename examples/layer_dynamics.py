@@ -66,8 +66,8 @@ def from_nnx(model: nnx.Module) -> Network:
         if not train:
             model.eval()
         outputs = model(inputs)
-        *_, rest = nnx.split(model, nnx.Param, ...)
-        return outputs, rest
+        _, *variables = nnx.split(model, nnx.Param, ...)
+        return outputs, variables[1]
 
     return Network(params, rest, normax.nn.unit_axes(model), apply)
 
