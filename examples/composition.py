@@ -177,8 +177,8 @@ def train(seed: jax.Array, learning_rate: jax.Array) -> jax.Array:
     random keys alone. So the seed becomes a key first.
     """
     key = jax.random.key(seed)
-    parts: Any = nnx.split(Network(nnx.Rngs(key)), nnx.Param, ...)
-    graph, params, rest = parts
+    graph, *variables = nnx.split(Network(nnx.Rngs(key)), nnx.Param, ...)
+    params, rest = variables
     optimizer = optax.adam(learning_rate)
 
     def step(carry: Any, key: jax.Array) -> Any:

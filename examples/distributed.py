@@ -17,7 +17,7 @@ On a pod, or on several machines with GPUs:
 - Checkpoints go to a file system that all share, and every process calls Orbax.
 - Only process 0 prints and logs, but every process calls what computes with arrays.
 
-Each process prints nothing but process 0, which prints the losses and the table.
+Process 0 prints the table and the losses; the others print nothing.
 """
 
 import argparse

@@ -16,7 +16,7 @@ finds them, and the picture shows the others beside them.
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -29,7 +29,6 @@ from tqdm import trange
 import normax
 
 Columns = dict[str, np.ndarray]
-Optimizer: TypeAlias = optax.GradientTransformation
 
 # The monitor averages over about ten steps.
 MONITOR_DECAY = 0.9
@@ -59,15 +58,16 @@ class Network(NamedTuple):
 
 def from_nnx(model: nnx.Module) -> Network:
     """Return a model of Flax NNX as a network."""
-    parts: Any = nnx.split(model, nnx.Param, ...)
-    graph, params, rest = parts
+    graph, *variables = nnx.split(model, nnx.Param, ...)
+    params, rest = variables
 
     def apply(params: Any, rest: Any, inputs: jax.Array, train: bool) -> Any:
         model: Any = nnx.merge(graph, params, rest, copy=True)
         if not train:
             model.eval()
         outputs = model(inputs)
-        return outputs, nnx.state(model, nnx.Not(nnx.Param))
+        _, *variables = nnx.split(model, nnx.Param, ...)
+        return outputs, variables[1]
 
     return Network(params, rest, normax.nn.unit_axes(model), apply)
 
@@ -128,7 +128,7 @@ def scale_invariant(network: Network, batch: Any, seed: int) -> set[str]:
 
 def train(
     network: Network,
-    optimizer: Optimizer,
+    optimizer: optax.GradientTransformation,
     draw: Callable[[Any, jax.Array], Any],
     data: Any,
     steps: int,
