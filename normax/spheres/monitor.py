@@ -61,11 +61,11 @@ def _rounded(x: jax.Array, dtype: Any) -> jax.Array:
     """Round as a narrower dtype does; XLA leaves out a conversion there and back."""
     info = jnp.finfo(dtype)
     rounded = lax.reduce_precision(x, info.nexp, info.nmant)
-    if info.tiny == jnp.finfo(x.dtype).tiny:
+    if float(info.tiny) == float(jnp.finfo(x.dtype).tiny):
         return rounded
     # The narrower dtype has subnormal numbers here, which `reduce_precision` has not.
     step = float(info.smallest_subnormal)
-    return jnp.where(jnp.abs(x) < info.tiny, jnp.round(x / step) * step, rounded)
+    return jnp.where(jnp.abs(x) < float(info.tiny), jnp.round(x / step) * step, rounded)
 
 
 def _applied(w: jax.Array, u: jax.Array) -> tuple[jax.Array, Any, Any]:

@@ -208,7 +208,10 @@ def test_batches_on_an_explicit_mesh(spec):
         batch = jax.device_put((w, u), jax.NamedSharding(mesh, spec))
         measured = jax.jit(jax.vmap(measures))(*batch)
     for x, y in zip(*map(jax.tree.leaves, (measured, expected)), strict=True):
-        np.testing.assert_allclose(jax.device_get(x), y, rtol=1e-5, atol=1e-30)
+        for one, wanted in zip(jax.device_get(x), np.asarray(y), strict=True):
+            # A radial part is a sum, whose rounding is that of its largest terms.
+            atol = 3e-7 * np.max(np.abs(wanted))
+            np.testing.assert_allclose(one, wanted, rtol=1e-5, atol=atol)
 
 
 @pytest.mark.slow
