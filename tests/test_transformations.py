@@ -448,7 +448,7 @@ def test_complex_parameters_are_refused(row):
         row.make().init({"kernel": jnp.ones((3, 2), jnp.complex64)})
 
 
-@representative_rows
+@few_rows
 def test_arrays_without_entries(row):
     tx, empty = row.make(), {"a": jnp.ones((3, 0)), "b": jnp.ones((0, 2))}
     params, grads = row.draw() | empty, row.draw(1) | empty
@@ -494,7 +494,7 @@ def test_no_implicit_promotion(row, dtype):
 
 
 @pytest.mark.devices(4)
-@representative_rows
+@few_rows
 @pytest.mark.parametrize(
     "axis_type, spec",
     [
@@ -529,7 +529,7 @@ def test_sharding(row, axis_type, spec):
 
 
 @pytest.mark.devices(2)
-@representative_rows
+@few_rows
 def test_shard_map_over_the_units(row):
     if row.kwargs.get("axes") == "layer":
         pytest.skip("a vector that spans all devices has no local norm")
@@ -568,7 +568,7 @@ def test_vmap_over_some_of_the_arrays(row):
     chex.assert_trees_all_close(second, expected["dense"], rtol=2e-5, atol=1e-6)
 
 
-@representative_rows
+@few_rows
 def test_export(row):
     tx, params = row.make(), row.draw()
     arguments = row.draw(1), tx.init(params), params

@@ -53,9 +53,8 @@ def axes_of(network: Any) -> dict[str, Any]:
     return {name: np.ravel(axes).tolist() for name, axes in by_name(state.axes).items()}
 
 
-@pytest.mark.parametrize(
-    "kind", ["transformer", pytest.param("resnet", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["transformer", "resnet"])
 def test_both_frameworks_make_the_same_network(kind: str) -> None:
     ours, theirs = networks(kind)
     assert ours.size == theirs.size
@@ -154,6 +153,7 @@ def test_kernels_of_the_resnet_settle(
     assert (tmp_path / "resnet.png").stat().st_size > 10_000
 
 
+@pytest.mark.slow
 def test_a_restored_run_goes_on_bit_by_bit(tmp_path: Path) -> None:
     numbers = composition.checkpoint(0, tmp_path)
     assert numbers == {

@@ -618,6 +618,7 @@ HESSIANS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("power", HESSIANS)
 @pytest.mark.parametrize("p", [1.0, 1.5, 2.0, 3.0])
 def test_second_derivatives_where_nothing_arrives(p, power):

@@ -183,6 +183,7 @@ def test_a_mask_leaves_arrays_to_the_plain_rule(rule, masked):
     assert np.max(np.abs(difference)) > 1e-3
 
 
+@pytest.mark.slow
 def test_masks_with_injected_hyperparameters():
     params = {"first": start(1, (7, 4)), "head": start(2, (4, 5))}
     grads = jax.tree.map(jnp.ones_like, params)
@@ -311,6 +312,7 @@ def test_angles_in_a_network():
     assert jnp.mean(losses[-10:]) < 0.25 * losses[0]
 
 
+@pytest.mark.slow
 def test_the_length_of_the_updates_does_not_matter():
     w, grads = start(shape=(9, 3)), start(2, (4, 9, 3))
 

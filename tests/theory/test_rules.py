@@ -10,6 +10,8 @@ import pytest
 
 import normax
 
+pytestmark = pytest.mark.few_rows(4)
+
 ETA, STEPS = 0.05, 12
 TARGET = np.random.default_rng(1).normal(size=(6, 3))
 START = np.random.default_rng(0).normal(size=(6, 3))
