@@ -111,19 +111,25 @@ def _unit_vector_jvp(axes, primals, tangents):
 def on_sphere(
     x: jax.Array, radius: jax.Array, axes: tuple[int, ...]
 ) -> tuple[jax.Array, jax.Array]:
-    r"""Return $r\,\hat x$ for every vector, and $\|x\|$; x itself where they agree."""
-    # Rounded at every step, a vector on the sphere would creep along it.
+    r"""Return $r\,\hat x$ for every vector, and a number known after its norm.
+
+    A vector whose norm is $r$ stays as it is: rounded at every step, it would creep
+    along the sphere.
+    """
     norm = vector_norm(x, axes)
-    inverse = jnp.where(norm == radius, 1, 1 / nonzero(norm))
-    return x * inverse * jnp.where(norm == radius, 1, radius), norm
+    stays = norm == radius
+    inverse = jnp.where(stays, 1, 1 / nonzero(norm))
+    return x * inverse * jnp.where(stays, 1, radius), inverse
 
 
 @on_sphere.defjvp
 def _on_sphere_jvp(axes, primals, tangents):
     (x, radius), (x_dot, radius_dot) = primals, tangents
-    (unit, _), (unit_dot, _) = jax.jvp(lambda x: unit_vector(x, axes), (x,), (x_dot,))
+    (unit, _), (unit_dot, inverse_dot) = jax.jvp(
+        lambda x: unit_vector(x, axes), (x,), (x_dot,)
+    )
     projected_dot = unit_dot * radius + unit * radius_dot
-    return on_sphere(x, radius, axes), (projected_dot, inner_product(unit, x_dot, axes))
+    return on_sphere(x, radius, axes), (projected_dot, inverse_dot)
 
 
 @jax.custom_jvp

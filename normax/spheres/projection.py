@@ -139,10 +139,10 @@ def project_unit_norm(
 
     def project(vector_axes, w, u, radius):
         x, step = at_least_float32(w, u)
-        projected, norm = on_sphere(x + step, radius.astype(x.dtype), vector_axes)
+        projected, inverse = on_sphere(x + step, radius.astype(x.dtype), vector_axes)
         change = projected - x
         # The norm is promised in the weights' dtype, so the update is no coarser.
-        return change.astype(common_dtype(w, u)), norm
+        return change.astype(common_dtype(w, u)), inverse
 
     def init_fn(params):
         if initial:
