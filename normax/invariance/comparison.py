@@ -5,14 +5,20 @@ from typing import Any
 import jax
 import numpy as np
 
-from normax._core.axes import Axes, PyTree, VectorAxes, resolve_axes
+from normax._core.axes import (
+    Axes,
+    PyTree,
+    VectorAxes,
+    resolve_axes,
+    resolve_mask,
+)
 
 
 def said(compare: Axes, params: PyTree) -> list[VectorAxes | bool]:
     """Return what the user says of every array: axes, or bools of a mask."""
     leaves = jax.tree.leaves(compare)
     if leaves and all(isinstance(leaf, bool | np.bool_) for leaf in leaves):
-        return [bool(x) for x in jax.tree.leaves(jax.tree.broadcast(compare, params))]
+        return [*resolve_mask(compare, params)]
     return [*resolve_axes(compare, params)]
 
 

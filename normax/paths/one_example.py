@@ -49,8 +49,8 @@ def _mixes(jaxpr: Jaxpr) -> list[tuple[str, tuple[int, ...]]]:
     return mixes
 
 
-def _trace(
-    forward: Forward, params: PyTree, inputs: PyTree, args: Sequence[PyTree]
+def trace_network(
+    forward: Forward, params: PyTree, inputs: PyTree, args: Sequence[PyTree] = ()
 ) -> tuple[ClosedJaxpr, PyTree]:
     """Trace a network, also one that says how its arrays lie on an explicit mesh."""
     # JAX remembers what a function closed over when it was traced. So it gets a new
@@ -101,7 +101,7 @@ def trace_one_example(
     """
 
     def trace(params, inputs):
-        return _trace(forward, params, inputs, args)
+        return trace_network(forward, params, inputs, args)
 
     program, whole = _traced(trace, params, inputs)
     sizes = {np.shape(x)[0] for x in jax.tree.leaves(inputs) if np.ndim(x)}

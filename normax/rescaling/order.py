@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 
 import jax
@@ -10,7 +9,7 @@ from jax.extend.core import Jaxpr, Literal
 
 from normax._core.axes import PyTree
 from normax._core.programs import program_in_place
-from normax.paths.one_example import Forward
+from normax.paths.one_example import Forward, trace_network
 
 Positions = frozenset[int]
 _NONE: Positions = frozenset()
@@ -61,9 +60,7 @@ def order_of_use(forward: Forward, params: PyTree, inputs: PyTree) -> dict[int, 
     Returns:
       A number for the position of each array that it uses; earlier ones are smaller.
     """
-    # JAX remembers what a function closed over when it was traced. So it gets a new
-    # one.
-    closed = jax.make_jaxpr(functools.partial(forward))(params, inputs)
+    closed, _ = trace_network(forward, params, inputs)
     count, met = len(jax.tree.leaves(params)), dict[int, int]()
     rest = [None] * (len(closed.jaxpr.invars) - count)
     _follow(closed.jaxpr, [*(frozenset([i]) for i in range(count)), *rest], met)

@@ -169,8 +169,8 @@ class _Prediction:
             learning_rate = learning_rate(step)
         if rule.theory is None:
             self.reason = f"{rule.name} has no equilibrium"
-        elif rule.rotation_needs:
-            self.reason = f"depends on the {rule.rotation_needs[0]}".replace("_", " ")
+        elif needs := rule.theory.rotation_needs:
+            self.reason = f"depends on the {needs[0]}".replace("_", " ")
         elif float(learning_rate) == 0:
             self.reason = "the learning rate is 0"
         else:
@@ -299,8 +299,8 @@ def dynamics_table(
         rates = learning_rate, weight_decay
         theory = _Prediction(known, rates, hyperparameters, int(state.measured))
         scalars = dynamics_scalars(state, prefix="")
+        spanned = _by_name(state.axes)
         for name in _by_name(state.weight_norm):
-            axes = _by_name(state.axes)[name]
             norm, _, angle, lost = (
                 float(scalars.get(f"{name}/{measure}", 0)) for measure in AVERAGED
             )
@@ -309,7 +309,8 @@ def dynamics_table(
             if state.steps == 0:
                 verdict = "not measured yet"
             numbers = norm, angle, theory.rotation, left, lost
-            rows.append(ArrayDynamics(name, tuple(axes.tolist()), *numbers, verdict))
+            axes = tuple(spanned[name].tolist())
+            rows.append(ArrayDynamics(name, axes, *numbers, verdict))
     worst = max(rows, key=lambda row: row.rounded_away, default=None)
     if worst and worst.rounded_away > _LOST:
         warnings.warn(

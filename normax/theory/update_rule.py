@@ -122,11 +122,6 @@ class UpdateRule:
         make.__signature__ = inspect.Signature(first + rest)  # type: ignore[attr-defined]
         return make
 
-    @property
-    def rotation_needs(self) -> tuple[str, ...]:
-        """What `equilibrium_rotation` depends on besides the rates."""
-        return self._theory().rotation_needs
-
     def effective_learning_rate(
         self, learning_rate: jax.typing.ArrayLike, weight_norm: PyTree
     ) -> PyTree:
@@ -226,7 +221,8 @@ class UpdateRule:
           Array(0.003244, dtype=float32)
         """
         given = learning_rate, weight_decay, gradient_norm, dimension
-        return self._settle(self.rotation_needs, given, hyperparameters).rotation
+        needs = self._theory().rotation_needs
+        return self._settle(needs, given, hyperparameters).rotation
 
     def equilibrium_time(
         self,
