@@ -39,6 +39,8 @@ from normax.spheres import (
 )
 from normax.theory import UPDATE_RULES, dynamics_scalars, dynamics_table
 
+__version__ = "0.1.0"
+
 __all__ = [
     "UPDATE_RULES",
     "adamp",
