@@ -1,7 +1,8 @@
 """Update rules with their theory: effective learning rates, equilibria, schedules.
 
 Behind normalization layers, gradient noise lengthens a weight vector and weight decay
-shortens it, until both balance. The rules in `UPDATE_RULES` know where, and when.
+shortens it, until both balance. The rules in `UPDATE_RULES` know where, and when, and
+predict a whole run under any schedule.
 """
 
 from normax.theory.dynamics import (
@@ -10,6 +11,7 @@ from normax.theory.dynamics import (
     dynamics_scalars,
     dynamics_table,
 )
+from normax.theory.prediction import Prediction
 from normax.theory.rules import UPDATE_RULES
 from normax.theory.schedules import (
     exponential_equivalent_schedule,
@@ -22,6 +24,7 @@ __all__ = [
     "UPDATE_RULES",
     "ArrayDynamics",
     "DynamicsTable",
+    "Prediction",
     "UpdateRule",
     "dynamics_scalars",
     "dynamics_table",

@@ -6,12 +6,13 @@ accuracy and limits: docs/theory/theory.md.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from normax._core.checks import check_range
+from normax.theory.moments import noise_of_root, settled_steps
 
 
 class Equilibrium(NamedTuple):
@@ -71,23 +72,9 @@ def _sgd(
     return Equilibrium(norm, _angle(versine), decay / (1 - rho))
 
 
-def _noise(b1, b2) -> tuple[Any, Any, Any]:
-    """Return the factors D, U, R by which noise of the denominator changes moments."""
-    a = 1 - b2
-    variance = 2 * a / (1 + b2)
-    kept = a * (1 - b1) / (1 - b1 * b2)
-    overlap = (1 - b1) * (1 + b1 * b2) / ((1 + b1) * (1 - b1 * b2))
-    diffusion = 1 - 2 * kept + variance * (3 + overlap) / 4
-    square = 1 - 2 * a * (1 - b1**2) / (1 - b1**2 * b2) + variance
-    return diffusion, square, 1 - kept + 3 * variance / 8
-
-
-def _adam(
-    learning_rate, weight_decay, gradient_norm, dimension, b1, b2, eps
-) -> Equilibrium:
-    r"""Adam with coupled decay, to leading order in $\kappa$ and first in $1 - b_2$."""
-    del eps
-    diffusion, square, response = _noise(b1, b2)
+def _adaptive(learning_rate, weight_decay, gradient_norm, dimension, b1, noise):
+    r"""Coupled decay under a root mean square, to leading order in $\kappa$."""
+    diffusion, square, response = noise
     # Roots are taken before products, which could leave the range of float32.
     rate, pull = jnp.cbrt(learning_rate), jnp.cbrt(weight_decay)
     push = jnp.cbrt(jnp.sqrt(dimension) * gradient_norm / 2 * diffusion / response)
@@ -95,6 +82,15 @@ def _adam(
     decay = (rate**2 * pull * share) ** 2 * jnp.cbrt(diffusion / 2)
     rotation = jnp.sqrt(2 * decay * (1 - b1) / (1 + b1) * square / diffusion)
     return Equilibrium(rate * push / pull, rotation, decay)
+
+
+def _adam(
+    learning_rate, weight_decay, gradient_norm, dimension, b1, b2, eps
+) -> Equilibrium:
+    r"""Adam with coupled decay, to leading order in $\kappa$ and first in $1 - b_2$."""
+    del eps
+    model = learning_rate, weight_decay, gradient_norm, dimension
+    return _adaptive(*model, b1, noise_of_root(b1, b2))
 
 
 def _rmsprop(
@@ -108,11 +104,11 @@ def _rmsprop(
 def _adadelta(
     learning_rate, weight_decay, gradient_norm, dimension, rho, eps
 ) -> Equilibrium:
-    r"""AdaDelta, to leading order in $\kappa$ and $1 - \rho$."""
+    r"""AdaDelta, to leading order in $\kappa$."""
     # Epsilon makes the accumulators settle, and so sets the length of a step.
-    length = jnp.sqrt(eps * (1 + 0.5 / (1 - rho)))
-    model = learning_rate * length, weight_decay, gradient_norm, dimension
-    return _adam(*model, b1=0.0, b2=1.0, eps=eps)
+    length = learning_rate * jnp.sqrt(eps * settled_steps(rho))
+    model = length, weight_decay, gradient_norm, dimension
+    return _adaptive(*model, 0.0, (1.0, 1.0, 1.0))
 
 
 def _adamw(
@@ -122,12 +118,32 @@ def _adamw(
     del gradient_norm, eps
     decay = learning_rate * weight_decay
     check_range("learning_rate * weight_decay", decay, low=0, below=2)
-    diffusion, square, _ = _noise(b1, b2)
+    diffusion, square, _ = noise_of_root(b1, b2)
     beta = (1 - decay) * b1
     memory = (1 - b1) * (1 + beta) / ((1 + b1) * (1 - beta))
     norm = learning_rate * dimension / (weight_decay * (2 - decay)) * memory * diffusion
     versine = decay * (1 - b1) / (1 + beta) * square / diffusion
     return Equilibrium(jnp.sqrt(norm), _angle(versine), decay)
+
+
+def _lion(learning_rate, weight_decay, gradient_norm, dimension, b1, b2) -> Equilibrium:
+    r"""Lion, exact in $\kappa = \eta\lambda$, with signs by linear response.
+
+    A sign is $\sqrt{2/\pi}\,c / \sigma_c$ and a rest, where $c$ is Lion's average of
+    gradients. The averages overlap, so that steps of different times do too.
+    """
+    del gradient_norm
+    decay = learning_rate * weight_decay
+    check_range("learning_rate * weight_decay", decay, low=0, below=2)
+    kept, linear = 1 - decay, 2 / jnp.pi
+    memory = (1 - b2) / (1 + b2)
+    length = b1**2 * memory + (1 - b1) ** 2
+    overlap = b1 * (b1 * b2 * memory + (1 - b1) * (1 - b2))
+    overlap = linear * overlap / (length * (1 - kept * b2))
+    square = learning_rate * dimension / (weight_decay * (2 - decay))
+    square = square * (1 + 2 * kept * overlap)
+    versine = decay - (2 - decay) * decay * overlap / (1 + 2 * kept * overlap)
+    return Equilibrium(jnp.sqrt(square), _angle(versine), decay)
 
 
 def _normalized_sgd(
@@ -190,6 +206,7 @@ RMSPROP = Theory(_rmsprop, _adaptive_relaxation, _BOTH, _BOTH)
 ADADELTA = Theory(_adadelta, _adaptive_relaxation, _BOTH, _BOTH)
 ADAM = Theory(_adam, _adaptive_relaxation, _BOTH, _BOTH)
 ADAMW = Theory(_adamw, _relaxation_of_power(2), ("dimension",), ())
+LION = Theory(_lion, _relaxation_of_power(2), ("dimension",), ())
 NORMALIZED_SGD = Theory(
     _normalized_sgd, _relaxation_of_power(2), (), ("gradient_norm",)
 )

@@ -1,7 +1,8 @@
 """The papers' update rules, each an optax call with its hyperparameters and theory.
 
-Weight decay is *coupled*: it is part of the gradient that a rule sees. Only AdamW's is
-*decoupled*: it shrinks the weights beside the rule. Recurrences: docs/theory/theory.md.
+Weight decay is *coupled*: it is part of the gradient that a rule sees. Only AdamW's and
+Lion's is *decoupled*: it shrinks the weights beside the rule. Recurrences:
+docs/theory/theory.md.
 """
 
 import math
@@ -15,16 +16,19 @@ from normax._core.checks import nearest
 from normax.second_order.hessian_free import hessian_free
 from normax.second_order.newton import newton
 from normax.spheres.projection import normalized_sgd
+from normax.theory import moments
 from normax.theory.equilibrium import (
     ADADELTA,
     ADAM,
     ADAMW,
+    LION,
     NEWTON,
     NORMALIZED_SGD,
     RMSPROP,
     SGD,
 )
-from normax.theory.update_rule import Hyperparameter, UpdateRule
+from normax.theory.recurrence import Hyperparameter
+from normax.theory.update_rule import UpdateRule
 
 
 def _known(name: str, default: object, below: float | None = 1.0) -> Hyperparameter:
@@ -38,7 +42,14 @@ def _sgd(name: str, momentum: float | None, nesterov: bool) -> UpdateRule:
         _known("nesterov", nesterov, below=None),
         Hyperparameter("accumulator_dtype", None, below=None),
     )
-    return UpdateRule(name, 2, optax.sgd, SGD, hyperparameters)
+    return UpdateRule(
+        name=name,
+        norm_power=2,
+        optimizer=optax.sgd,
+        theory=SGD,
+        moments=moments.SGD,
+        hyperparameters=hyperparameters,
+    )
 
 
 _ADAM = (
@@ -60,6 +71,7 @@ _RULES = (
         norm_power=1,
         optimizer=optax.adagrad,
         theory=None,
+        moments=moments.ADAGRAD,
         hyperparameters=(
             Hyperparameter("initial_accumulator_value", 0.0),
             Hyperparameter("eps", 1e-7),
@@ -70,6 +82,7 @@ _RULES = (
         norm_power=1,
         optimizer=optax.rmsprop,
         theory=RMSPROP,
+        moments=moments.RMSPROP,
         hyperparameters=(
             _known("decay", 0.9),
             _known("eps", 1e-8, below=math.inf),
@@ -86,6 +99,7 @@ _RULES = (
         norm_power=0,
         optimizer=optax.adadelta,
         theory=ADADELTA,
+        moments=moments.ADADELTA,
         hyperparameters=(_known("rho", 0.9), _known("eps", 1e-6, below=math.inf)),
     ),
     UpdateRule(
@@ -93,6 +107,7 @@ _RULES = (
         norm_power=1,
         optimizer=optax.adam,
         theory=ADAM,
+        moments=moments.ADAM,
         hyperparameters=(*_ADAM, _NESTEROV),
     ),
     UpdateRule(
@@ -100,7 +115,22 @@ _RULES = (
         norm_power=1,
         optimizer=optax.adamw,
         theory=ADAMW,
+        moments=moments.ADAMW,
         hyperparameters=(*_ADAM, _MASK, _NESTEROV),
+        decays_itself=True,
+    ),
+    UpdateRule(
+        name="lion",
+        norm_power=1,
+        optimizer=optax.lion,
+        theory=LION,
+        moments=moments.LION,
+        hyperparameters=(
+            _known("b1", 0.9),
+            _known("b2", 0.99),
+            Hyperparameter("mu_dtype", None, below=None),
+            _MASK,
+        ),
         decays_itself=True,
     ),
     UpdateRule(
@@ -108,6 +138,7 @@ _RULES = (
         norm_power=0,
         optimizer=normalized_sgd,
         theory=NORMALIZED_SGD,
+        moments=moments.NORMALIZED_SGD,
         hyperparameters=(
             _known("axes", "unit", below=None),
             Hyperparameter("momentum", None, below=1.0),
@@ -120,6 +151,7 @@ _RULES = (
         norm_power=0,
         optimizer=newton,
         theory=NEWTON,
+        moments=moments.NEWTON,
         hyperparameters=(
             Hyperparameter("damping", 0.0),
             Hyperparameter("saddle_free", False, below=None),
@@ -134,6 +166,7 @@ _RULES = (
         norm_power=0,
         optimizer=hessian_free,
         theory=NEWTON,
+        moments=moments.NEWTON,
         hyperparameters=(
             Hyperparameter("damping", 0.0),
             Hyperparameter("outputs_fn", None, below=None),

@@ -88,6 +88,8 @@ LEADING_ORDER = [
     ("adam", [0.01, 0.02], [0.03, 0.05], {"b1": 0.5, "b2": 0.95}),
     ("adamw", [0.02, 0.1], [1.0, 1.0], {}),
     ("adamw", [0.02, 0.1], [1.0, 1.0], {"b1": 0.5, "b2": 0.9}),
+    ("lion", [1e-3, 3e-3], [1.0, 10.0], {}),
+    ("lion", [0.01, 0.1], [1.0, 1.0], {"b1": 0.5, "b2": 0.9}),
 ]
 
 
@@ -108,9 +110,9 @@ def test_sgd_is_exact_because_its_norm_does_not_fluctuate():
 
 
 def test_adadelta_settles_where_epsilon_puts_it():
-    for hyper, tolerance in (({}, 0.055), ({"rho": 0.95, "eps": 1e-8}, 0.045)):
-        error = errors("adadelta", [1.0, 3.0], [1.0, 1.0], 1500, **hyper)
-        np.testing.assert_allclose(error, 0, atol=tolerance)
+    for hyper, steps in (({}, 1500), ({"rho": 0.95, "eps": 1e-6}, 6000)):
+        error = errors("adadelta", [1.0, 3.0], [1.0, 1.0], steps, **hyper)
+        np.testing.assert_allclose(error, 0, atol=0.01)
 
 
 def decay_of(share):
@@ -216,7 +218,7 @@ def test_newton_at_a_minimum_shrinks_the_norm_whatever_the_decay():
             np.testing.assert_allclose(w, 0.5**t * jnp.eye(5)[0], atol=1e-12)
 
 
-EXPONENTS = {"rmsprop": 3, "adam": 3, "adadelta": 3, "adamw": 2}
+EXPONENTS = {"rmsprop": 3, "adam": 3, "adadelta": 3, "adamw": 2, "lion": 2}
 NOT_SETTLING = (None, equilibrium.NEWTON)
 SETTLING = [name for name in RULES if RULES[name].theory not in NOT_SETTLING]
 

@@ -90,6 +90,15 @@ def adam(w, grad, b1=0.9, b2=0.999, eps=1e-8, decoupled=0.0):
         yield w
 
 
+def lion(w, grad, b1=0.9, b2=0.99, decoupled=0.0):
+    m = 0.0
+    while True:
+        g = grad(w)
+        w = w - ETA * (np.sign(b1 * m + (1 - b1) * g) + decoupled * w)
+        m = b2 * m + (1 - b2) * g
+        yield w
+
+
 def normalized_sgd(w, grad):
     while True:
         w = w - ETA * grad(w)
@@ -147,10 +156,13 @@ def test_rule_is_the_printed_recurrence(name, weight_decay):
 
 
 @pytest.mark.parametrize("weight_decay", [0.0, 0.3])
-def test_adamw_decays_beside_the_rule(weight_decay):
-    rule = normax.UPDATE_RULES["adamw"]
-    expected = adam(START, gradient, decoupled=weight_decay)
+@pytest.mark.parametrize(("name", "written"), [("adamw", adam), ("lion", lion)])
+def test_some_rules_decay_beside_the_rule(name, written, weight_decay):
+    rule = normax.UPDATE_RULES[name]
+    expected = written(START, gradient, decoupled=weight_decay)
     assert_same(rule.make(ETA, weight_decay), expected)
+    expected = written(START, gradient, b1=0.5, b2=0.8, decoupled=weight_decay)
+    assert_same(rule.make(ETA, weight_decay, b1=0.5, b2=0.8), expected)
 
 
 def test_adadelta_of_the_paper_has_rate_one():
@@ -186,7 +198,7 @@ def invariant_gradient(w):
 
 
 TINY = {"adagrad": 1e-60, "rmsprop": 1e-60, "adam": 1e-30, "adamw": 1e-30}
-SCALED = ("sgd", "momentum", "nesterov", *TINY)
+SCALED = ("sgd", "momentum", "nesterov", "lion", *TINY)
 
 
 @pytest.mark.parametrize("weight_decay", [0.0, 0.2])
@@ -197,7 +209,7 @@ def test_effective_learning_rate_visits_the_same_functions(name, alpha, weight_d
     hyper = {"eps": TINY[name]} if name in TINY else {}
     rate = rule.effective_learning_rate(ETA, alpha)
     # L_lambda(alpha w) = L_{lambda alpha^2}(w); decoupled decay keeps eta lambda.
-    decay = weight_decay * (alpha if name == "adamw" else alpha**2)
+    decay = weight_decay * (alpha if name in ("adamw", "lion") else alpha**2)
     unit = direction(START)
     original = trajectory(
         rule.make(ETA, weight_decay, **hyper), alpha * unit, invariant_gradient
@@ -240,7 +252,7 @@ def test_effective_learning_rate_of_table_1(name):
 
 def test_unknown_names():
     with pytest.raises(KeyError):
-        normax.UPDATE_RULES["lion"]
+        normax.UPDATE_RULES["adan"]
     with pytest.raises(TypeError, match="b1"):
         normax.UPDATE_RULES["sgd"].make(0.1, b1=0.9)
     with pytest.raises(TypeError):
