@@ -73,6 +73,40 @@ def commands(page):
     ]
 
 
+@every_page
+def test_every_block_has_a_known_language(page):
+    fences = re.findall(r"^ *```(.*)$", page.read_text(), re.MULTILINE)
+    assert set(fences[::2]) <= {"python", "sh", "text", "bibtex"}
+    assert set(fences[1::2]) <= {""}
+    assert len(fences[::2]) == len(blocks(page))
+
+
+@every_page
+def test_commands_name_what_is_there(page):
+    cases = re.findall(r"^(\w+)\)", (ROOT / "dev").read_text(), re.MULTILINE)
+    benchmarks = {path.stem for path in (ROOT / "tests" / "benchmarks").glob("*.py")}
+    for words in commands(page):
+        for word in words:
+            path = word.partition("=")[0]
+            if re.match(r"(examples|tests|normax)/", path):
+                assert (ROOT / path).exists(), word
+        if words and words[0] == "./dev":
+            assert words[1] in cases, words
+            if words[1] == "bench":
+                assert f"bench_{words[2]}" in benchmarks, words
+
+
+@every_page
+def test_options_in_prose_are_those_of_a_program(page):
+    sources = [*(ROOT / "examples").glob("*.py"), *(ROOT / ".ci").iterdir()]
+    programs = "\n".join(path.read_text() for path in sources)
+    prose = re.sub(r"^ *```.*?^ *```", "", page.read_text(), flags=re.DOTALL | re.M)
+    for code in re.findall(r"`([^`\n]+)`", prose):
+        for option in re.findall(r"(?<![\w-])--[a-z][a-z-]+", code):
+            known = option == "--help" or re.search(rf"{option}(?![\w-])", programs)
+            assert known, code
+
+
 class Accepted(Exception):
     """A program has accepted its arguments."""
 
@@ -150,6 +184,13 @@ def test_every_public_name_has_a_place_in_the_api(topic):
     assert set(documented) == public
 
 
+def test_the_flat_names_are_those_of_the_api():
+    page = (ROOT / "docs" / "api" / "index.md").read_text()
+    flat = page.partition("## The flat namespace")[2].partition("\n## ")[0]
+    assert set(re.findall(r"`(\w+)`", flat)) == set(normax.__all__) - set(TOPICS)
+    assert set(re.findall(r"\[`normax\.(\w+)`\]", page)) == set(TOPICS)
+
+
 def test_commands_are_those_of_the_checks():
     script = (ROOT / ".ci" / "run").read_text().replace("--editable", "-e")
     script = script.replace("--quiet ", "").replace(" --quiet", "")
@@ -176,3 +217,16 @@ def test_versions_agree():
             r"(?:^version[:= {]+|^## \[)(\d+\.\d+\.\d+)", text.replace("  ", ""), re.M
         )
         assert found and found.group(1) == normax.__version__, name
+
+
+def test_dates_of_the_release_agree():
+    dates = [
+        re.search(pattern + r"(\d{4}-\d\d-\d\d)", (ROOT / name).read_text())
+        for name, pattern in (
+            ("CITATION.cff", "date-released: "),
+            ("CHANGELOG.md", re.escape(f"## [{normax.__version__}] - ")),
+            ("docs/citation.md", "date = {"),
+        )
+    ]
+    assert len({date and date.group(1) for date in dates}) == 1
+    assert all(dates)
