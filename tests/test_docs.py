@@ -111,7 +111,7 @@ class Accepted(Exception):
     """A program has accepted its arguments."""
 
 
-@pytest.mark.few_rows(3)
+@pytest.mark.few_rows(1)
 @pytest.mark.parametrize(
     "command",
     {shlex.join(c): c for p in PAGES for c in commands(p) if "examples/" in str(c)},

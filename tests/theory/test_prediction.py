@@ -332,6 +332,7 @@ SAME_LOSS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SAME_LOSS)
 def test_two_decays_with_schedules_for_one_curve_have_one_loss(name):
     eta, small, large, bound = SAME_LOSS[name]
@@ -377,6 +378,7 @@ def test_two_decays_with_schedules_for_one_curve_have_one_loss(name):
     assert difference(train(rate, large)[0]) > 0.05
 
 
+@pytest.mark.slow
 def test_vectors_at_once_and_derivatives():
     """Arrays are a run for each vector; derivatives are those of differences."""
     predict = functools.partial(
