@@ -114,7 +114,7 @@ class PredictedRule(Recurrence):
 
         Raises:
           ValueError: As `predict`; or the rule's memory holds past rates, as that of
-            RMSProp with momentum does.
+            RMSProp does where it is centered or has momentum.
 
         Examples:
           >>> import normax
@@ -134,13 +134,14 @@ class PredictedRule(Recurrence):
         run = self._run(
             weight_decay, steps, initial_norm, gradient_norm, dimension, hyperparameters
         )
-        if (
-            self.moments.holds_rates
-            and self._values(hyperparameters)["momentum"] is not None
+        values = self._values(hyperparameters)
+        if self.moments.holds_rates and (
+            values["momentum"] is not None or values["centered"]
         ):
             raise ValueError(
                 f"the memory of UPDATE_RULES[{self.name!r}] holds past learning rates, "
-                "so that no rate gives the angle alone; leave momentum at None."
+                "so that no rate gives the angle alone; leave momentum at None and "
+                "centered at False."
             )
         rates = run.follow(as_schedule(weight_decay), None, as_schedule(angle))[2]
         if rates.ndim > 1:

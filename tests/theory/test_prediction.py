@@ -435,8 +435,11 @@ def test_angles_that_no_rate_gives():
     given = dict(steps=10, initial_norm=1.0, dimension=8)
     with pytest.raises(ValueError, match="angle must be at least 0 and below"):
         RULES["adamw"].schedule_for_angle(2.0, 0.1, **given)
-    with pytest.raises(ValueError, match="holds past learning rates"):
-        RULES["rmsprop"].schedule_for_angle(0.1, 0.1, momentum=0.9, **given)
+    for hyper in ({"momentum": 0.9}, {"centered": True}):
+        with pytest.raises(ValueError, match="holds past learning rates"):
+            RULES["rmsprop"].schedule_for_angle(0.1, 0.1, **hyper, **given)
+    with pytest.raises(ValueError, match="centered=True with momentum=0.5"):
+        RULES["rmsprop"].predict(0.1, 0.1, momentum=0.5, centered=True, **given)
     with pytest.raises(ValueError, match="one schedule is for one vector"):
         given["initial_norm"] = jnp.ones(3)
         RULES["adamw"].schedule_for_angle(0.1, 0.1, **given)
