@@ -438,7 +438,7 @@ def test_angles_that_no_rate_gives():
     for hyper in ({"momentum": 0.9}, {"centered": True}):
         with pytest.raises(ValueError, match="holds past learning rates"):
             RULES["rmsprop"].schedule_for_angle(0.1, 0.1, **hyper, **given)
-    with pytest.raises(ValueError, match="centered=True with momentum=0.5"):
+    with pytest.raises(ValueError, match=r"centered=True with momentum=0\.5"):
         RULES["rmsprop"].predict(0.1, 0.1, momentum=0.5, centered=True, **given)
     with pytest.raises(ValueError, match="one schedule is for one vector"):
         given["initial_norm"] = jnp.ones(3)
