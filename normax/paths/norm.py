@@ -207,7 +207,8 @@ def path_norm(
       |w_e|^p\Big)^{1/p}$$
 
     The sum is over all paths from an input, or from the constant input of a bias, to
-    an output. Rescaling a hidden unit does not change it. `forward` is a
+    an output. Constants that are added one after another, as a bias and the shift of
+    batch norm, are one edge, their sum. Rescaling a hidden unit does not change it. `forward` is a
     positively homogeneous network written in JAX, Linen's `model.apply` and NNX's
     `nnx.merge` included: dense layers and convolutions of any kind, ReLU, leaky ReLU
     (as its steepest slope), max- and average-pooling, residual connections, batch

@@ -73,6 +73,8 @@ def scale_by_path_sgd(
       p: The power of the path norm, at least 1 and below 32.
       update_every: Number of steps after which the scales are computed again; in
         between they are kept in the state. The steps still commute with rescalings.
+        Name it in `static_args` of `optax.inject_hyperparams`: a number that is traced
+        may be more than 1, so that the state keeps scales.
 
     Returns:
       A transformation whose `update` requires `params`.

@@ -255,7 +255,9 @@ def balance(
     Here $\phi_p^{(k)}$ is the path norm of output $k$. Every hidden unit gets the
     incoming norm $m$, and every output at most $m$. For one output and no biases,
     $m^d$ is the path norm of a network of depth $d$. With biases it is not, because
-    their paths are shorter. Derivation: docs/theory/rescaling.md.
+    their paths are shorter. Derivation: docs/theory/rescaling.md. It is a canonical
+    form, to compare networks and to repair weights of very unequal scale. It need not
+    train better: on two moons, SGD gained by `p=1` and lost by `p=2`.
 
     Args:
       params: Pytree of kernels and biases of a plain stack, see `rescale_units`.

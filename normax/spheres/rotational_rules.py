@@ -201,6 +201,8 @@ def rotational_lion(
     \pi\eta\lambda\,\Big((1 - b_1)^2 + b_1^2\,\frac{1 - b_2}{1 + b_2}\Big)$$
 
     Every weight vector turns along $-p$ by $\theta$; otherwise as `rotational_sgd`.
+    This is the published angle, for $\eta\lambda \to 0$. In equilibrium Lion turns by
+    more: 1.03 times at $\eta\lambda = 10^{-3}$, 1.3 at $10^{-2}$, 2.8 at $10^{-1}$.
 
     Args:
       learning_rate: Learning rate $\eta$, a number or a schedule.
