@@ -206,16 +206,16 @@ def path_norm(
     $$\phi_p(w) = \Big(\sum_{\text{paths}} \prod_{e \in \text{path}}
       |w_e|^p\Big)^{1/p}$$
 
-    The sum is over all paths from an input, or from the constant input of a bias, to
-    an output. Constants that are added one after another, as a bias and the shift of
-    batch norm, are one edge, their sum. Rescaling a hidden unit does not change it. `forward` is a
-    positively homogeneous network written in JAX, Linen's `model.apply` and NNX's
+    The sum is over all paths from an input, or from the constant input of a bias, to an
+    output. Constants that are added one after another, as a bias and the shift of batch
+    norm, are one edge, their sum. Rescaling a hidden unit does not change it. `forward`
+    is a positively homogeneous network written in JAX, Linen's `model.apply` and NNX's
     `nnx.merge` included: dense layers and convolutions of any kind, ReLU, leaky ReLU
-    (as its steepest slope), max- and average-pooling, residual connections, batch
-    norm with running statistics, `jit`, `checkpoint` and `scan`. The network is
-    traced at every call; under `jax.jit` that costs nothing. First derivatives are
-    exact; second ones are 0 along weights that are 0, if they alone make a path value
-    0, as all incoming weights of a dead unit do.
+    (as its steepest slope), max- and average-pooling, residual connections, batch norm
+    with running statistics, `jit`, `checkpoint` and `scan`. The network is traced at
+    every call; under `jax.jit` that costs nothing. First derivatives are exact; second
+    ones are 0 along weights that are 0, if they alone make a path value 0, as all
+    incoming weights of a dead unit do.
 
     Args:
       forward: The network, `forward(params, inputs) -> outputs`. All floats that it
