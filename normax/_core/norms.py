@@ -5,12 +5,19 @@ so the results broadcast against the array.
 """
 
 import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from normax._core.scheduling import in_one_pass, on_cpu
+from normax._core.scheduling import (
+    in_one_pass,
+    in_shard_map,
+    in_turn,
+    on_cpu,
+    sums,
+)
 
 
 def common_dtype(*arrays: Any) -> Any:
@@ -51,15 +58,11 @@ def _rescaled_norm(x: jax.Array, *, axes: tuple[int, ...]) -> jax.Array:
     # One pass over memory gives all three sums. Powers of two round nothing.
     scale = 2.0 ** (jnp.finfo(x.dtype).maxexp // 2)
     small, large = x * scale, x / scale
-    square = inner_product(x, x, axes)
+    square, of_small, of_large = sums((x * x, small * small, large * large), axes)
     return jnp.where(
         _in_safe_range(square),
         jnp.sqrt(square),
-        jnp.where(
-            square >= 1,
-            jnp.sqrt(inner_product(large, large, axes)) * scale,
-            jnp.sqrt(inner_product(small, small, axes)) / scale,
-        ),
+        jnp.where(square >= 1, jnp.sqrt(of_large) * scale, jnp.sqrt(of_small) / scale),
     )
 
 
@@ -151,27 +154,108 @@ def _rescaled_polar(w, u, *, axes):
     cosine = inner_product(u_unit, w_unit, axes)
     normal = u_unit - cosine * w_unit
     # The cosine is a long sum, whose rounding leaves a radial rest.
-    rest = inner_product(normal, w_unit, axes)
-    sine = jnp.sqrt(jnp.maximum(inner_product(normal, normal, axes) - rest**2, 0))
+    rest, square = sums((normal * w_unit, normal * normal), axes)
+    sine = jnp.sqrt(jnp.maximum(square - rest**2, 0))
     return w_norm, u_norm, u_norm * (cosine + rest), u_norm * sine
 
 
 def _direct_polar(w, u, *, axes):
-    w_square, u_square = inner_product(w, w, axes), inner_product(u, u, axes)
-    radial = inner_product(u, w, axes) / jnp.sqrt(nonzero(w_square))
+    w_square, u_square, product = sums((w * w, u * u, u * w), axes)
+    radial = product / jnp.sqrt(nonzero(w_square))
     # Pythagoras' difference is exact enough if it cancels two bits at most.
     tangential_square = u_square - radial**2
     safe = _in_safe_range(w_square) & _in_safe_range(u_square)
+    w_norm, u_norm = jnp.sqrt(w_square), jnp.sqrt(u_square)
+    tangential = jnp.sqrt(jnp.maximum(tangential_square, 0))
+    safe &= tangential_square > u_square / 4
+    return (w_norm, u_norm, radial, tangential), safe
 
-    def finish():
-        w_norm, u_norm = jnp.sqrt(w_square), jnp.sqrt(u_square)
-        return w_norm, u_norm, radial, jnp.sqrt(tangential_square)
 
-    return finish, safe & (tangential_square > u_square / 4)
+def _at_once(prepare, finish, axes, pairs):
+    def direct(pairs):
+        prepared = (prepare(w, u) for w, u in pairs)
+        parts, safe = zip(
+            *(
+                _direct_polar(*pair, axes=found)
+                for found, pair in zip(axes, prepared, strict=True)
+            ),
+            strict=True,
+        )
+        return lambda: [*map(finish, axes, parts)], safe
+
+    def careful(pairs):
+        prepared = (prepare(w, u) for w, u in pairs)
+        parts = (
+            _rescaled_polar(*pair, axes=found)
+            for found, pair in zip(axes, prepared, strict=True)
+        )
+        return [*map(finish, axes, parts)]
+
+    return in_one_pass(direct, careful)(pairs), [u for _, u in pairs]
+
+
+def _one_by_one(prepare, finish, axes, pairs):
+    @in_turn
+    def measured(vector_axes, w, u):
+        (result,), _ = _at_once(prepare, finish, (vector_axes,), [(w, u)])
+        return (result, u), result[0]
+
+    found = [measured(a, *pair) for a, pair in zip(axes, pairs, strict=True)]
+    return [result for result, _ in found], [u for _, u in found]
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2, 3))
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _finished_parts(prepare, finish, apart, axes, pairs):
+    one_by_one = functools.partial(_one_by_one, prepare, finish, axes)
+    at_once = functools.partial(_at_once, prepare, finish, axes)
+    return one_by_one(pairs) if apart else on_cpu(one_by_one, at_once)(pairs)
+
+
+@_finished_parts.defjvp
+def _finished_parts_jvp(prepare, finish, apart, axes, primals, tangents):
+    def plainly(pairs):
+        prepared = (prepare(w, u) for w, u in pairs)
+        parts = (
+            polar_decomposition(*pair, found)
+            for found, pair in zip(axes, prepared, strict=True)
+        )
+        return [*map(finish, axes, parts)], [u for _, u in pairs]
+
+    found = _finished_parts(prepare, finish, apart, axes, *primals)
+    return found, jax.jvp(plainly, primals, tangents)[1]
+
+
+def finish_polar_parts(
+    finish: Callable[..., tuple[jax.Array, ...]],
+    rows: Sequence[tuple[Any, ...]],
+    prepare: Callable[..., tuple[jax.Array, ...]] = at_least_float32,
+) -> tuple[list[tuple[jax.Array, ...]], list[jax.Array]]:
+    """Decompose the updates of all arrays, with one condition for the careful pass.
+
+    Args:
+      finish: Takes the axes and the parts of `polar_decomposition` to a tuple, whose
+        first array is not negative. The same function in every call.
+      rows: For each array the axes, the weights and the updates.
+      prepare: Takes weights and updates to what is decomposed.
+
+    Returns:
+      The results, and the updates: to be used in place of the ones given, since on a
+      CPU each is computed when the result before is known.
+    """
+    if not rows:
+        return [], []
+    axes = tuple(row[0] for row in rows)
+    pairs = [(w, u) for _, w, u in rows]
+    # In `jax.shard_map` an array may vary over devices where another must not.
+    return _finished_parts(prepare, finish, in_shard_map(), axes, pairs)
+
+
+def _all_parts(axes, parts):
+    return parts
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
-@functools.partial(jax.jit, static_argnums=2)
 def polar_decomposition(
     w: jax.Array, u: jax.Array, axes: tuple[int, ...]
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
@@ -186,9 +270,10 @@ def polar_decomposition(
     \qquad
     \dot t = \langle \hat u_\perp, \dot u - (r / \|w\|)\, \dot w\rangle.$$
     """
-    direct = functools.partial(_direct_polar, axes=axes)
-    rescaled = functools.partial(_rescaled_polar, axes=axes)
-    return on_cpu(in_one_pass(direct, rescaled), rescaled)(w, u)
+    ((w_norm, u_norm, radial, tangential),), _ = finish_polar_parts(
+        _all_parts, [(axes, w, u)]
+    )
+    return w_norm, u_norm, radial, tangential
 
 
 @polar_decomposition.defjvp

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any, NamedTuple
 
 import jax
@@ -12,8 +13,8 @@ from jax import lax
 
 from normax._core.axes import Axes, PyTree, check_axes, map_vectors
 from normax._core.checks import check_range, require_params
-from normax._core.norms import at_least_float32, polar_decomposition
-from normax._core.scheduling import in_turn, wait
+from normax._core.norms import at_least_float32, finish_polar_parts
+from normax._core.scheduling import wait
 from normax.spheres.measures import angle_of_update, relative_length, weight_norm
 
 
@@ -45,12 +46,12 @@ class MonitorWeightDynamicsState(NamedTuple):
 AVERAGED = "weight_norm", "relative_update", "angular_update", "rounded_away"
 
 
-class _Measurement(NamedTuple):
+class _Measured(NamedTuple):
+    update: Any
     weight_norm: jax.Array | None
     relative_update: jax.Array | None
     angular_update: jax.Array | None
     rounded_away: jax.Array | None
-    update: Any
 
 
 def _is_rounded(w: jax.Array) -> bool:
@@ -68,26 +69,34 @@ def _rounded(x: jax.Array, dtype: Any) -> jax.Array:
     return jnp.where(jnp.abs(x) < float(info.tiny), jnp.round(x / step) * step, rounded)
 
 
-def _applied(w: jax.Array, u: jax.Array) -> tuple[jax.Array, Any, Any]:
-    """Return weights, what `optax.apply_updates` adds to them, and what is lost."""
+def _applied(w: jax.Array, u: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Return the weights, and what `optax.apply_updates` adds to them."""
     x, step = at_least_float32(w, u)
+    return x, _rounded(x + step, w.dtype) - x if _is_rounded(w) else step
+
+
+def _lost(w: jax.Array, u: jax.Array) -> jax.Array | None:
+    """Return which share of the entries an update was to change and did not."""
     if not _is_rounded(w):
-        return x, step, None
-    applied = _rounded(x + step, w.dtype) - x
-    wanted = step != 0
-    lost = jnp.sum(wanted & (applied == 0), dtype=jnp.float32)
-    return x, applied, lost / jnp.maximum(jnp.sum(wanted, dtype=jnp.float32), 1)
+        return None
+    wanted = u != 0
+    lost = jnp.sum(wanted & (_applied(w, u)[1] == 0), dtype=jnp.float32)
+    return lost / jnp.maximum(jnp.sum(wanted, dtype=jnp.float32), 1)
 
 
-def _measure(vector_axes, w, u):
-    x, applied, lost = _applied(w, u)
-    w_norm, u_norm, radial, tangential = polar_decomposition(x, applied, vector_axes)
+def _measures(vector_axes, parts):
+    w_norm, u_norm, radial, tangential = parts
     angle = angle_of_update(w_norm, radial, tangential)
-    values = (w_norm, relative_length(w_norm, u_norm), angle)
-    values = (jnp.squeeze(value, vector_axes) for value in values)
-    # The update waits for the measures. Otherwise the parameters could change
-    # first, and measuring them would need a copy.
-    return _Measurement(*values, rounded_away=lost, update=wait(u, angle)), angle
+    values = w_norm, relative_length(w_norm, u_norm), angle
+    return tuple(jnp.squeeze(value, vector_axes) for value in values)
+
+
+def _measure(rows):
+    measures, updates = finish_polar_parts(_measures, rows, _applied)
+    return [
+        _Measured(u, *values, rounded_away=_lost(row[1], u))
+        for row, values, u in zip(rows, measures, updates, strict=True)
+    ]
 
 
 def monitor_weight_dynamics(
@@ -138,6 +147,9 @@ def monitor_weight_dynamics(
             f"every must be a whole number of steps, got {every}; round it."
         )
 
+    # Without an average nothing but the measures is computed.
+    latest = not isinstance(decay, jax.core.Tracer) and np.all(np.asarray(decay) == 0)
+
     def init_fn(params):
         norms = weight_norm(params, axes)
 
@@ -157,26 +169,29 @@ def monitor_weight_dynamics(
         )
 
     def measured(updates, state, params):
-        measurements = map_vectors(
-            in_turn(_measure),
+        found = map_vectors(
+            _measure,
             axes,
             params,
             updates,
-            otherwise=lambda w, u: _Measurement(None, None, None, None, update=u),
+            otherwise=lambda w, u: _Measured(u, None, None, None, None),
+            together=True,
         )
         total_weight = (1 + decay * state.total_weight).astype(jnp.float32)
 
         def field(name):
             return jax.tree.map(
-                lambda measurement: getattr(measurement, name),
-                measurements,
-                is_leaf=lambda node: isinstance(node, _Measurement),
+                operator.attrgetter(name),
+                found,
+                is_leaf=lambda node: isinstance(node, _Measured),
             )
 
         def average(old, new):
             if new is None:
                 return old
             new = new.astype(old.dtype)
+            if latest:
+                return new
             rate = (1 / total_weight).astype(old.dtype)
             # At rate 1, 0 times an old NaN would be NaN again: select the new value.
             return jnp.where(rate < 1, (1 - rate) * old + rate * new, new)
@@ -204,6 +219,16 @@ def monitor_weight_dynamics(
                 lambda: measured(updates, state, params)[1],
                 lambda: state,
             )
+        # The update waits for the measures. Otherwise the parameters could change
+        # first, and measuring them would need a copy.
+        updates = map_vectors(
+            lambda found, w, u, norm: wait(u, jnp.expand_dims(norm, found), True),
+            axes,
+            params,
+            updates,
+            state.weight_norm,
+            otherwise=lambda w, u, norm: u,
+        )
         return updates, state._replace(steps=steps)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
