@@ -6,10 +6,11 @@ so the results broadcast against the array.
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from normax._core.scheduling import (
     in_one_pass,
@@ -171,58 +172,82 @@ def _direct_polar(w, u, *, axes):
     return (w_norm, u_norm, radial, tangential), safe
 
 
-def _at_once(prepare, finish, axes, pairs):
+class _Wanted(NamedTuple):
+    """What `finish_polar_parts` is to compute, the same in every call."""
+
+    finish: Callable[..., tuple[jax.Array, ...]]
+    prepare: Callable[..., tuple[jax.Array, ...]]
+    axes: tuple[tuple[int, ...], ...]
+
+    def finished(self, decompose, pairs):
+        return [
+            self.finish(axes, decompose(*self.prepare(w, u), axes=axes), w, u)
+            for axes, (w, u) in zip(self.axes, pairs, strict=True)
+        ]
+
+
+def _at_once(wanted, now, pairs, otherwise):
     def direct(pairs):
-        prepared = (prepare(w, u) for w, u in pairs)
-        parts, safe = zip(
-            *(
-                _direct_polar(*pair, axes=found)
-                for found, pair in zip(axes, prepared, strict=True)
-            ),
-            strict=True,
-        )
-        return lambda: [*map(finish, axes, parts)], safe
+        safe = []
+
+        def decompose(w, u, axes):
+            parts, right = _direct_polar(w, u, axes=axes)
+            safe.append(right)
+            return parts
+
+        results = wanted.finished(decompose, pairs)
+        return lambda: results, safe
 
     def careful(pairs):
-        prepared = (prepare(w, u) for w, u in pairs)
-        parts = (
-            _rescaled_polar(*pair, axes=found)
-            for found, pair in zip(axes, prepared, strict=True)
-        )
-        return [*map(finish, axes, parts)]
+        return wanted.finished(_rescaled_polar, pairs)
 
-    return in_one_pass(direct, careful)(pairs), [u for _, u in pairs]
+    measure = in_one_pass(direct, careful)
+    if now is None:
+        return measure(pairs)
+
+    def measured(pairs, otherwise):
+        cast = lambda new, old: new.astype(old.dtype)  # noqa: E731
+        return jax.tree.map(cast, measure(pairs), otherwise)
+
+    return lax.cond(now, measured, lambda _, old: old, pairs, otherwise)
 
 
-def _one_by_one(prepare, finish, axes, pairs):
+def _one_by_one(wanted, now, pairs, otherwise):
     @in_turn
-    def measured(vector_axes, w, u):
-        (result,), _ = _at_once(prepare, finish, (vector_axes,), [(w, u)])
+    def measured(vector_axes, w, u, *old):
+        one = wanted._replace(axes=(vector_axes,))
+        (result,) = _at_once(one, now, [(w, u)], [old])
         return (result, u), result[0]
 
-    found = [measured(a, *pair) for a, pair in zip(axes, pairs, strict=True)]
-    return [result for result, _ in found], [u for _, u in found]
+    rows = [(*pair, *old) for pair, old in zip(pairs, otherwise, strict=True)]
+    results = [
+        measured(*row) for row in map(lambda a, row: (a, *row), wanted.axes, rows)
+    ]
+    return [result for result, _ in results], [u for _, u in results]
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2, 3))
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
-def _finished_parts(prepare, finish, apart, axes, pairs):
-    one_by_one = functools.partial(_one_by_one, prepare, finish, axes)
-    at_once = functools.partial(_at_once, prepare, finish, axes)
-    return one_by_one(pairs) if apart else on_cpu(one_by_one, at_once)(pairs)
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _finish_polar_parts(wanted, apart, now, pairs, otherwise):
+    one_by_one = functools.partial(_one_by_one, wanted)
+
+    def at_once(now, pairs, otherwise):
+        return _at_once(wanted, now, pairs, otherwise), [u for _, u in pairs]
+
+    measure = one_by_one if apart else on_cpu(one_by_one, at_once)
+    return measure(now, pairs, otherwise)
 
 
-@_finished_parts.defjvp
-def _finished_parts_jvp(prepare, finish, apart, axes, primals, tangents):
-    def plainly(pairs):
-        prepared = (prepare(w, u) for w, u in pairs)
-        parts = (
-            polar_decomposition(*pair, found)
-            for found, pair in zip(axes, prepared, strict=True)
-        )
-        return [*map(finish, axes, parts)], [u for _, u in pairs]
+@_finish_polar_parts.defjvp
+def _finish_polar_parts_jvp(wanted, apart, primals, tangents):
+    def plainly(now, pairs, otherwise):
+        results = wanted.finished(polar_decomposition, pairs)
+        if now is not None:
+            choose = lambda new, old: jnp.where(now, new.astype(old.dtype), old)  # noqa: E731
+            results = jax.tree.map(choose, results, otherwise)
+        return results, [u for _, u in pairs]
 
-    found = _finished_parts(prepare, finish, apart, axes, *primals)
+    found = _finish_polar_parts(wanted, apart, *primals)
     return found, jax.jvp(plainly, primals, tangents)[1]
 
 
@@ -230,14 +255,17 @@ def finish_polar_parts(
     finish: Callable[..., tuple[jax.Array, ...]],
     rows: Sequence[tuple[Any, ...]],
     prepare: Callable[..., tuple[jax.Array, ...]] = at_least_float32,
+    now: jax.Array | None = None,
 ) -> tuple[list[tuple[jax.Array, ...]], list[jax.Array]]:
     """Decompose the updates of all arrays, with one condition for the careful pass.
 
     Args:
-      finish: Takes the axes and the parts of `polar_decomposition` to a tuple, whose
-        first array is not negative. The same function in every call.
-      rows: For each array the axes, the weights and the updates.
+      finish: Takes axes, the parts of `polar_decomposition`, weights and updates to a
+        tuple, whose first array is not negative. The same function in every call.
+      rows: For each array the axes, the weights, the updates, and if `now` is given the
+        results without it.
       prepare: Takes weights and updates to what is decomposed.
+      now: Whether anything is computed, if that is not known before.
 
     Returns:
       The results, and the updates: to be used in place of the ones given, since on a
@@ -245,13 +273,13 @@ def finish_polar_parts(
     """
     if not rows:
         return [], []
-    axes = tuple(row[0] for row in rows)
-    pairs = [(w, u) for _, w, u in rows]
+    wanted = _Wanted(finish, prepare, tuple(row[0] for row in rows))
+    pairs, otherwise = [row[1:3] for row in rows], [row[3:] for row in rows]
     # In `jax.shard_map` an array may vary over devices where another must not.
-    return _finished_parts(prepare, finish, in_shard_map(), axes, pairs)
+    return _finish_polar_parts(wanted, in_shard_map(), now, pairs, otherwise)
 
 
-def _all_parts(axes, parts):
+def all_parts(axes, parts, w, u):
     return parts
 
 
@@ -271,7 +299,7 @@ def polar_decomposition(
     \dot t = \langle \hat u_\perp, \dot u - (r / \|w\|)\, \dot w\rangle.$$
     """
     ((w_norm, u_norm, radial, tangential),), _ = finish_polar_parts(
-        _all_parts, [(axes, w, u)]
+        all_parts, [(axes, w, u)]
     )
     return w_norm, u_norm, radial, tangential
 

@@ -81,6 +81,15 @@ def on_cpu(fn: Callable[..., Any], otherwise: Callable[..., Any]) -> Callable[..
     )
 
 
+def on_cuda(
+    fn: Callable[..., Any], otherwise: Callable[..., Any]
+) -> Callable[..., Any]:
+    """Make a function that is `fn` on an NVIDIA GPU, and `otherwise` elsewhere."""
+    return lambda *operands: lax.platform_dependent(
+        *operands, cuda=fn, default=otherwise
+    )
+
+
 def sums(arrays: Iterable[jax.Array], axes: tuple[int, ...]) -> tuple[jax.Array, ...]:
     """Sum arrays of one shape over axes, which are kept, in one pass over memory.
 
@@ -100,7 +109,7 @@ def sums(arrays: Iterable[jax.Array], axes: tuple[int, ...]) -> tuple[jax.Array,
 
     if last in axes or len(set(map(jax.typeof, arrays))) > 1:
         return separate(*arrays)
-    return lax.platform_dependent(*arrays, cuda=stacked, default=separate)
+    return on_cuda(stacked, separate)(*arrays)
 
 
 @jax.custom_batching.custom_vmap

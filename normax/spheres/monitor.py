@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from typing import Any, NamedTuple
 
 import jax
@@ -75,28 +74,19 @@ def _applied(w: jax.Array, u: jax.Array) -> tuple[jax.Array, jax.Array]:
     return x, _rounded(x + step, w.dtype) - x if _is_rounded(w) else step
 
 
-def _lost(w: jax.Array, u: jax.Array) -> jax.Array | None:
+def _lost(w: jax.Array, u: jax.Array) -> jax.Array:
     """Return which share of the entries an update was to change and did not."""
-    if not _is_rounded(w):
-        return None
     wanted = u != 0
     lost = jnp.sum(wanted & (_applied(w, u)[1] == 0), dtype=jnp.float32)
     return lost / jnp.maximum(jnp.sum(wanted, dtype=jnp.float32), 1)
 
 
-def _measures(vector_axes, parts):
+def _measures(vector_axes, parts, w, u):
     w_norm, u_norm, radial, tangential = parts
     angle = angle_of_update(w_norm, radial, tangential)
     values = w_norm, relative_length(w_norm, u_norm), angle
-    return tuple(jnp.squeeze(value, vector_axes) for value in values)
-
-
-def _measure(rows):
-    measures, updates = finish_polar_parts(_measures, rows, _applied)
-    return [
-        _Measured(u, *values, rounded_away=_lost(row[1], u))
-        for row, values, u in zip(rows, measures, updates, strict=True)
-    ]
+    measures = (jnp.squeeze(value, vector_axes) for value in values)
+    return *measures, _lost(w, u) if _is_rounded(w) else None
 
 
 def monitor_weight_dynamics(
@@ -147,8 +137,11 @@ def monitor_weight_dynamics(
             f"every must be a whole number of steps, got {every}; round it."
         )
 
-    # Without an average nothing but the measures is computed.
-    latest = not isinstance(decay, jax.core.Tracer) and np.all(np.asarray(decay) == 0)
+    latest, always = (
+        not isinstance(number, jax.core.Tracer)
+        and bool(np.all(np.asarray(number) == n))
+        for number, n in ((decay, 0), (every, 1))
+    )
 
     def init_fn(params):
         norms = weight_norm(params, axes)
@@ -168,67 +161,64 @@ def monitor_weight_dynamics(
             axes=map_vectors(lambda found, w: jnp.array(found, "int32"), axes, params),
         )
 
-    def measured(updates, state, params):
-        found = map_vectors(
-            _measure,
-            axes,
-            params,
-            updates,
-            otherwise=lambda w, u: _Measured(u, None, None, None, None),
-            together=True,
-        )
+    def update_fn(updates, state, params=None, **extra_args):
+        del extra_args
+        params = require_params("monitor_weight_dynamics", params)
+        now = None if always else state.steps % every == 0
         total_weight = (1 + decay * state.total_weight).astype(jnp.float32)
 
-        def field(name):
-            return jax.tree.map(
-                operator.attrgetter(name),
-                found,
-                is_leaf=lambda node: isinstance(node, _Measured),
-            )
+        def if_now(new, old):
+            return new if now is None else jnp.where(now, new, old)
 
         def average(old, new):
-            if new is None:
-                return old
+            if old is None:
+                return None
             new = new.astype(old.dtype)
             if latest:
                 return new
             rate = (1 / total_weight).astype(old.dtype)
             # At rate 1, 0 times an old NaN would be NaN again: select the new value.
-            return jnp.where(rate < 1, (1 - rate) * old + rate * new, new)
+            mean = jnp.where(rate < 1, (1 - rate) * old + rate * new, new)
+            return if_now(mean, old)
 
-        averages = {
-            name: jax.tree.map(
-                average, getattr(state, name), field(name), is_leaf=lambda x: x is None
-            )
-            for name in AVERAGED
-        }
-        state = state._replace(
-            measured=state.steps, total_weight=total_weight, **averages
-        )
-        return field("update"), state
+        def measure(rows):
+            found, updates = finish_polar_parts(_measures, rows, _applied, now)
+            measured = []
+            for row, u, new in zip(rows, updates, found, strict=True):
+                vector_axes, _, _, *old = row
+                averages = [*map(average, old, new)]
+                # The update waits for the measures. Otherwise the parameters could
+                # change first, and measuring them would need a copy.
+                u = wait(u, jnp.expand_dims(averages[0], vector_axes), everywhere=True)
+                measured.append(_Measured(u, *averages))
+            return measured
 
-    def update_fn(updates, state, params=None, **extra_args):
-        del extra_args
-        params = require_params("monitor_weight_dynamics", params)
-        steps = optax.safe_increment(state.steps)
-        if not isinstance(every, jax.core.Tracer) and every == 1:
-            updates, state = measured(updates, state, params)
-        else:
-            state = lax.cond(
-                state.steps % every == 0,
-                lambda: measured(updates, state, params)[1],
-                lambda: state,
-            )
-        # The update waits for the measures. Otherwise the parameters could change
-        # first, and measuring them would need a copy.
-        updates = map_vectors(
-            lambda found, w, u, norm: wait(u, jnp.expand_dims(norm, found), True),
+        old = {name: getattr(state, name) for name in AVERAGED}
+        found = map_vectors(
+            measure,
             axes,
             params,
             updates,
-            state.weight_norm,
-            otherwise=lambda w, u, norm: u,
+            *old.values(),
+            otherwise=lambda w, u, *old: _Measured(u, *old),
+            together=True,
         )
-        return updates, state._replace(steps=steps)
+
+        def field(name, old):
+            return jax.tree.map(
+                lambda measured, old: getattr(measured, name, old),
+                found,
+                old,
+                is_leaf=lambda node: node is None or isinstance(node, _Measured),
+            )
+
+        state = MonitorWeightDynamicsState(
+            steps=optax.safe_increment(state.steps),
+            measured=if_now(state.steps, state.measured),
+            total_weight=if_now(total_weight, state.total_weight),
+            axes=state.axes,
+            **{name: field(name, tree) for name, tree in old.items()},
+        )
+        return field("update", updates), state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

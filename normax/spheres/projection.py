@@ -25,9 +25,9 @@ from normax._core.checks import (
 from normax._core.norms import (
     at_least_float32,
     common_dtype,
+    finish_polar_parts,
     nonzero,
     on_sphere,
-    polar_decomposition,
     unit_vector,
 )
 from normax._core.scheduling import in_turn
@@ -167,6 +167,16 @@ def project_unit_norm(
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
+def radial_parts(vector_axes, parts, w, u):
+    w_norm, u_norm, radial, _ = parts
+    return nonzero(w_norm), u_norm, radial
+
+
+def without_radial(w, u, w_norm, radial):
+    w, x = at_least_float32(w, u)
+    return (x - radial * (w / w_norm)).astype(jnp.result_type(u))
+
+
 def remove_radial_component(
     axes: Axes = "unit",
 ) -> optax.GradientTransformationExtraArgs:
@@ -199,11 +209,14 @@ def remove_radial_component(
     """
     check_axes(axes)
 
-    def remove(vector_axes, w, u):
-        w, x = at_least_float32(w, u)
-        w_norm, _, radial, _ = polar_decomposition(w, x, vector_axes)
-        tangential = x - radial * (w / nonzero(w_norm))
-        return tangential.astype(jnp.result_type(u)), jnp.abs(radial)
+    def remove(rows):
+        found, updates = finish_polar_parts(radial_parts, rows)
+        return [
+            without_radial(w, u, w_norm, radial)
+            for (_, w, _), u, (w_norm, _, radial) in zip(
+                rows, updates, found, strict=True
+            )
+        ]
 
     def init_fn(params):
         resolve_axes(axes, params)
@@ -213,7 +226,12 @@ def remove_radial_component(
         del extra_args
         params = require_params("remove_radial_component", params)
         updates = map_vectors(
-            in_turn(remove), axes, params, updates, otherwise=lambda w, u: u
+            remove,
+            axes,
+            params,
+            updates,
+            otherwise=lambda w, u: u,
+            together=True,
         )
         return updates, state
 

@@ -12,10 +12,11 @@ import optax
 from normax._core.axes import Axes, PyTree, check_axes, map_vectors
 from normax._core.checks import check_range, requiring_params
 from normax._core.norms import (
+    all_parts,
     at_least_float32,
     common_dtype,
+    finish_polar_parts,
     nonzero,
-    polar_decomposition,
 )
 from normax.spheres.measures import weight_norm
 from normax.spheres.projection import project_unit_norm
@@ -97,9 +98,9 @@ def rotate_by_angle(
         theta = angle(state.steps) if callable(angle) else angle
         steps = optax.safe_increment(state.steps)
 
-        def turn(vector_axes, w, u, old):
+        def turn(vector_axes, w, u, old, parts):
             x, y = at_least_float32(w, u)
-            w_norm, u_norm, radial, new = polar_decomposition(x, y, vector_axes)
+            w_norm, u_norm, radial, new = parts
             # A comparison with NaN is false, so a NaN stays.
             radial_only = new <= 4 * _rounding(w, u) * u_norm
             new = jnp.where(radial_only, 0, new)
@@ -115,13 +116,23 @@ def rotate_by_angle(
             step = length * (tangential / nonzero(norm))
             return _Turn(step.astype(common_dtype(w, u)), mean)
 
+        def turn_all(rows):
+            found, updates = finish_polar_parts(all_parts, [row[:3] for row in rows])
+            return [
+                turn(vector_axes, w, u, old, parts)
+                for (vector_axes, w, _, old), u, parts in zip(
+                    rows, updates, found, strict=True
+                )
+            ]
+
         turned = map_vectors(
-            turn,
+            turn_all,
             axes,
             params,
             updates,
             state.update_norm,
             otherwise=lambda w, u, old: _Turn(u, None),
+            together=True,
         )
         updates, means = (
             jax.tree.map(
