@@ -111,29 +111,27 @@ def _unit_vector_jvp(axes, primals, tangents):
     return (unit, inverse), (relative + slope * unit, slope * inverse)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
+@jax.custom_jvp
 def on_sphere(
-    x: jax.Array, radius: jax.Array, axes: tuple[int, ...]
+    x: jax.Array, norm: jax.Array, radius: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    r"""Return $r\,\hat x$ for every vector, and a number known after its norm.
+    r"""Return $r\,x / \|x\|$ for every vector, and a number known after its norm.
 
     A vector whose norm is $r$ stays as it is: rounded at every step, it would creep
     along the sphere.
     """
-    norm = vector_norm(x, axes)
     stays = norm == radius
     inverse = jnp.where(stays, 1, 1 / nonzero(norm))
     return x * inverse * jnp.where(stays, 1, radius), inverse
 
 
 @on_sphere.defjvp
-def _on_sphere_jvp(axes, primals, tangents):
-    (x, radius), (x_dot, radius_dot) = primals, tangents
-    (unit, _), (unit_dot, inverse_dot) = jax.jvp(
-        lambda x: unit_vector(x, axes), (x,), (x_dot,)
-    )
-    projected_dot = unit_dot * radius + unit * radius_dot
-    return on_sphere(x, radius, axes), (projected_dot, inverse_dot)
+def _on_sphere_jvp(primals, tangents):
+    (x, norm, radius), (x_dot, norm_dot, radius_dot) = primals, tangents
+    inverse = 1 / nonzero(norm)
+    unit, slope = x * inverse, -norm_dot * inverse
+    projected_dot = (x_dot * inverse + slope * unit) * radius + unit * radius_dot
+    return on_sphere(x, norm, radius), (projected_dot, slope * inverse)
 
 
 @jax.custom_jvp
@@ -179,15 +177,15 @@ class _Wanted(NamedTuple):
     prepare: Callable[..., tuple[jax.Array, ...]]
     axes: tuple[tuple[int, ...], ...]
 
-    def finished(self, decompose, pairs):
+    def finished(self, decompose, rows, care=True):
         return [
-            self.finish(axes, decompose(*self.prepare(w, u), axes=axes), w, u)
-            for axes, (w, u) in zip(self.axes, pairs, strict=True)
+            self.finish(axes, decompose(*self.prepare(*row[:2]), axes=axes), care, *row)
+            for axes, row in zip(self.axes, rows, strict=True)
         ]
 
 
-def _at_once(wanted, now, pairs, otherwise):
-    def direct(pairs):
+def _at_once(wanted, now, rows):
+    def direct(rows):
         safe = []
 
         def decompose(w, u, axes):
@@ -195,57 +193,52 @@ def _at_once(wanted, now, pairs, otherwise):
             safe.append(right)
             return parts
 
-        results = wanted.finished(decompose, pairs)
+        results = wanted.finished(decompose, rows, care=False)
         return lambda: results, safe
 
-    def careful(pairs):
-        return wanted.finished(_rescaled_polar, pairs)
+    def careful(rows):
+        return wanted.finished(_rescaled_polar, rows)
 
     measure = in_one_pass(direct, careful)
     if now is None:
-        return measure(pairs)
+        return measure(rows)
 
-    def measured(pairs, otherwise):
+    def measured(rows):
         cast = lambda new, old: new.astype(old.dtype)  # noqa: E731
-        return jax.tree.map(cast, measure(pairs), otherwise)
+        return jax.tree.map(cast, measure(rows), [row[2:] for row in rows])
 
-    return lax.cond(now, measured, lambda _, old: old, pairs, otherwise)
+    return lax.cond(now, measured, lambda rows: [row[2:] for row in rows], rows)
 
 
-def _one_by_one(wanted, now, pairs, otherwise):
+def _one_by_one(wanted, now, rows):
     @in_turn
-    def measured(vector_axes, w, u, *old):
-        one = wanted._replace(axes=(vector_axes,))
-        (result,) = _at_once(one, now, [(w, u)], [old])
-        return (result, u), result[0]
+    def measured(axes, *row):
+        (result,) = _at_once(wanted._replace(axes=(axes,)), now, [row])
+        return (result, row[1]), result[0]
 
-    rows = [(*pair, *old) for pair, old in zip(pairs, otherwise, strict=True)]
-    results = [
-        measured(*row) for row in map(lambda a, row: (a, *row), wanted.axes, rows)
-    ]
-    return [result for result, _ in results], [u for _, u in results]
+    found = [measured(a, *row) for a, row in zip(wanted.axes, rows, strict=True)]
+    return [result for result, _ in found], [u for _, u in found]
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _finish_polar_parts(wanted, apart, now, pairs, otherwise):
+def _finish_polar_parts(wanted, apart, now, rows):
     one_by_one = functools.partial(_one_by_one, wanted)
 
-    def at_once(now, pairs, otherwise):
-        return _at_once(wanted, now, pairs, otherwise), [u for _, u in pairs]
+    def at_once(now, rows):
+        return _at_once(wanted, now, rows), [row[1] for row in rows]
 
-    measure = one_by_one if apart else on_cpu(one_by_one, at_once)
-    return measure(now, pairs, otherwise)
+    return (one_by_one if apart else on_cpu(one_by_one, at_once))(now, rows)
 
 
 @_finish_polar_parts.defjvp
 def _finish_polar_parts_jvp(wanted, apart, primals, tangents):
-    def plainly(now, pairs, otherwise):
-        results = wanted.finished(polar_decomposition, pairs)
+    def plainly(now, rows):
+        results = wanted.finished(polar_decomposition, rows)
         if now is not None:
             choose = lambda new, old: jnp.where(now, new.astype(old.dtype), old)  # noqa: E731
-            results = jax.tree.map(choose, results, otherwise)
-        return results, [u for _, u in pairs]
+            results = jax.tree.map(choose, results, [row[2:] for row in rows])
+        return results, [row[1] for row in rows]
 
     found = _finish_polar_parts(wanted, apart, *primals)
     return found, jax.jvp(plainly, primals, tangents)[1]
@@ -260,12 +253,14 @@ def finish_polar_parts(
     """Decompose the updates of all arrays, with one condition for the careful pass.
 
     Args:
-      finish: Takes axes, the parts of `polar_decomposition`, weights and updates to a
-        tuple, whose first array is not negative. The same function in every call.
-      rows: For each array the axes, the weights, the updates, and if `now` is given the
-        results without it.
+      finish: Called as `finish(axes, parts, care, w, u, *others)` with the parts of
+        `polar_decomposition`. It returns a tuple whose first array is not negative.
+        Without `care`, no radial part is longer than the double of the tangential one.
+        It must be the same function in every call.
+      rows: For each array the axes, the weights, the updates, and others.
       prepare: Takes weights and updates to what is decomposed.
-      now: Whether anything is computed, if that is not known before.
+      now: Whether anything is computed, if that is not known before. If not, the
+        results are the others.
 
     Returns:
       The results, and the updates: to be used in place of the ones given, since on a
@@ -274,12 +269,11 @@ def finish_polar_parts(
     if not rows:
         return [], []
     wanted = _Wanted(finish, prepare, tuple(row[0] for row in rows))
-    pairs, otherwise = [row[1:3] for row in rows], [row[3:] for row in rows]
     # In `jax.shard_map` an array may vary over devices where another must not.
-    return _finish_polar_parts(wanted, in_shard_map(), now, pairs, otherwise)
+    return _finish_polar_parts(wanted, in_shard_map(), now, [row[1:] for row in rows])
 
 
-def all_parts(axes, parts, w, u):
+def _all_parts(axes, parts, care, w, u):
     return parts
 
 
@@ -299,7 +293,7 @@ def polar_decomposition(
     \dot t = \langle \hat u_\perp, \dot u - (r / \|w\|)\, \dot w\rangle.$$
     """
     ((w_norm, u_norm, radial, tangential),), _ = finish_polar_parts(
-        all_parts, [(axes, w, u)]
+        _all_parts, [(axes, w, u)]
     )
     return w_norm, u_norm, radial, tangential
 

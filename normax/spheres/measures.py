@@ -66,7 +66,7 @@ def angle_of_update(
     return jnp.arctan2(opposite, jnp.where(at_origin, 1, adjacent))
 
 
-def _angle(vector_axes, parts, w, u):
+def _angle(vector_axes, parts, care, w, u):
     w_norm, _, radial, tangential = parts
     angle = angle_of_update(w_norm, radial, tangential)
     return (jnp.squeeze(angle, vector_axes),)

@@ -81,7 +81,7 @@ def _lost(w: jax.Array, u: jax.Array) -> jax.Array:
     return lost / jnp.maximum(jnp.sum(wanted, dtype=jnp.float32), 1)
 
 
-def _measures(vector_axes, parts, w, u):
+def _measures(vector_axes, parts, care, w, u, *others):
     w_norm, u_norm, radial, tangential = parts
     angle = angle_of_update(w_norm, radial, tangential)
     values = w_norm, relative_length(w_norm, u_norm), angle

@@ -29,6 +29,7 @@ from normax._core.norms import (
     nonzero,
     on_sphere,
     unit_vector,
+    vector_norm,
 )
 from normax._core.scheduling import in_turn
 from normax.spheres.measures import weight_norm
@@ -139,7 +140,9 @@ def project_unit_norm(
 
     def project(vector_axes, w, u, radius):
         x, step = at_least_float32(w, u)
-        projected, inverse = on_sphere(x + step, radius.astype(x.dtype), vector_axes)
+        stepped = x + step
+        norm = vector_norm(stepped, vector_axes)
+        projected, inverse = on_sphere(stepped, norm, radius.astype(x.dtype))
         change = projected - x
         # The norm is promised in the weights' dtype, so the update is no coarser.
         return change.astype(common_dtype(w, u)), inverse
@@ -167,7 +170,7 @@ def project_unit_norm(
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def radial_parts(vector_axes, parts, w, u):
+def radial_parts(vector_axes, parts, care, w, u):
     w_norm, u_norm, radial, _ = parts
     return nonzero(w_norm), u_norm, radial
 

@@ -393,7 +393,7 @@ def test_radial_updates_of_mixed_dtypes_turn_nothing(updates):
     tx = normax.rotate_by_angle(0.2)
     step, state = tx.update(u, tx.init(w), w)
     assert np.max(angles_between(w, np.float64(w) + np.float64(step))) < 0.004
-    np.testing.assert_array_equal(state[0].update_norm, 0)
+    np.testing.assert_array_equal(state.update_norm, 0)
 
 
 @pytest.mark.parametrize(
