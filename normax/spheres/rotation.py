@@ -50,9 +50,10 @@ def _rounding(*arrays: jax.typing.ArrayLike) -> float:
 
 def _stepped(w, u, w_norm, radial, radial_only, length, norm):
     x, y = at_least_float32(w, u)
-    tangential = y - radial * (x / nonzero(w_norm))
-    tangential = jnp.where(radial_only, 0, tangential)
-    return x + length * (tangential / nonzero(norm))
+    # The choice lies between product and difference: fused, they would be rounded in
+    # another way where the norm is measured than where the step is made.
+    removed = jnp.where(radial_only, y, radial * (x / nonzero(w_norm)))
+    return x + length * ((y - removed) / nonzero(norm))
 
 
 def _turn(vector_axes, parts, care, w, u, old, theta, decay, steps):
