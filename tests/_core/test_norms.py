@@ -162,11 +162,12 @@ def test_polar_decomposition_is_finite_at_zero(w_scale, u_scale):
         assert np.all(np.isfinite(jax.vmap(function)(w[None], u[None])))
 
 
-def usual_and(last):
-    """Weights and updates of three arrays, the last of which may be unusual."""
-    ws = [draw((80, 3), 1.0), draw((40, 6), 2.0), draw((80, 3), 1.0, 2)]
-    us = [draw(w.shape, 1e-3, seed) for seed, w in enumerate(ws, 3)]
-    return ws, [*us[:2], last(ws[2], us[2])]
+def usual_and(unusual):
+    """Weights and updates of four arrays, the second of which may be unusual."""
+    shapes = (80, 3), (80, 3), (80, 3), (40, 6)
+    ws = [draw(shape, 1.0, seed) for seed, shape in enumerate(shapes)]
+    us = [draw(shape, 1e-3, seed) for seed, shape in enumerate(shapes, 4)]
+    return ws, [us[0], unusual(ws[1], us[1]), *us[2:]]
 
 
 UNUSUAL = {
