@@ -89,3 +89,25 @@ def programs_are_freed():
         import jax
 
         jax.clear_caches()
+
+
+@pytest.fixture
+def as_on_a_gpu(monkeypatch):
+    """Compute what is computed in other ways on a GPU in these ways, on any device."""
+    import jax
+
+    from normax._core import norms, scheduling
+
+    for module in (norms, scheduling):
+        monkeypatch.setattr(module, "on_cpu", lambda fn, otherwise: otherwise)
+    monkeypatch.setattr(scheduling, "on_cuda", lambda fn, otherwise: fn)
+    jax.clear_caches()
+    yield
+    jax.clear_caches()
+
+
+@pytest.fixture(params=["cpu", "gpu"])
+def every_form(request):
+    """Run a test with the forms of a CPU, and with those of a GPU."""
+    if request.param == "gpu":
+        request.getfixturevalue("as_on_a_gpu")

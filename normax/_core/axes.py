@@ -279,6 +279,7 @@ def map_vectors(
     *trees: PyTree,
     otherwise: Callable[..., Any] = lambda *leaves: None,
     updates: bool = True,
+    together: bool = False,
 ) -> PyTree:
     """Map a function over the arrays that hold weight vectors.
 
@@ -290,6 +291,8 @@ def map_vectors(
       otherwise: Called as `otherwise(array, *others)` for arrays left alone.
       updates: Whether the first of the trees holds updates. They have the shapes of
         `params`. Optax writes None for "no gradient"; the result then is None, too.
+      together: Whether `fn` is called once for all arrays instead, with a list of the
+        arguments of each, and returns a list of the results.
 
     Returns:
       Pytree with the structure of `params`.
@@ -300,14 +303,17 @@ def map_vectors(
     updates = updates and bool(trees)
     if updates:
         check_shapes(params, trees[0])
-    results = []
-    for vector_axes, *row in zip(
-        resolve_axes(axes, params), leaves, *columns, strict=True
+    results: list[Any] = [None] * len(leaves)
+    rows = {}
+    for index, (vector_axes, *row) in enumerate(
+        zip(resolve_axes(axes, params), leaves, *columns, strict=True)
     ):
         if vector_axes is None:
-            results.append(otherwise(*row))
-        elif updates and row[1] is None:
-            results.append(None)
-        else:
-            results.append(fn(vector_axes, *row))
+            results[index] = otherwise(*row)
+        elif not updates or row[1] is not None:
+            rows[index] = (vector_axes, *row)
+    chosen = [*rows.values()]
+    found = fn(chosen) if together else [fn(*row) for row in chosen]
+    for index, result in zip(rows, found, strict=True):
+        results[index] = result
     return treedef.unflatten(results)

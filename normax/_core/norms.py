@@ -5,12 +5,20 @@ so the results broadcast against the array.
 """
 
 import functools
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
-from normax._core.scheduling import in_one_pass, on_cpu
+from normax._core.scheduling import (
+    in_one_pass,
+    in_shard_map,
+    in_turn,
+    on_cpu,
+    sums,
+)
 
 
 def common_dtype(*arrays: Any) -> Any:
@@ -51,15 +59,11 @@ def _rescaled_norm(x: jax.Array, *, axes: tuple[int, ...]) -> jax.Array:
     # One pass over memory gives all three sums. Powers of two round nothing.
     scale = 2.0 ** (jnp.finfo(x.dtype).maxexp // 2)
     small, large = x * scale, x / scale
-    square = inner_product(x, x, axes)
+    square, of_small, of_large = sums((x * x, small * small, large * large), axes)
     return jnp.where(
         _in_safe_range(square),
         jnp.sqrt(square),
-        jnp.where(
-            square >= 1,
-            jnp.sqrt(inner_product(large, large, axes)) * scale,
-            jnp.sqrt(inner_product(small, small, axes)) / scale,
-        ),
+        jnp.where(square >= 1, jnp.sqrt(of_large) * scale, jnp.sqrt(of_small) / scale),
     )
 
 
@@ -107,29 +111,27 @@ def _unit_vector_jvp(axes, primals, tangents):
     return (unit, inverse), (relative + slope * unit, slope * inverse)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
+@jax.custom_jvp
 def on_sphere(
-    x: jax.Array, radius: jax.Array, axes: tuple[int, ...]
+    x: jax.Array, norm: jax.Array, radius: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    r"""Return $r\,\hat x$ for every vector, and a number known after its norm.
+    r"""Return $r\,x / \|x\|$ for every vector, and a number known after its norm.
 
     A vector whose norm is $r$ stays as it is: rounded at every step, it would creep
     along the sphere.
     """
-    norm = vector_norm(x, axes)
     stays = norm == radius
     inverse = jnp.where(stays, 1, 1 / nonzero(norm))
     return x * inverse * jnp.where(stays, 1, radius), inverse
 
 
 @on_sphere.defjvp
-def _on_sphere_jvp(axes, primals, tangents):
-    (x, radius), (x_dot, radius_dot) = primals, tangents
-    (unit, _), (unit_dot, inverse_dot) = jax.jvp(
-        lambda x: unit_vector(x, axes), (x,), (x_dot,)
-    )
-    projected_dot = unit_dot * radius + unit * radius_dot
-    return on_sphere(x, radius, axes), (projected_dot, inverse_dot)
+def _on_sphere_jvp(primals, tangents):
+    (x, norm, radius), (x_dot, norm_dot, radius_dot) = primals, tangents
+    inverse = 1 / nonzero(norm)
+    unit, slope = x * inverse, -norm_dot * inverse
+    projected_dot = (x_dot * inverse + slope * unit) * radius + unit * radius_dot
+    return on_sphere(x, norm, radius), (projected_dot, slope * inverse)
 
 
 @jax.custom_jvp
@@ -151,27 +153,131 @@ def _rescaled_polar(w, u, *, axes):
     cosine = inner_product(u_unit, w_unit, axes)
     normal = u_unit - cosine * w_unit
     # The cosine is a long sum, whose rounding leaves a radial rest.
-    rest = inner_product(normal, w_unit, axes)
-    sine = jnp.sqrt(jnp.maximum(inner_product(normal, normal, axes) - rest**2, 0))
+    rest, square = sums((normal * w_unit, normal * normal), axes)
+    sine = jnp.sqrt(jnp.maximum(square - rest**2, 0))
     return w_norm, u_norm, u_norm * (cosine + rest), u_norm * sine
 
 
 def _direct_polar(w, u, *, axes):
-    w_square, u_square = inner_product(w, w, axes), inner_product(u, u, axes)
-    radial = inner_product(u, w, axes) / jnp.sqrt(nonzero(w_square))
+    w_square, u_square, product = sums((w * w, u * u, u * w), axes)
+    radial = product / jnp.sqrt(nonzero(w_square))
     # Pythagoras' difference is exact enough if it cancels two bits at most.
     tangential_square = u_square - radial**2
     safe = _in_safe_range(w_square) & _in_safe_range(u_square)
+    w_norm, u_norm = jnp.sqrt(w_square), jnp.sqrt(u_square)
+    tangential = jnp.sqrt(jnp.maximum(tangential_square, 0))
+    safe &= tangential_square > u_square / 4
+    return (w_norm, u_norm, radial, tangential), safe
 
-    def finish():
-        w_norm, u_norm = jnp.sqrt(w_square), jnp.sqrt(u_square)
-        return w_norm, u_norm, radial, jnp.sqrt(tangential_square)
 
-    return finish, safe & (tangential_square > u_square / 4)
+class _Wanted(NamedTuple):
+    """What `finish_polar_parts` is to compute, the same in every call."""
+
+    finish: Callable[..., tuple[jax.Array, ...]]
+    prepare: Callable[..., tuple[jax.Array, ...]]
+    axes: tuple[tuple[int, ...], ...]
+
+    def finished(self, decompose, rows, care=True):
+        return [
+            self.finish(axes, decompose(*self.prepare(*row[:2]), axes=axes), care, *row)
+            for axes, row in zip(self.axes, rows, strict=True)
+        ]
+
+
+def _at_once(wanted, now, rows):
+    def direct(rows):
+        safe = []
+
+        def decompose(w, u, axes):
+            parts, right = _direct_polar(w, u, axes=axes)
+            safe.append(right)
+            return parts
+
+        results = wanted.finished(decompose, rows, care=False)
+        return lambda: results, safe
+
+    def careful(rows):
+        return wanted.finished(_rescaled_polar, rows)
+
+    measure = in_one_pass(direct, careful)
+    if now is None:
+        return measure(rows)
+
+    def measured(rows):
+        cast = lambda new, old: new.astype(old.dtype)  # noqa: E731
+        return jax.tree.map(cast, measure(rows), [row[2:] for row in rows])
+
+    return lax.cond(now, measured, lambda rows: [row[2:] for row in rows], rows)
+
+
+def _one_by_one(wanted, now, rows):
+    @in_turn
+    def measured(axes, *row):
+        (result,) = _at_once(wanted._replace(axes=(axes,)), now, [row])
+        return (result, row[1]), result[0]
+
+    found = [measured(a, *row) for a, row in zip(wanted.axes, rows, strict=True)]
+    return [result for result, _ in found], [u for _, u in found]
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _finish_polar_parts(wanted, apart, now, rows):
+    one_by_one = functools.partial(_one_by_one, wanted)
+
+    def at_once(now, rows):
+        return _at_once(wanted, now, rows), [row[1] for row in rows]
+
+    return (one_by_one if apart else on_cpu(one_by_one, at_once))(now, rows)
+
+
+@_finish_polar_parts.defjvp
+def _finish_polar_parts_jvp(wanted, apart, primals, tangents):
+    def plainly(now, rows):
+        results = wanted.finished(polar_decomposition, rows)
+        if now is not None:
+            choose = lambda new, old: jnp.where(now, new.astype(old.dtype), old)  # noqa: E731
+            results = jax.tree.map(choose, results, [row[2:] for row in rows])
+        return results, [row[1] for row in rows]
+
+    found = _finish_polar_parts(wanted, apart, *primals)
+    return found, jax.jvp(plainly, primals, tangents)[1]
+
+
+def finish_polar_parts(
+    finish: Callable[..., tuple[jax.Array, ...]],
+    rows: Sequence[tuple[Any, ...]],
+    prepare: Callable[..., tuple[jax.Array, ...]] = at_least_float32,
+    now: jax.Array | None = None,
+) -> tuple[list[tuple[jax.Array, ...]], list[jax.Array]]:
+    """Decompose the updates of all arrays, with one condition for the careful pass.
+
+    Args:
+      finish: Called as `finish(axes, parts, care, w, u, *others)` with the parts of
+        `polar_decomposition`. It returns a tuple whose first array is not negative.
+        Without `care`, no radial part is longer than the double of the tangential one.
+        It must be the same function in every call.
+      rows: For each array the axes, the weights, the updates, and others.
+      prepare: Takes weights and updates to what is decomposed.
+      now: Whether anything is computed, if that is not known before. If not, the
+        results are the others.
+
+    Returns:
+      The results, and the updates: to be used in place of the ones given, since on a
+      CPU each is computed when the result before is known.
+    """
+    if not rows:
+        return [], []
+    wanted = _Wanted(finish, prepare, tuple(row[0] for row in rows))
+    # In `jax.shard_map` an array may vary over devices where another must not.
+    return _finish_polar_parts(wanted, in_shard_map(), now, [row[1:] for row in rows])
+
+
+def _all_parts(axes, parts, care, w, u):
+    return parts
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
-@functools.partial(jax.jit, static_argnums=2)
 def polar_decomposition(
     w: jax.Array, u: jax.Array, axes: tuple[int, ...]
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
@@ -186,9 +292,10 @@ def polar_decomposition(
     \qquad
     \dot t = \langle \hat u_\perp, \dot u - (r / \|w\|)\, \dot w\rangle.$$
     """
-    direct = functools.partial(_direct_polar, axes=axes)
-    rescaled = functools.partial(_rescaled_polar, axes=axes)
-    return on_cpu(in_one_pass(direct, rescaled), rescaled)(w, u)
+    ((w_norm, u_norm, radial, tangential),), _ = finish_polar_parts(
+        _all_parts, [(axes, w, u)]
+    )
+    return w_norm, u_norm, radial, tangential
 
 
 @polar_decomposition.defjvp

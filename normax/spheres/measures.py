@@ -6,8 +6,8 @@ import jax.numpy as jnp
 from normax._core.axes import Axes, PyTree, map_vectors
 from normax._core.norms import (
     at_least_float32,
+    finish_polar_parts,
     nonzero,
-    polar_decomposition,
     ratio,
     vector_norm,
 )
@@ -64,6 +64,12 @@ def angle_of_update(
     # The derivative of atan2 is not finite at the origin.
     at_origin = (opposite == 0) & (adjacent == 0)
     return jnp.arctan2(opposite, jnp.where(at_origin, 1, adjacent))
+
+
+def _angle(vector_axes, parts, care, w, u):
+    w_norm, _, radial, tangential = parts
+    angle = angle_of_update(w_norm, radial, tangential)
+    return (jnp.squeeze(angle, vector_axes),)
 
 
 def relative_update(params: PyTree, updates: PyTree, axes: Axes = "unit") -> PyTree:
@@ -133,9 +139,7 @@ def angular_update(params: PyTree, updates: PyTree, axes: Axes = "unit") -> PyTr
       Kosson, Messmer, Jaggi, Rotational Equilibrium, 2024, arXiv:2305.17212.
     """
 
-    def measure(vector_axes, w, u):
-        w, u = at_least_float32(w, u)
-        w_norm, _, radial, tangential = polar_decomposition(w, u, vector_axes)
-        return jnp.squeeze(angle_of_update(w_norm, radial, tangential), vector_axes)
+    def measure(rows):
+        return [angle for (angle,) in finish_polar_parts(_angle, rows)[0]]
 
-    return map_vectors(measure, axes, params, updates)
+    return map_vectors(measure, axes, params, updates, together=True)

@@ -12,8 +12,8 @@ from jax import lax
 
 from normax._core.axes import Axes, PyTree, check_axes, map_vectors
 from normax._core.checks import check_range, require_params
-from normax._core.norms import at_least_float32, polar_decomposition
-from normax._core.scheduling import in_turn, wait
+from normax._core.norms import at_least_float32, finish_polar_parts
+from normax._core.scheduling import wait
 from normax.spheres.measures import angle_of_update, relative_length, weight_norm
 
 
@@ -45,12 +45,12 @@ class MonitorWeightDynamicsState(NamedTuple):
 AVERAGED = "weight_norm", "relative_update", "angular_update", "rounded_away"
 
 
-class _Measurement(NamedTuple):
+class _Measured(NamedTuple):
+    update: Any
     weight_norm: jax.Array | None
     relative_update: jax.Array | None
     angular_update: jax.Array | None
     rounded_away: jax.Array | None
-    update: Any
 
 
 def _is_rounded(w: jax.Array) -> bool:
@@ -68,26 +68,25 @@ def _rounded(x: jax.Array, dtype: Any) -> jax.Array:
     return jnp.where(jnp.abs(x) < float(info.tiny), jnp.round(x / step) * step, rounded)
 
 
-def _applied(w: jax.Array, u: jax.Array) -> tuple[jax.Array, Any, Any]:
-    """Return weights, what `optax.apply_updates` adds to them, and what is lost."""
+def _applied(w: jax.Array, u: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Return the weights, and what `optax.apply_updates` adds to them."""
     x, step = at_least_float32(w, u)
-    if not _is_rounded(w):
-        return x, step, None
-    applied = _rounded(x + step, w.dtype) - x
-    wanted = step != 0
-    lost = jnp.sum(wanted & (applied == 0), dtype=jnp.float32)
-    return x, applied, lost / jnp.maximum(jnp.sum(wanted, dtype=jnp.float32), 1)
+    return x, _rounded(x + step, w.dtype) - x if _is_rounded(w) else step
 
 
-def _measure(vector_axes, w, u):
-    x, applied, lost = _applied(w, u)
-    w_norm, u_norm, radial, tangential = polar_decomposition(x, applied, vector_axes)
+def _lost(w: jax.Array, u: jax.Array) -> jax.Array:
+    """Return which share of the entries an update was to change and did not."""
+    wanted = u != 0
+    lost = jnp.sum(wanted & (_applied(w, u)[1] == 0), dtype=jnp.float32)
+    return lost / jnp.maximum(jnp.sum(wanted, dtype=jnp.float32), 1)
+
+
+def _measures(vector_axes, parts, care, w, u, *others):
+    w_norm, u_norm, radial, tangential = parts
     angle = angle_of_update(w_norm, radial, tangential)
-    values = (w_norm, relative_length(w_norm, u_norm), angle)
-    values = (jnp.squeeze(value, vector_axes) for value in values)
-    # The update waits for the measures. Otherwise the parameters could change
-    # first, and measuring them would need a copy.
-    return _Measurement(*values, rounded_away=lost, update=wait(u, angle)), angle
+    values = w_norm, relative_length(w_norm, u_norm), angle
+    measures = (jnp.squeeze(value, vector_axes) for value in values)
+    return *measures, _lost(w, u) if _is_rounded(w) else None
 
 
 def monitor_weight_dynamics(
@@ -138,6 +137,12 @@ def monitor_weight_dynamics(
             f"every must be a whole number of steps, got {every}; round it."
         )
 
+    latest, always = (
+        not isinstance(number, jax.core.Tracer)
+        and bool(np.all(np.asarray(number) == n))
+        for number, n in ((decay, 0), (every, 1))
+    )
+
     def init_fn(params):
         norms = weight_norm(params, axes)
 
@@ -156,54 +161,64 @@ def monitor_weight_dynamics(
             axes=map_vectors(lambda found, w: jnp.array(found, "int32"), axes, params),
         )
 
-    def measured(updates, state, params):
-        measurements = map_vectors(
-            in_turn(_measure),
-            axes,
-            params,
-            updates,
-            otherwise=lambda w, u: _Measurement(None, None, None, None, update=u),
-        )
-        total_weight = (1 + decay * state.total_weight).astype(jnp.float32)
-
-        def field(name):
-            return jax.tree.map(
-                lambda measurement: getattr(measurement, name),
-                measurements,
-                is_leaf=lambda node: isinstance(node, _Measurement),
-            )
-
-        def average(old, new):
-            if new is None:
-                return old
-            new = new.astype(old.dtype)
-            rate = (1 / total_weight).astype(old.dtype)
-            # At rate 1, 0 times an old NaN would be NaN again: select the new value.
-            return jnp.where(rate < 1, (1 - rate) * old + rate * new, new)
-
-        averages = {
-            name: jax.tree.map(
-                average, getattr(state, name), field(name), is_leaf=lambda x: x is None
-            )
-            for name in AVERAGED
-        }
-        state = state._replace(
-            measured=state.steps, total_weight=total_weight, **averages
-        )
-        return field("update"), state
-
     def update_fn(updates, state, params=None, **extra_args):
         del extra_args
         params = require_params("monitor_weight_dynamics", params)
-        steps = optax.safe_increment(state.steps)
-        if not isinstance(every, jax.core.Tracer) and every == 1:
-            updates, state = measured(updates, state, params)
-        else:
-            state = lax.cond(
-                state.steps % every == 0,
-                lambda: measured(updates, state, params)[1],
-                lambda: state,
+        now = None if always else state.steps % every == 0
+        total_weight = (1 + decay * state.total_weight).astype(jnp.float32)
+
+        def if_now(new, old):
+            return new if now is None else jnp.where(now, new, old)
+
+        def average(old, new):
+            if old is None:
+                return None
+            new = new.astype(old.dtype)
+            if latest:
+                return new
+            rate = (1 / total_weight).astype(old.dtype)
+            # At rate 1, 0 times an old NaN would be NaN again: select the new value.
+            mean = jnp.where(rate < 1, (1 - rate) * old + rate * new, new)
+            return if_now(mean, old)
+
+        def measure(rows):
+            found, updates = finish_polar_parts(_measures, rows, _applied, now)
+            measured = []
+            for row, u, new in zip(rows, updates, found, strict=True):
+                vector_axes, _, _, *old = row
+                averages = [*map(average, old, new)]
+                # The update waits for the measures. Otherwise the parameters could
+                # change first, and measuring them would need a copy.
+                u = wait(u, jnp.expand_dims(averages[0], vector_axes), everywhere=True)
+                measured.append(_Measured(u, *averages))
+            return measured
+
+        old = {name: getattr(state, name) for name in AVERAGED}
+        found = map_vectors(
+            measure,
+            axes,
+            params,
+            updates,
+            *old.values(),
+            otherwise=lambda w, u, *old: _Measured(u, *old),
+            together=True,
+        )
+
+        def field(name, old):
+            return jax.tree.map(
+                lambda measured, old: getattr(measured, name, old),
+                found,
+                old,
+                is_leaf=lambda node: node is None or isinstance(node, _Measured),
             )
-        return updates, state._replace(steps=steps)
+
+        state = MonitorWeightDynamicsState(
+            steps=optax.safe_increment(state.steps),
+            measured=if_now(state.steps, state.measured),
+            total_weight=if_now(total_weight, state.total_weight),
+            axes=state.axes,
+            **{name: field(name, tree) for name, tree in old.items()},
+        )
+        return field("update", updates), state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

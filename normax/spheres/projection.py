@@ -25,10 +25,11 @@ from normax._core.checks import (
 from normax._core.norms import (
     at_least_float32,
     common_dtype,
+    finish_polar_parts,
     nonzero,
     on_sphere,
-    polar_decomposition,
     unit_vector,
+    vector_norm,
 )
 from normax._core.scheduling import in_turn
 from normax.spheres.measures import weight_norm
@@ -139,7 +140,9 @@ def project_unit_norm(
 
     def project(vector_axes, w, u, radius):
         x, step = at_least_float32(w, u)
-        projected, inverse = on_sphere(x + step, radius.astype(x.dtype), vector_axes)
+        stepped = x + step
+        norm = vector_norm(stepped, vector_axes)
+        projected, inverse = on_sphere(stepped, norm, radius.astype(x.dtype))
         change = projected - x
         # The norm is promised in the weights' dtype, so the update is no coarser.
         return change.astype(common_dtype(w, u)), inverse
@@ -165,6 +168,16 @@ def project_unit_norm(
         return updates, state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def radial_parts(vector_axes, parts, care, w, u):
+    w_norm, u_norm, radial, _ = parts
+    return nonzero(w_norm), u_norm, radial
+
+
+def without_radial(w, u, w_norm, radial):
+    w, x = at_least_float32(w, u)
+    return (x - radial * (w / w_norm)).astype(jnp.result_type(u))
 
 
 def remove_radial_component(
@@ -199,11 +212,14 @@ def remove_radial_component(
     """
     check_axes(axes)
 
-    def remove(vector_axes, w, u):
-        w, x = at_least_float32(w, u)
-        w_norm, _, radial, _ = polar_decomposition(w, x, vector_axes)
-        tangential = x - radial * (w / nonzero(w_norm))
-        return tangential.astype(jnp.result_type(u)), jnp.abs(radial)
+    def remove(rows):
+        found, updates = finish_polar_parts(radial_parts, rows)
+        return [
+            without_radial(w, u, w_norm, radial)
+            for (_, w, _), u, (w_norm, _, radial) in zip(
+                rows, updates, found, strict=True
+            )
+        ]
 
     def init_fn(params):
         resolve_axes(axes, params)
@@ -213,7 +229,12 @@ def remove_radial_component(
         del extra_args
         params = require_params("remove_radial_component", params)
         updates = map_vectors(
-            in_turn(remove), axes, params, updates, otherwise=lambda w, u: u
+            remove,
+            axes,
+            params,
+            updates,
+            otherwise=lambda w, u: u,
+            together=True,
         )
         return updates, state
 

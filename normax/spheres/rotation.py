@@ -14,11 +14,12 @@ from normax._core.checks import check_range, requiring_params
 from normax._core.norms import (
     at_least_float32,
     common_dtype,
+    finish_polar_parts,
     nonzero,
-    polar_decomposition,
+    on_sphere,
+    vector_norm,
 )
 from normax.spheres.measures import weight_norm
-from normax.spheres.projection import project_unit_norm
 
 
 class RotateByAngleState(NamedTuple):
@@ -27,13 +28,15 @@ class RotateByAngleState(NamedTuple):
     Attributes:
       steps: Number of steps, int32 of shape ().
       update_norm: Roots of the averages, not yet corrected for their start.
+      radius: Norms of the weights at `init`, which they keep.
     """
 
     steps: jax.Array
     update_norm: PyTree
+    radius: PyTree
 
 
-class _Turn(NamedTuple):
+class _Turned(NamedTuple):
     update: jax.Array | None
     update_norm: jax.Array | None
 
@@ -43,6 +46,36 @@ def _rounding(*arrays: jax.typing.ArrayLike) -> float:
     dtypes = (jnp.result_type(array) for array in arrays)
     floats = (dtype for dtype in dtypes if jnp.issubdtype(dtype, jnp.floating))
     return max(float(jnp.finfo(dtype).eps) for dtype in floats)
+
+
+def _stepped(w, u, w_norm, radial, radial_only, length, norm):
+    x, y = at_least_float32(w, u)
+    # The choice lies between product and difference: fused, they would be rounded in
+    # another way where the norm is measured than where the step is made.
+    removed = jnp.where(radial_only, y, radial * (x / nonzero(w_norm)))
+    return x + length * ((y - removed) / nonzero(norm))
+
+
+def _turn(vector_axes, parts, care, w, u, old, theta, decay, steps):
+    """Return the arguments of `_stepped`, the norm after it, and the average."""
+    w_norm, u_norm, radial, new = parts
+    # A comparison with NaN is false, so a NaN stays.
+    radial_only = new <= 4 * _rounding(w, u) * u_norm
+    new = jnp.where(radial_only, 0, new)
+    added = jnp.squeeze(new, vector_axes).astype(old.dtype)
+    weights = jnp.sqrt(jnp.asarray([decay, 1 - decay], old.dtype))
+    # At decay 0, 0 times an old NaN would be NaN again: select the new value.
+    mean = jnp.where(decay == 0, added, jnp.hypot(weights[0] * old, weights[1] * added))
+    started = 1 - jnp.asarray(decay, new.dtype) ** steps.astype(new.dtype)
+    norm = jnp.expand_dims(mean, vector_axes) / jnp.sqrt(started)
+    theta = jnp.asarray(theta, new.dtype)
+    how = w_norm, radial, radial_only, theta * w_norm, norm
+    if care:
+        # Of a small tangential part rounding leaves a step that is not orthogonal.
+        after = vector_norm(_stepped(w, u, *how), vector_axes)
+    else:
+        after = w_norm * jnp.hypot(jnp.ones_like(new), theta * (new / nonzero(norm)))
+    return *how, after, mean
 
 
 def rotate_by_angle(
@@ -89,31 +122,27 @@ def rotate_by_angle(
         check_range("angle", angle, low=0)
 
     def init_fn(params):
-        zeros = jax.tree.map(jnp.zeros_like, weight_norm(params, axes))
-        return RotateByAngleState(jnp.zeros([], jnp.int32), zeros)
+        radius = weight_norm(params, axes)
+        zeros = jax.tree.map(jnp.zeros_like, radius)
+        return RotateByAngleState(jnp.zeros([], jnp.int32), zeros, radius)
 
     def update_fn(updates, state, params=None, **extra_args):
         del extra_args
         theta = angle(state.steps) if callable(angle) else angle
         steps = optax.safe_increment(state.steps)
 
-        def turn(vector_axes, w, u, old):
-            x, y = at_least_float32(w, u)
-            w_norm, u_norm, radial, new = polar_decomposition(x, y, vector_axes)
-            # A comparison with NaN is false, so a NaN stays.
-            radial_only = new <= 4 * _rounding(w, u) * u_norm
-            new = jnp.where(radial_only, 0, new)
-            new = jnp.squeeze(new, vector_axes).astype(old.dtype)
-            kept, added = jnp.sqrt(jnp.asarray([decay, 1 - decay], old.dtype))
-            # At decay 0, 0 times an old NaN would be NaN again: select the new value.
-            mean = jnp.where(decay == 0, new, jnp.hypot(kept * old, added * new))
-            started = 1 - jnp.asarray(decay, x.dtype) ** steps.astype(x.dtype)
-            norm = jnp.expand_dims(mean, vector_axes) / jnp.sqrt(started)
-            tangential = y - radial * (x / nonzero(w_norm))
-            tangential = jnp.where(radial_only, 0, tangential)
-            length = jnp.asarray(theta, x.dtype) * w_norm
-            step = length * (tangential / nonzero(norm))
-            return _Turn(step.astype(common_dtype(w, u)), mean)
+        def turn(rows):
+            found, updates = finish_polar_parts(
+                _turn, [(*row[:-1], theta, decay, steps) for row in rows]
+            )
+            turned = []
+            for row, u, (*how, after, mean) in zip(rows, updates, found, strict=True):
+                vector_axes, w, _, _, radius = row
+                radius = jnp.expand_dims(radius, vector_axes).astype(after.dtype)
+                x, _ = on_sphere(_stepped(w, u, *how), after, radius)
+                change = (x - w.astype(x.dtype)).astype(common_dtype(w, u))
+                turned.append(_Turned(change, mean))
+            return turned
 
         turned = map_vectors(
             turn,
@@ -121,13 +150,15 @@ def rotate_by_angle(
             params,
             updates,
             state.update_norm,
-            otherwise=lambda w, u, old: _Turn(u, None),
+            state.radius,
+            otherwise=lambda w, u, *state: _Turned(u, None),
+            together=True,
         )
         updates, means = (
             jax.tree.map(
                 operator.itemgetter(field),
                 turned,
-                is_leaf=lambda node: isinstance(node, _Turn),
+                is_leaf=lambda node: isinstance(node, _Turned),
             )
             for field in (0, 1)
         )
@@ -137,10 +168,7 @@ def rotate_by_angle(
             means,
             is_leaf=lambda node: node is None,
         )
-        return updates, RotateByAngleState(steps, update_norm)
+        return updates, RotateByAngleState(steps, update_norm, state.radius)
 
-    chain = optax.chain(
-        optax.GradientTransformationExtraArgs(init_fn, update_fn),
-        project_unit_norm(axes, radius="initial"),
-    )
-    return requiring_params("rotate_by_angle", chain)
+    rotation = optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return requiring_params("rotate_by_angle", rotation)

@@ -6,27 +6,21 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from normax._core.axes import Axes, PyTree, check_axes, map_vectors
+from normax._core.axes import Axes, check_axes, map_vectors
 from normax._core.checks import check_learning_rate, check_range, requiring_params
-from normax._core.norms import at_least_float32, nonzero, polar_decomposition
-from normax.spheres.projection import remove_radial_component
+from normax._core.norms import at_least_float32, finish_polar_parts, nonzero
+from normax.spheres.projection import (
+    radial_parts,
+    remove_radial_component,
+    without_radial,
+)
 
 
-def _cosine_rule(params: PyTree, grads: PyTree, delta: jax.typing.ArrayLike) -> PyTree:
-    """Guess for each array whether it is scale-invariant per unit, and as a layer."""
-
-    def guess(unit_axes, w, g):
-        w, g = at_least_float32(w, g)
-
-        def orthogonal(axes):
-            _, g_norm, radial, _ = polar_decomposition(w, g, axes)
-            cosine = jnp.abs(radial) / nonzero(g_norm)
-            entries = w.size / max(cosine.size, 1)
-            return jnp.max(cosine, initial=0.0) < delta / max(entries, 1) ** 0.5
-
-        return orthogonal(unit_axes), orthogonal(tuple(range(w.ndim)))
-
-    return map_vectors(guess, "unit", params, grads)
+def _is_orthogonal(u_norm, radial, size, delta):
+    """Guess whether gradients whose radial parts are so small never have one."""
+    cosine = jnp.abs(radial) / nonzero(u_norm)
+    entries = size / max(cosine.size, 1)
+    return jnp.max(cosine, initial=0.0) < delta / max(entries, 1) ** 0.5
 
 
 def _project_tangent(
@@ -45,38 +39,53 @@ def _project_tangent(
     if axes is not None:
         check_axes(axes)
 
-    def tangential(axes, updates, params):
-        projection = remove_radial_component(axes)
-        return projection.update(updates, projection.init(params), params)[0]
-
     def decay(w, u, ratio=1.0):
         w, x = at_least_float32(w, u)
         return (x + weight_decay * ratio * w).astype(jnp.result_type(u))
 
     def exact(updates, params):
+        projection = remove_radial_component(axes)
+        tangential, _ = projection.update(updates, projection.init(params), params)
         return map_vectors(
             lambda vector_axes, w, u: decay(w, u, wd_ratio),
             axes,
             params,
-            tangential(axes, updates, params),
+            tangential,
             otherwise=lambda w, u: None if u is None else decay(w, u),
         )
 
-    def by_rule(grads, updates, params):
-        def choose(vector_axes, w, u, of_units, of_layer, fires):
-            per_unit, per_layer = fires
-            u = jnp.where(per_unit, of_units, jnp.where(per_layer, of_layer, u))
-            return decay(w, u, jnp.where(per_unit | per_layer, wd_ratio, 1.0))
+    def guess(rows):
+        """Project per unit or as a layer, where gradients are orthogonal so."""
+        views = [(a, tuple(range(w.ndim))) for a, w, *_ in rows]
+        pairs = [
+            (view, w, x)
+            for both, (_, w, *updates) in zip(views, rows, strict=True)
+            for view in both
+            for x in updates
+        ]
+        found = iter(finish_polar_parts(radial_parts, pairs)[0])
+        results = []
+        for _, w, u, _ in rows:
+            chosen, ratio = u, 1.0
+            # The units' view comes last, since it has precedence.
+            for (w_norm, _, radial), (_, g_norm, g_radial) in [
+                (next(found), next(found)) for _ in range(2)
+            ][::-1]:
+                fires = _is_orthogonal(g_norm, g_radial, w.size, delta)
+                chosen = jnp.where(fires, without_radial(w, u, w_norm, radial), chosen)
+                ratio = jnp.where(fires, wd_ratio, ratio)
+            results.append(decay(w, chosen, ratio))
+        return results
 
+    def by_rule(grads, updates, params):
         return map_vectors(
-            choose,
+            guess,
             "unit",
             params,
             updates,
-            tangential("unit", updates, params),
-            tangential("layer", updates, params),
-            _cosine_rule(params, grads, delta),
-            otherwise=lambda w, u, *others: None if u is None else decay(w, u),
+            grads,
+            otherwise=lambda w, u, g: None if u is None else decay(w, u),
+            together=True,
         )
 
     def update_fn(updates, state, params=None, **extra_args):

@@ -13,6 +13,7 @@ import pytest
 from flax import nnx
 
 import normax
+from normax._core.axes import map_vectors
 
 SHAPES = {
     "dense": (5, 3),
@@ -210,3 +211,16 @@ def test_complex_arrays_are_refused():
     with pytest.raises(ValueError, match=r"must be real, but params.*complex64"):
         normax.weight_norm(params)
     assert normax.weight_norm(params, "none") == {"kernel": None}
+
+
+def test_functions_may_take_all_arrays_together():
+    params = {"a": KERNEL, "b": jnp.ones(3), "c": 2 * KERNEL, "d": KERNEL}
+    updates = {**params, "d": None}
+
+    def total(rows):
+        whole = sum(float(jnp.sum(w * u)) for _, w, u in rows)
+        return [(vector_axes, whole) for vector_axes, _, _ in rows]
+
+    found = map_vectors(total, "unit", params, updates, together=True)
+    whole = 5 * float(jnp.sum(KERNEL**2))
+    assert found == {"a": ((0,), whole), "b": None, "c": ((0,), whole), "d": None}

@@ -1,9 +1,8 @@
 """Norms and polar decompositions against float64, at every scale.
 
-The formulas of the other devices, `_rescaled_*`, are tested beside those of the CPU.
+Tests with `every_form` run the forms of a CPU, and those of other devices.
 """
 
-import functools
 import itertools
 
 import jax
@@ -39,17 +38,17 @@ def polar_in_float64(w, u, axes):
     return w_norm, np.sqrt(np.sum(u**2, axes, keepdims=True)), radial, tangential
 
 
+@pytest.mark.usefixtures("every_form")
 @pytest.mark.parametrize(("shape", "axes"), CASES)
 def test_norm_at_every_scale(shape, axes):
-    rescaled = jax.jit(functools.partial(norms._rescaled_norm, axes=axes))
     for scale in SCALES:
         x = draw(shape, scale)
         expected = polar_in_float64(x, x, axes)[0]
-        for measured in (vector_norm(x, axes), rescaled(x)):
-            measured = np.asarray(measured, np.float64)
-            np.testing.assert_allclose(measured, expected, rtol=3e-7)
+        measured = np.asarray(vector_norm(x, axes), np.float64)
+        np.testing.assert_allclose(measured, expected, rtol=3e-7)
 
 
+@pytest.mark.usefixtures("every_form")
 def test_norm_of_vectors_of_different_scales():
     scales = jnp.array([[1e-30, 0.0, 1.0, 1e30, 1e-12]])
     x = draw((64, 5), 1.0) * scales
@@ -57,12 +56,12 @@ def test_norm_of_vectors_of_different_scales():
     np.testing.assert_allclose(vector_norm(x, (0,)), expected, rtol=3e-7)
 
 
+@pytest.mark.usefixtures("every_form")
 def test_norm_shows_what_is_not_finite():
     x = draw((4, 3), 1.0)
     x = x.at[1, 0].set(jnp.inf).at[2, 1].set(jnp.nan)
-    for norm in (vector_norm(x, (0,)), norms._rescaled_norm(x, axes=(0,))):
-        norm = np.ravel(norm)
-        assert np.isinf(norm[0]) and np.isnan(norm[1]) and np.isfinite(norm[2])
+    norm = np.ravel(vector_norm(x, (0,)))
+    assert np.isinf(norm[0]) and np.isnan(norm[1]) and np.isfinite(norm[2])
 
 
 @pytest.mark.parametrize("scale", [1e-15, 1.0, 1e15])
@@ -104,14 +103,13 @@ def test_norm_derivatives_are_finite_at_zero():
     assert np.all(np.isfinite(hessian))
 
 
+@pytest.mark.usefixtures("every_form")
 @pytest.mark.slow
 @pytest.mark.parametrize(("shape", "axes"), CASES)
 def test_polar_decomposition_at_every_scale(shape, axes):
-    rescaled = jax.jit(functools.partial(norms._rescaled_polar, axes=axes))
-    scales = itertools.product([1e-30, 1.0, 1e30], [1e-30, 1e-3, 1e30], [True, False])
-    for w_scale, u_scale, on_cpu in scales:
+    for w_scale, u_scale in itertools.product([1e-30, 1.0, 1e30], [1e-30, 1e-3, 1e30]):
         w, u = draw(shape, w_scale), draw(shape, u_scale, seed=1)
-        parts = polar_decomposition(w, u, axes) if on_cpu else rescaled(w, u)
+        parts = polar_decomposition(w, u, axes)
         got = [np.asarray(part, np.float64) for part in parts]
         w_norm, u_norm, radial, tangential = polar_in_float64(w, u, axes)
         np.testing.assert_allclose(got[0], w_norm, rtol=3e-7)
@@ -121,6 +119,7 @@ def test_polar_decomposition_at_every_scale(shape, axes):
         np.testing.assert_array_less(np.abs(got[2] - radial) / u_norm, 3e-7)
 
 
+@pytest.mark.usefixtures("every_form")
 @pytest.mark.slow
 @pytest.mark.parametrize("tilt", [0.0, 1e-7, 1e-4, 1e-2, 1.0])
 def test_polar_decomposition_of_almost_radial_updates(tilt):
@@ -128,10 +127,9 @@ def test_polar_decomposition_of_almost_radial_updates(tilt):
     normal = draw((100, 4), 1.0, seed=1)
     u = 0.3 * w + tilt * normal
     expected = polar_in_float64(w, u, (0,))
-    for function in (polar_decomposition, norms._rescaled_polar):
-        measured = function(w, u, axes=(0,))[3]
-        # The error of u - r w/|w| is that of rounding u, whatever is left of it.
-        assert np.max(np.abs(measured - expected[3]) / expected[1]) < 2e-7
+    measured = polar_decomposition(w, u, axes=(0,))[3]
+    # The error of u - r w/|w| is that of rounding u, whatever is left of it.
+    assert np.max(np.abs(measured - expected[3]) / expected[1]) < 2e-7
 
 
 def test_polar_decomposition_derivative_against_finite_differences():
@@ -150,6 +148,7 @@ def test_polar_decomposition_derivative_against_finite_differences():
             np.testing.assert_allclose(slope, (a - b) / (2 * h), rtol=1e-7)
 
 
+@pytest.mark.usefixtures("every_form")
 @pytest.mark.slow
 @pytest.mark.parametrize(("w_scale", "u_scale"), [(0.0, 1.0), (1.0, 0.0), (0.0, 0.0)])
 def test_polar_decomposition_is_finite_at_zero(w_scale, u_scale):
@@ -161,6 +160,44 @@ def test_polar_decomposition_is_finite_at_zero(w_scale, u_scale):
     for function in (total, jax.grad(total), jax.grad(total, argnums=1)):
         assert np.all(np.isfinite(function(w, u)))
         assert np.all(np.isfinite(jax.vmap(function)(w[None], u[None])))
+
+
+def usual_and(unusual):
+    """Weights and updates of four arrays, the second of which may be unusual."""
+    shapes = (80, 3), (80, 3), (80, 3), (40, 6)
+    ws = [draw(shape, 1.0, seed) for seed, shape in enumerate(shapes)]
+    us = [draw(shape, 1e-3, seed) for seed, shape in enumerate(shapes, 4)]
+    return ws, [us[0], unusual(ws[1], us[1]), *us[2:]]
+
+
+UNUSUAL = {
+    "large": lambda w, u: 1e30 * u,
+    "small": lambda w, u: 1e-30 * u,
+    "almost radial": lambda w, u: w + u,
+    "zero": lambda w, u: 0 * u,
+}
+
+
+@pytest.mark.usefixtures("as_on_a_gpu")
+@pytest.mark.parametrize("last", UNUSUAL)
+def test_one_array_out_of_range_costs_no_digit_of_the_others(last):
+    ws, us = usual_and(UNUSUAL[last])
+    for w, u, angle in zip(ws, us, normax.angular_update(ws, us), strict=True):
+        w_norm, _, radial, tangential = polar_in_float64(w, u, (0,))
+        expected = np.arctan2(tangential, w_norm + radial)[0]
+        np.testing.assert_allclose(angle, expected, rtol=1e-6, atol=2e-7)
+
+
+@pytest.mark.usefixtures("as_on_a_gpu")
+def test_usual_updates_take_no_careful_pass(monkeypatch):
+    monkeypatch.setattr(
+        norms, "_rescaled_polar", lambda w, u, axes: [jnp.nan * w[:1]] * 4
+    )
+    measured = normax.angular_update(*usual_and(lambda w, u: u))
+    assert all(np.all(np.isfinite(angle)) for angle in measured)
+    for last in UNUSUAL.values():
+        measured = normax.angular_update(*usual_and(last))
+        assert all(np.all(np.isnan(angle)) for angle in measured)
 
 
 def projected_update(w, u):

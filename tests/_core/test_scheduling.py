@@ -11,30 +11,62 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 import normax
-from normax._core.scheduling import in_one_pass, one_after, wait
+from normax._core.scheduling import in_one_pass, one_after, sums, wait
+
+EVENTS = [[1.0, 0.0, 3.0, 1.0, 1.0], [jnp.nan], [jnp.inf], [0.0]]
 
 
-def test_waiting_changes_nothing():
+@pytest.mark.usefixtures("every_form")
+@pytest.mark.parametrize("everywhere", [False, True])
+def test_waiting_changes_nothing(everywhere):
     x = jnp.array([-1.0, 0.0, jnp.nan, jnp.inf, 2.0])
-    for event in (
-        jnp.ones(3),
-        jnp.array([jnp.nan]),
-        jnp.array([jnp.inf]),
-        jnp.zeros(1),
-    ):
-        np.testing.assert_array_equal(jax.jit(wait)(x, event), x)
-    gradient = jax.grad(lambda x: jnp.sum(wait(x, jnp.ones(2)) ** 2))(x[:2])
+    after = functools.partial(wait, everywhere=everywhere)
+    for event in map(jnp.array, EVENTS):
+        np.testing.assert_array_equal(jax.jit(after)(x, event), x)
+        batch = jnp.stack([x, x])
+        np.testing.assert_array_equal(jax.vmap(after, (0, None))(batch, event), batch)
+    gradient = jax.grad(lambda x: jnp.sum(after(x, jnp.ones(2)) ** 2))(x[:2])
     np.testing.assert_array_equal(gradient, 2 * x[:2])
 
 
 def wait_and_double(array, event):
-    return wait(array, event) * 2
+    return wait(array, event, everywhere=True) * 2
 
 
 # Under vmap and shard_map an array may vary where another must not.
+@pytest.mark.usefixtures("every_form")
 def test_waiting_couples_no_arrays_of_a_batch():
     batched = jax.vmap(wait_and_double, in_axes=(None, 0), out_axes=None)
-    np.testing.assert_array_equal(batched(jnp.ones(3), jnp.ones((4, 2))), 2)
+    np.testing.assert_array_equal(batched(jnp.ones(3), jnp.ones((4, 3))), 2)
+
+
+@pytest.mark.usefixtures("every_form")
+@pytest.mark.parametrize("axes", [(0,), (1,), (2,), (0, 1), (0, 2), (0, 1, 2)])
+def test_sums_in_one_pass(axes):
+    arrays = np.random.default_rng(0).normal(size=(3, 5, 4, 6)).astype("f")
+    for array, found in zip(arrays, sums(map(jnp.asarray, arrays), axes), strict=True):
+        expected = np.sum(np.float64(array), axes, keepdims=True)
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+
+
+CONDITIONS = {
+    "project_unit_norm": (normax.project_unit_norm(), 0),
+    "monitor_weight_dynamics": (normax.monitor_weight_dynamics(), 1),
+    "monitor_weight_dynamics_every": (normax.monitor_weight_dynamics(every=10), 2),
+    "remove_radial_component": (normax.remove_radial_component(), 1),
+    "adamp": (normax.adamp(1e-3), 1),
+    "rotational_adamw": (normax.rotational_adamw(1e-3, 0.1), 1),
+}
+
+
+@pytest.mark.usefixtures("as_on_a_gpu")
+@pytest.mark.parametrize("name", CONDITIONS)
+def test_all_arrays_share_a_condition(name):
+    """A GPU's host waits for each of them."""
+    tx, conditions = CONDITIONS[name]
+    params = [jnp.ones((4, 3)), jnp.ones((5, 2)), jnp.ones((3, 2, 6))]
+    text = jax.jit(tx.update).lower(params, tx.init(params), params).as_text()
+    assert text.count("stablehlo.case") == conditions
 
 
 @pytest.mark.devices(2)
@@ -42,7 +74,7 @@ def test_waiting_couples_no_arrays_of_several_devices():
     mesh = jax.make_mesh((2,), ("x",), (AxisType.Auto,), devices=jax.devices()[:2])
     specs = dict(in_specs=(P(), P("x")), out_specs=P())
     mapped = jax.shard_map(wait_and_double, mesh=mesh, **specs)
-    np.testing.assert_array_equal(jax.jit(mapped)(jnp.ones(3), jnp.ones(4)), 2)
+    np.testing.assert_array_equal(jax.jit(mapped)(jnp.ones(2), jnp.ones(4)), 2)
 
 
 @pytest.mark.parametrize("entry", [1.0, 0.0, -2.0, jnp.nan, jnp.inf, -jnp.inf])

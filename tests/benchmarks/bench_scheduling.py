@@ -22,7 +22,7 @@ from jax import lax
 import normax
 from normax._core import norms, scheduling
 from normax.paths import contraction, sgd
-from normax.spheres import measures
+from normax.spheres import monitor as monitor_module
 
 pytestmark = pytest.mark.skipif(
     jax.default_backend() != "cpu", reason="a CPU's compiler is what they help"
@@ -47,7 +47,7 @@ project = functools.partial(update_step, normax.project_unit_norm)
 monitor = functools.partial(update_step, normax.monitor_weight_dynamics)
 
 
-def at_once(array, event):
+def at_once(array, event, everywhere=False):
     return array
 
 
@@ -59,7 +59,7 @@ def behind_a_barrier(array, event):
 CASES = {
     "in_turn, projection": (project, (scheduling, "wait", at_once), 1.3),
     "in_turn, monitor": (monitor, (scheduling, "wait", at_once), 1.3),
-    "wait, monitor": (monitor, (measures, "wait", at_once), 1.2),
+    "wait, monitor": (monitor, (monitor_module, "wait", at_once), 1.2),
     "wait, projection": (project, (scheduling, "_wait", behind_a_barrier), 1.3),
     "norms, projection": (
         project,

@@ -51,6 +51,7 @@ def test_projected_norms_in_every_dtype(axes, shape, reduced, dtype):
     assert np.max(np.abs(norms(projected, reduced) - 1)) < TOLERANCE[dtype]
 
 
+@pytest.mark.usefixtures("every_form")
 @pytest.mark.parametrize("size", [1, 2, 3, 17, 1000])
 @pytest.mark.parametrize("scale", [1e-30, 1e-3, 1.0, 1e30])
 def test_projected_norms_at_every_scale_and_size(size, scale):
@@ -58,6 +59,7 @@ def test_projected_norms_at_every_scale_and_size(size, scale):
     assert np.max(np.abs(norms(projected, 0) - 1)) < 3e-7
 
 
+@pytest.mark.usefixtures("every_form")
 def test_zero_vectors_stay_zero():
     w = draw((6, 3)).at[:, 1].set(0.0)
     projected = normax.projection_unit_norm(w)
@@ -68,6 +70,7 @@ def test_zero_vectors_stay_zero():
     np.testing.assert_array_equal(optax.apply_updates(w, updates), 0)
 
 
+@pytest.mark.usefixtures("every_form")
 def test_a_nan_shows_in_the_whole_vector():
     w = draw((6, 3))
     u = draw((6, 3), seed=1).at[2, 1].set(jnp.nan)
@@ -191,6 +194,7 @@ def test_a_transformation_after_the_projection_undoes_it():
         assert (error < 1e-6) == holds
 
 
+@pytest.mark.usefixtures("every_form")
 @pytest.mark.slow
 @pytest.mark.parametrize(("axes", "shape", "reduced"), CASES)
 @pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30])
@@ -310,6 +314,7 @@ def test_coarse_updates_of_fine_weights_do_not_coarsen_the_norm():
     np.testing.assert_allclose(norms(after, 0), [1] * 4, rtol=3e-7)
 
 
+@pytest.mark.usefixtures("every_form")
 @pytest.mark.parametrize("radius", ["initial", 1.0, 0.3])
 def test_a_vector_on_the_sphere_stays_to_the_last_bit(radius):
     """Rounded at every step, it would creep, by 1e-5 radians in 500 steps."""

@@ -373,6 +373,7 @@ RADIAL = {
 }
 
 
+@pytest.mark.usefixtures("every_form")
 @pytest.mark.parametrize("radial", RADIAL)
 @pytest.mark.parametrize(
     "shape, steps", [((64, 40), 500), ((2, 900), 500), ((20_000, 3), 50)]
@@ -393,9 +394,10 @@ def test_radial_updates_of_mixed_dtypes_turn_nothing(updates):
     tx = normax.rotate_by_angle(0.2)
     step, state = tx.update(u, tx.init(w), w)
     assert np.max(angles_between(w, np.float64(w) + np.float64(step))) < 0.004
-    np.testing.assert_array_equal(state[0].update_norm, 0)
+    np.testing.assert_array_equal(state.update_norm, 0)
 
 
+@pytest.mark.usefixtures("every_form")
 @pytest.mark.parametrize(
     "dtype, part", [("float32", 1e-5), ("float32", 1e-3), ("bfloat16", 0.1)]
 )
@@ -412,6 +414,31 @@ def test_small_tangential_parts_turn_by_the_whole_angle(dtype, part, shape):
     turned = angles_between(w, np.float64(w) + np.float64(step))
     # Rounding changes the tangential part by the rounding of u over `part`.
     np.testing.assert_allclose(turned, np.arctan(0.2), rtol=0.01)
+
+
+@pytest.mark.usefixtures("every_form")
+@pytest.mark.parametrize("part", [2e-6, 1e-4, 1e-2, 0.4, 0.6, 1.0])
+@pytest.mark.parametrize("decay", [0.0, 0.9])
+def test_norms_are_kept(decay, part):
+    """Where the step is orthogonal, its length tells the norm; else it is measured."""
+    w = start(1, (300, 40))
+
+    @jax.jit
+    def run(w, keys):
+        tx = normax.rotate_by_angle(0.5, decay)
+
+        def step(carry, key):
+            w, state = carry
+            radial = 1.0 - 2.0 * (part < 1)
+            u = radial * (part < 1) * w + part * jax.random.normal(key, w.shape)
+            updates, state = tx.update(u, state, w)
+            return (optax.apply_updates(w, updates), state), None
+
+        return jax.lax.scan(step, (w, tx.init(w)), keys)[0][0]
+
+    after = run(w, jax.random.split(jax.random.key(0), 20))
+    norms = [np.linalg.norm(np.asarray(x, np.float64), axis=0) for x in (w, after)]
+    np.testing.assert_allclose(norms[1], norms[0], rtol=6e-7)
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.5])

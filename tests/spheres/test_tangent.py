@@ -63,6 +63,7 @@ def draw(name, rng, w=None, step=0):
     return tangent(w, g, views(w)[step % 3])
 
 
+@pytest.mark.usefixtures("every_form")
 @every_rule
 @pytest.mark.parametrize(
     ("nesterov", "axes"),
