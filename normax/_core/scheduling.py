@@ -165,3 +165,30 @@ def one_after(event: jax.Array, updates: PyTree) -> jax.Array:
     # XLA does not know that no event is negative; a NaN compares false.
     one = on_cpu(lambda event: jnp.where(event < 0, event, 1), jnp.ones_like)
     return one(event)
+
+
+def unless(
+    condition: jax.Array, result: Any, otherwise: Callable[..., Any], *operands: Any
+) -> Any:
+    """Return `result`, or `otherwise(*operands)` if a condition holds.
+
+    XLA for GPUs computes both branches of a conditional if both compute something. So
+    one branch hands on what was computed before.
+    """
+    return lax.cond(
+        condition,
+        lambda result, operands: otherwise(*operands),
+        lambda result, operands: result,
+        result,
+        operands,
+    )
+
+
+def unless_safe(
+    safe: jax.Array, result: Any, careful: Callable[..., Any], *operands: Any
+) -> Any:
+    """Return `result` where all of `safe` holds, in a whole batch of `jax.vmap`.
+
+    Otherwise it returns `careful(*operands)`.
+    """
+    return unless(~_everywhere(safe), result, careful, *operands)
