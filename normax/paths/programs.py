@@ -16,7 +16,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax, stages
+from jax import stages
+from jax.flatten_util import ravel_pytree
 
 from normax._core.axes import PyTree
 from normax._core.norms import at_least_float32
@@ -169,9 +170,9 @@ def _compile(
 
     @jax.custom_jvp
     def evaluate_once(arguments):
-        once = evaluate(arguments, direct=True)
-        safe = [jnp.all(~jnp.isnan(x)) for x in jax.tree.leaves(once)]
-        return unless_safe(jnp.stack(safe), once, evaluate, arguments)
+        once, restore = ravel_pytree(evaluate(arguments, direct=True))
+        careful = lambda arguments: ravel_pytree(evaluate(arguments))[0]  # noqa: E731
+        return restore(unless_safe(~jnp.isnan(once), once, careful, arguments))
 
     # What is NaN has no derivative, so two passes give it.
     evaluate_once.defjvp(functools.partial(jax.jvp, evaluate))
