@@ -175,12 +175,10 @@ def divide_by_path_scale(
     update: jax.Array, first: jax.Array, second: jax.Array
 ) -> jax.Array:
     r"""Return $u / \gamma = u \, (f_1 f_2)^4$ in the dtype of $u$."""
+    factor = first * second
     (result,) = at_least_float32(update)
-    # A power of a factor can leave the range of floats though the result does not. So
-    # each is applied four times, in turn, since they may be of opposite size. XLA for
-    # GPUs multiplies by them in the product of matrices that gives the gradient, but
-    # would first write it out for the product of both.
+    # A power of the factor can leave the range of floats though the result does not.
+    # So the factor is applied four times.
     for _ in range(4):
-        for factor in (first, second):
-            result = result * factor.astype(result.dtype)
+        result = result * factor.astype(result.dtype)
     return result.astype(update.dtype)

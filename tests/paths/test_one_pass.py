@@ -103,6 +103,9 @@ def test_one_unusual_network_of_many():
     state = tx.init(networks[0])
     one = lambda params: tx.update(params, state, params)[0]  # noqa: E731
     together = jax.vmap(one)(stacked)
+    # All share one conditional, or else both branches of it would be computed.
+    program = jax.make_jaxpr(jax.vmap(one))(stacked)
+    assert any(max(sizes) > 50 for sizes in conditionals(program.jaxpr))
     for i, params in enumerate(networks):
         for a, b in zip(one(params), together, strict=True):
             np.testing.assert_allclose(a, b[i], rtol=3e-6)
