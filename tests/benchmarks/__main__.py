@@ -1,6 +1,6 @@
 """The table of what every step costs on a GPU, on TPUs and on this CPU.
 
-    python -m tests.benchmarks [--only project] [--rounds 15]
+    python tests/benchmarks [--only project] [--rounds 15]
 
 It is Markdown. Without the compiler for a GPU or for TPUs its cells are empty, and
 `accelerators.py` says how to install it. A ratio is that to Adam's update, or to SGD's
@@ -12,16 +12,16 @@ import argparse
 import functools
 import importlib.metadata
 import os
+import re
 import statistics
 import time
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
+import accelerators
 import jax
 from jax.sharding import PartitionSpec
-
-from tests.benchmarks import accelerators
-from tests.benchmarks.steps import Row, Step, rows
+from steps import Row, Step, rows
 
 HEAD = (
     "step", "GPU, us", "ratio", "floor", "aim", "TPU, ratio", "all-reduces", "aim",
@@ -88,15 +88,17 @@ def of_tpu(row: Row) -> tuple[Cells, float]:
 def of_cpu(row: Row, rounds: int) -> tuple[Cells, float]:
     """Return time, ratio and floor on this CPU, and temporary memory."""
     steps = [Timed(step) for step in (row.base, row.step, row.floor) if step]
-    seconds = [[step.seconds() for step in steps] for _ in range(rounds + 2)][2:]
+    seconds = [[step.seconds() for step in steps] for _ in range(rounds + 1)][1:]
     base, ours, *floor = map(statistics.median, zip(*seconds, strict=True))
     cells = [1e3 * ours, ours / base, floor[0] / base if floor else None]
-    return cells, steps[1].compiled.memory_analysis().temp_size_in_bytes / 2**20
+    analysis = steps[1].compiled.memory_analysis()
+    assert analysis is not None
+    return cells, analysis.temp_size_in_bytes / 2**20
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--only", default="", help="part of the names of rows")
+    parser.add_argument("--only", default="", help="expression in the names of rows")
     parser.add_argument("--rounds", type=int, default=15, help="0: no times of the CPU")
     options = parser.parse_args()
     versions = {dist.name: dist.version for dist in importlib.metadata.distributions()}
@@ -107,7 +109,7 @@ def main():
         print(f"No cells for the {device}: {reason}\n")
     print(line(HEAD), line(["---"] * len(HEAD)), sep="\n")
     for row in rows():
-        if options.only not in row.name:
+        if not re.search(options.only, row.name):
             continue
         nothing: tuple[Cells, None] = [None] * 3, None
         on_gpu, gpu_mib = nothing if "GPU" in missing else of_gpu(row)

@@ -1,16 +1,16 @@
 """What a compiled step costs on a GPU and on TPUs, without either.
 
-XLA's compilers for both are packages that work on any machine. In an environment that
-holds JAX of version V and normax,
+XLA's compilers for both work on any machine. In an environment that holds normax and
+JAX of version V, they come with
 
     pip install --no-deps jax-cuda13-plugin==V jax-cuda13-pjrt==V
-    pip install libtpu          # or "jax[tpu]==V", which takes the one that belongs to V
+    pip install "jax[tpu]==V"
 
-brings them. Neither belongs to the project's dependencies. Nothing runs: of a program
-that memory limits, the time follows from the bytes that its kernels read and write.
-The time of the GPU is that of an H200, whose bandwidth was measured; of updates it was
-within 16% of the measured times. That a conditional takes as long as `CONDITIONAL`, as
-the host reads its predicate, is assumed.
+The project does not depend on them. Nothing runs. Of a step that memory limits, the
+time follows from the bytes that its kernels read and write. The estimates are those of
+an H200, whose bandwidth was measured; for updates, measured times were up to 17% off.
+The time of a conditional, for which the host reads the predicate, is assumed. On a
+GPU XLA tries several kernels for a product of matrices, and may take others than here.
 """
 
 import importlib.util
@@ -104,7 +104,8 @@ def _instructions(text: str) -> dict[str, list[_Instruction]]:
             shape, (opcode, rest) = rest[:end], rest[end:].strip().split("(", 1)
             end = _closing("(" + rest)
             called = re.findall(
-                r"(?:body|calls|to_apply|\w+_computations?)=\{?([%\w.\-, ]+)", rest[end:]
+                r"(?:body|calls|to_apply|\w+_computations?)=\{?([%\w.\-, ]+)",
+                rest[end:],
             )
             trips = re.search(r'known_trip_count":\{"n":"(\d+)', rest)
             instructions.append(
@@ -133,11 +134,11 @@ def _counts(programs: dict[str, list[_Instruction]], name: str) -> np.ndarray:
     shapes, total = {}, np.zeros(4)
     for step in programs[name]:
         shapes[step.name] = step.shape
-        inner = [_counts(programs, called) for called in step.called]
+        of_others = (_counts(programs, called) for called in step.called)
         if step.opcode == "conditional":
-            total += min(inner, key=lambda counts: counts[0]) + [0, 0, 1, 0]
+            total += np.add(min(of_others, key=lambda counts: counts[0]), [0, 0, 1, 0])
         elif step.opcode in ("while", "call", "async-start"):
-            total += step.times * sum(inner)
+            total += step.times * sum(of_others, np.zeros(4))
         elif step.opcode not in _FREE and not step.opcode.endswith("-done"):
             read = sum(_bytes(shapes.get(name, "")) for name in set(step.operands))
             collective = re.match("all-|reduce-scatter|collective-", step.opcode)
@@ -165,9 +166,10 @@ def _compile(
 
 def _cost(compiled: Any) -> Cost:
     text = compiled.as_text()
-    counts = _counts(_instructions(text), "ENTRY")
+    moved, *counts = _counts(_instructions(text), "ENTRY")
+    kernels, conditionals, collectives = map(int, counts)
     temporary = compiled.memory_analysis().temp_size_in_bytes
-    return Cost(counts[0], *map(int, counts[1:]), temporary, text)
+    return Cost(moved, kernels, conditionals, collectives, temporary, text)
 
 
 def gpu_cost(step: Callable[..., Any], arguments: Any) -> Cost:

@@ -201,17 +201,18 @@ def _updates() -> list[Row]:
     def after(name, tx, floor, *aims):
         return row(f"adam + {name}", optax.chain(adam, tx), floor, *aims)
 
-    monitor = normax.monitor_weight_dynamics
+    monitor, identity = normax.monitor_weight_dynamics, optax.identity()
+    project, remove = normax.project_unit_norm(), normax.remove_radial_component()
     rotational = normax.rotational_adamw(1e-3, weight_decay=0.1)
     return [
         Row("adam", base, base, all_reduces=0),
-        after("project_unit_norm", normax.project_unit_norm(), _plain(_project), 1.70, 1, 1.6),
+        after("project_unit_norm", project, _plain(_project), 1.70, 1, 1.6),
         after("monitor_weight_dynamics", monitor(), _monitor(), 1.75, 1, 1.9),
-        after("the same, every=10", monitor(every=10), optax.identity(), 1.10, 1),
-        after("remove_radial_component", normax.remove_radial_component(), _plain(_remove_radial), 1.75, 1),
+        after("monitor, every=10", monitor(every=10), identity, 1.10, 1),
+        after("remove_radial_component", remove, _plain(_remove_radial), 1.75, 1),
         row("adamp(axes='unit')", normax.adamp(1e-3, axes="unit"), None, None, 1),
         row("rotational_adamw", rotational, _rotate(), 2.2, 2),
-    ]  # fmt: skip
+    ]
 
 
 def _trainings(batch: int, gpu: float, gpu_every: float) -> list[Row]:
@@ -220,14 +221,16 @@ def _trainings(batch: int, gpu: float, gpu_every: float) -> list[Row]:
     def row(name, tx, kept, gpu):
         floor = training_step(_path_sgd(kept), batch)
         step = training_step(tx, batch)
-        return Row(f"{name}, B = {batch}", step, base, floor, gpu, None, 1.05)
+        return Row(f"path_sgd{name}, B = {batch}", step, base, floor, gpu, None, 1.05)
 
     shape = jax.ShapeDtypeStruct((1, WIDTHS[0]), jnp.float32)
     return [
         Row(f"sgd, B = {batch}", base, base),
-        row("path_sgd", normax.path_sgd(1e-4), False, gpu),
-        row("with forward", normax.path_sgd(1e-4, perceptron, shape), False, gpu),
-        row("update_every=10", normax.path_sgd(1e-4, update_every=10), True, gpu_every),
+        row("", normax.path_sgd(1e-4), False, gpu),
+        row("(forward)", normax.path_sgd(1e-4, perceptron, shape), False, gpu),
+        row(
+            "(update_every=10)", normax.path_sgd(1e-4, update_every=10), True, gpu_every
+        ),
     ]
 
 

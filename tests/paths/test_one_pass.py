@@ -1,5 +1,7 @@
 """Path scales of large dense networks: one pass over the weights, two where it must."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,7 +24,7 @@ def all_networks_are_large(monkeypatch):
 
 def network(factor=1.0, widths=(7, 6, 5, 3), seed=0):
     rng = np.random.default_rng(seed)
-    pairs = zip(widths[:-1], widths[1:], strict=True)
+    pairs = itertools.pairwise(widths)
     params = [rng.normal(size=shape) * (2 / shape[0]) ** 0.5 for shape in pairs]
     params[0][:, 1] *= factor
     params[1][1] /= factor
@@ -62,7 +64,9 @@ def test_updates_are_divided_by_the_path_scales(factor, does):
     assert one_pass_does(params) == does
     scales = numpy_scales(params)
     updates = [jnp.asarray(np.clip(s, 1e-30, 1e30), jnp.float32) for s in scales]
-    expected = [np.asarray(u, np.float64) / s for u, s in zip(updates, scales)]
+    expected = [
+        np.asarray(u, np.float64) / s for u, s in zip(updates, scales, strict=True)
+    ]
     got, _ = tx.update(updates, tx.init(params), params)
     for a, b in zip(got, expected, strict=True):
         np.testing.assert_allclose(a, b, rtol=3e-6)
