@@ -40,6 +40,10 @@ CONDITIONAL = 10e-6  # seconds a conditional
 _FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all"}
 _SIZES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2}
 _SIZES |= {"f64": 8, "s64": 8, "u64": 8}  # All others have four bytes.
+# What an instruction calls is named as in `calls=%a` or `branch_computations={%a, %b}`.
+_CALLED = re.compile(
+    r"(?:body|calls|to_apply|\w+_computations?)=\{?(%[\w.\-]+(?:, ?%[\w.\-]+)*)"
+)
 
 
 class Cost(NamedTuple):
@@ -103,10 +107,7 @@ def _instructions(text: str) -> dict[str, list[_Instruction]]:
             end = _closing(rest) + 1 if rest[0] == "(" else rest.index(" ")
             shape, (opcode, rest) = rest[:end], rest[end:].strip().split("(", 1)
             end = _closing("(" + rest)
-            called = re.findall(
-                r"(?:body|calls|to_apply|\w+_computations?)=\{?([%\w.\-, ]+)",
-                rest[end:],
-            )
+            called = _CALLED.findall(rest[end:])
             trips = re.search(r'known_trip_count":\{"n":"(\d+)', rest)
             instructions.append(
                 _Instruction(

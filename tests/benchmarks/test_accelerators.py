@@ -37,7 +37,7 @@ ENTRY %main (x: f32[8,4], ok: pred[]) -> f32[8,4] {
 backend_config={"known_trip_count":{"n":"5"}}
   %z = f32[8,4]{1,0} get-tuple-element(%w), index=1
   ROOT %c = f32[8,4]{1,0} conditional(%ok, %z, %z), \
-true_computation=%hand_on, false_computation=%careful
+true_computation=%careful, false_computation=%hand_on
 }
 
 %stop (p.4: (s32[], f32[8,4])) -> pred[] {
