@@ -140,7 +140,7 @@ def _rotate() -> optax.GradientTransformation:
 
 
 def _path_sums(params: list[jax.Array]) -> list[tuple[jax.Array, jax.Array]]:
-    """Return for each kernel the sums over paths up to it, and behind it."""
+    """Return for each kernel 1 over the sums over paths up to it, and behind it."""
     multiply = functools.partial(jnp.einsum, precision="highest")
     into = [jnp.ones(params[0].shape[0])]
     for w in params[:-1]:
@@ -148,7 +148,7 @@ def _path_sums(params: list[jax.Array]) -> list[tuple[jax.Array, jax.Array]]:
     out = [jnp.ones(params[-1].shape[1])]
     for w in params[:0:-1]:
         out.append(multiply("ij,j->i", w * w, out[-1]))
-    return list(zip(into, out[::-1], strict=True))
+    return [(1 / a, 1 / b) for a, b in zip(into, out[::-1], strict=True)]
 
 
 def _path_sgd(kept: bool) -> optax.GradientTransformation:
@@ -157,7 +157,9 @@ def _path_sgd(kept: bool) -> optax.GradientTransformation:
     def update(updates, state, params):
         sums = state if kept else _path_sums(params)
         pairs = zip(updates, sums, strict=True)
-        updates = [u / (a[:, None] * b[None, :]) for u, (a, b) in pairs]
+        # One after the other, XLA for GPUs takes those that are kept into the product
+        # of matrices that gives the gradient.
+        updates = [u * a[:, None] * b[None, :] for u, (a, b) in pairs]
         return updates, state
 
     def init(params):
