@@ -22,7 +22,7 @@ import datasets
 import jax
 import jax.numpy as jnp
 import optax
-from convnet import SETTINGS, conv_as_matmul, shift_and_flip
+from convnet import SETTINGS, faster_convolution, shift_and_flip
 from experiments import (
     add_data_options,
     file_name,
@@ -32,7 +32,6 @@ from experiments import (
     write_csv,
 )
 from flax import linen, nnx
-from jax.lax import conv_general_dilated
 from layer_dynamics import (
     MONITOR_DECAY,
     Columns,
@@ -54,15 +53,14 @@ WARMUP = 50
 STRIDES = (1, 2, 2)  # of the three stages, each twice as wide as the one before
 
 
-def convolution(make: Any) -> Any:
+def convolution(make: Any, width: int) -> Any:
     """Return a maker of 3x3 convolutions that pads with zeros and has no bias."""
-    on_cpu = jax.default_backend() == "cpu"
     return functools.partial(
         make,
         kernel_size=(3, 3),
         padding=1,
         use_bias=False,
-        conv_general_dilated=conv_as_matmul if on_cpu else conv_general_dilated,
+        conv_general_dilated=faster_convolution(width),
     )
 
 
@@ -81,7 +79,7 @@ class Block(nnx.Module):
     """Two convolutions beside a shortcut."""
 
     def __init__(self, inputs: int, width: int, stride: int, rngs: nnx.Rngs) -> None:
-        conv = convolution(nnx.Conv)
+        conv = convolution(nnx.Conv, width)
         self.stride, self.width = stride, width
         self.conv1 = conv(inputs, width, strides=stride, rngs=rngs)
         self.norm1 = nnx.BatchNorm(width, momentum=0.9, rngs=rngs)
@@ -101,7 +99,7 @@ class ResNet(nnx.Module):
     def __init__(
         self, width: int, blocks: int, channels: int, classes: int, rngs: nnx.Rngs
     ) -> None:
-        self.stem = convolution(nnx.Conv)(channels, width, strides=1, rngs=rngs)
+        self.stem = convolution(nnx.Conv, width)(channels, width, strides=1, rngs=rngs)
         self.stem_norm = nnx.BatchNorm(width, momentum=0.9, rngs=rngs)
         self.blocks: Any = nnx.List()
         inputs = width
@@ -130,7 +128,7 @@ class LinenBlock(linen.Module):
     @linen.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         """Return the activations after the block."""
-        conv = functools.partial(convolution(linen.Conv), self.width)
+        conv = functools.partial(convolution(linen.Conv, self.width), self.width)
         norm = functools.partial(linen.BatchNorm, not train, momentum=0.9)
         y = conv(strides=self.stride, name="conv1")(x)
         y = linen.relu(norm(name="norm1")(y))
@@ -149,7 +147,7 @@ class LinenResNet(linen.Module):
     def __call__(self, images: jax.Array, train: bool) -> jax.Array:
         """Return logits (batch, classes)."""
         norm = linen.BatchNorm(not train, momentum=0.9, name="stem_norm")
-        stem = convolution(linen.Conv)(self.width, strides=1, name="stem")
+        stem = convolution(linen.Conv, self.width)(self.width, strides=1, name="stem")
         x = linen.relu(norm(stem(pixels(images))))
         number = 0
         for stage, stride in enumerate(STRIDES):

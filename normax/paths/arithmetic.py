@@ -8,7 +8,8 @@ digit. A root has the rounding of plain float32, and its power $2p$ times as muc
 
 import dataclasses
 import functools
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
@@ -25,9 +26,16 @@ class PathArithmetic:
 
     Attributes:
       p: The power of the weights, a number or a traced scalar.
+      direct: Whether contractions take one pass over the weights, and give NaN if
+        that did not do. Otherwise they take a second one then.
+      contractions: Counts the contractions that took one pass.
     """
 
     p: jax.typing.ArrayLike
+    direct: bool = False
+    contractions: Iterator[int] = dataclasses.field(
+        default_factory=lambda: itertools.count(1), compare=False
+    )
 
     def __post_init__(self):
         if isinstance(self.p, float) and self.p.is_integer():

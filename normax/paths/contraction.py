@@ -12,9 +12,9 @@ from normax._core.norms import nonzero
 from normax._core.scheduling import in_one_pass
 from normax.paths import numbers
 from normax.paths.arithmetic import PathArithmetic
-from normax.paths.numbers import Scaled, range_of
+from normax.paths.numbers import Scaled
 
-_LARGE = 2**18  # weights for which a second pass takes longer than its compilation
+LARGE = 2**18  # weights for which a second pass takes longer than its compilation
 
 
 def weigh(
@@ -74,6 +74,20 @@ def _arithmetic(plain: Any, traced: tuple[jax.Array, ...]) -> PathArithmetic:
     return PathArithmetic(p)
 
 
+def _directly(
+    arithmetic: PathArithmetic,
+    axes: tuple[int, ...],
+    weight: jax.Array,
+    root: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    """Return the sums in one pass, and where nothing has left the range of floats."""
+    # The smallest squares become NaN, which fails the test of the range below.
+    size = root * root
+    size = jnp.where((size > 2.0**-80) | (root == 0), size, jnp.nan)
+    sums = _sums(arithmetic, weight * size, axes)
+    return sums, (sums > 2.0**-80) & (sums < 2.0**80)
+
+
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
 def _in_one_pass(
     p: Any,
@@ -86,12 +100,8 @@ def _in_one_pass(
     arithmetic = _arithmetic(p, traced_p)
 
     def directly(weight, root):
-        # The smallest squares become NaN, which fails the test of the range below.
-        size = root * root
-        size = jnp.where((size > 2.0**-80) | (root == 0), size, jnp.nan)
-        sums = _sums(arithmetic, weight * size, axes)
-        low, high = range_of(sums, tuple(range(sums.ndim)))
-        return lambda: arithmetic.root(sums), (low > 2.0**-80) & (high < 2.0**80)
+        sums, safe = _directly(arithmetic, axes, weight, root)
+        return lambda: arithmetic.root(sums), safe
 
     carefully = functools.partial(_in_two_passes, arithmetic, axes)
     return in_one_pass(directly, carefully)(weight, root)
@@ -124,7 +134,14 @@ def contract(
       The sums, with length one on `axes`.
     """
     weight, x = numbers.cast(weight, x), numbers.common(x)
-    if weight.size < _LARGE:
+    if arithmetic.direct:
+        sums, safe = _directly(arithmetic, axes, weight, x.root)
+        root = arithmetic.root(jnp.where(safe, sums, jnp.nan))
+        # A GPU takes longer for the exponent than for the roots. So some layers share
+        # it, whose sums of any usual size stay in the range.
+        if next(arithmetic.contractions) % 8:
+            return Scaled(root, x.exponent)
+    elif weight.size < LARGE:
         root = _in_two_passes(arithmetic, axes, weight, x.root)
     elif isinstance(arithmetic.p, jax.Array):
         # Derivatives may be taken by a traced power, so it is an operand.

@@ -55,6 +55,7 @@ def _lift(
     inputs: PyTree,
     p: jax.typing.ArrayLike,
     args: tuple[PyTree, ...] = (),
+    direct: bool = False,
 ) -> tuple[PathTransform, list[Path], list[Weight]]:
     """Interpret a network; `args` are what it takes besides, such as statistics.
 
@@ -81,7 +82,7 @@ def _lift(
             "numbers; pass real and imaginary parts as two arrays."
         )
     inputs, closed = trace_one_example(forward, params, _shapes_only(inputs), args)
-    arithmetic = PathArithmetic(p)
+    arithmetic = PathArithmetic(p, direct)
     transform = PathTransform(arithmetic)
     weights = [
         Weight(
@@ -174,9 +175,13 @@ def scale_factors(
     inputs: PyTree,
     p: jax.typing.ArrayLike,
     args: tuple[PyTree, ...] = (),
+    direct: bool = False,
 ) -> PyTree:
-    r"""Return factors of $\partial F/\partial v_e$, a tuple for each parameter."""
-    transform, outputs, weights = _lift(forward, params, inputs, p, args)
+    r"""Return factors of $\partial F/\partial v_e$, a tuple for each parameter.
+
+    If `direct`, some are NaN where one pass over the weights did not do.
+    """
+    transform, outputs, weights = _lift(forward, params, inputs, p, args, direct)
     dtype = outputs[0].value.root.dtype
     for path in outputs:
         transform.accumulate(path, (numbers.ones(path.shape, dtype),))

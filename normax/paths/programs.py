@@ -7,6 +7,7 @@ go when it goes.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import weakref
 from collections.abc import Callable, Hashable
@@ -15,13 +16,15 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax, stages
+from jax import stages
+from jax.flatten_util import ravel_pytree
 
 from normax._core.axes import PyTree
 from normax._core.norms import at_least_float32
 from normax._core.programs import is_float, is_key, kept_with
-from normax._core.scheduling import event_of
+from normax._core.scheduling import event_of, unless, unless_safe
 from normax.paths.arithmetic import PathArithmetic
+from normax.paths.contraction import LARGE
 from normax.paths.feed_forward import dense_stack
 from normax.paths.norm import scale_factors, with_automatic_sharding
 from normax.paths.one_example import Forward
@@ -154,28 +157,42 @@ def _compile(
 ) -> Programs:
     """Return the programs of a network; the power is an argument if `p` is None."""
 
-    @jax.jit
-    @with_automatic_sharding
-    def compute(arguments):
+    def evaluate(arguments, direct=False):
         params, power, args = arguments
         (q,) = power or (p,)
         forward, example = network(), inputs
         if forward is dense_stack:
             forward, example = dense_stack(params)
-        factors = scale_factors(forward, params, example, q, args)
+        factors = scale_factors(forward, params, example, q, args, direct)
         # Exponents are those of the largest sums, so they are known only after these.
         exponents = (x for x in jax.tree.leaves(factors) if x.dtype == jnp.int32)
         return _inverse_roots(params, factors, q), event_of(exponents)
 
+    @jax.custom_jvp
+    def evaluate_once(arguments):
+        once, restore = ravel_pytree(evaluate(arguments, direct=True))
+        careful = lambda arguments: ravel_pytree(evaluate(arguments))[0]  # noqa: E731
+        return restore(unless_safe(~jnp.isnan(once), once, careful, arguments))
+
+    # What is NaN has no derivative, so two passes give it.
+    evaluate_once.defjvp(functools.partial(jax.jvp, evaluate))
+
+    @jax.jit
+    @with_automatic_sharding
+    def compute(arguments):
+        large = [w.ndim for w in _floats(arguments[0]) if w.size >= LARGE]
+        # Convolutions need two passes anyway, and take long to compile twice.
+        return (evaluate_once if set(large) == {2} else evaluate)(arguments)
+
     @jax.jit
     def compute_if(due, arguments, kept):
-        def anew():
+        def anew(arguments):
             # Those of `first_roots` have the shapes of the parameters.
             like = lambda new, old: jnp.broadcast_to(new, jnp.shape(old))  # noqa: E731
             roots, event = compute(arguments)
             return jax.tree.map(like, roots, kept), event
 
-        return lax.cond(due, anew, lambda: (kept, jnp.float32(0)))
+        return unless(due, (kept, jnp.zeros_like(due, jnp.float32)), anew, arguments)
 
     return compute, compute_if
 

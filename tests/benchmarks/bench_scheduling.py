@@ -21,7 +21,7 @@ from jax import lax
 
 import normax
 from normax._core import norms, scheduling
-from normax.paths import contraction, sgd
+from normax.paths import programs, sgd
 from normax.spheres import monitor as monitor_module
 
 pytestmark = pytest.mark.skipif(
@@ -76,9 +76,9 @@ CASES = {
         (sgd, "one_after", lambda event, updates: jnp.float32(1)),
         1.03,
     ),
-    "in_one_pass, path_sgd": (
+    "unless_safe, path_sgd": (
         path_step,
-        (contraction, "in_one_pass", lambda direct, careful: careful),
+        (programs, "unless_safe", lambda safe, once, careful, *x: careful(*x)),
         1.03,
     ),
 }

@@ -232,6 +232,18 @@ def test_matmul_is_the_convolution() -> None:
         np.testing.assert_allclose(actual, expected, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("device", "widest", "as_matmul"),
+    [("cpu", 512, True), ("gpu", 32, True), ("gpu", 64, False), ("tpu", 8, False)],
+)
+def test_convolutions_are_what_was_measured_as_faster(
+    device: str, widest: int, as_matmul: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(jax, "default_backend", lambda: device)
+    chosen = convnet.faster_convolution(widest)
+    assert (chosen is convnet.conv_as_matmul) == as_matmul
+
+
 def test_memory_is_what_is_left_of_the_start() -> None:
     arrays = [[1.0, 0]], [[0.5, 2]], [[0.3, 0.4]]
     start, longer, shorter = np.array(arrays, np.float32)
