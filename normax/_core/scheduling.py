@@ -97,7 +97,8 @@ def sums(arrays: Iterable[jax.Array], axes: tuple[int, ...]) -> tuple[jax.Array,
     Adam and the projection takes 1.11 times as long, of the monitor 1.12 times.
     """
     arrays = tuple(arrays)
-    last = arrays[0].ndim - 1
+    ndim = arrays[0].ndim
+    last, axes = ndim - 1, tuple(axis % ndim for axis in axes)
 
     def stacked(*arrays):
         found = jnp.sum(jnp.stack(arrays, axis=last), axes, keepdims=True)

@@ -41,7 +41,9 @@ def test_waiting_couples_no_arrays_of_a_batch():
 
 
 @pytest.mark.usefixtures("every_form")
-@pytest.mark.parametrize("axes", [(0,), (1,), (2,), (0, 1), (0, 2), (0, 1, 2)])
+@pytest.mark.parametrize(
+    "axes", [(0,), (1,), (2,), (0, 1), (0, 2), (0, 1, 2), (-2,), (-1,), (-3, -2)]
+)
 def test_sums_in_one_pass(axes):
     arrays = np.random.default_rng(0).normal(size=(3, 5, 4, 6)).astype("f")
     for array, found in zip(arrays, sums(map(jnp.asarray, arrays), axes), strict=True):
