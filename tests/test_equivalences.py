@@ -64,7 +64,7 @@ def functions(name, scale, hyper):
 
 
 # Hyperparameters of the run from w, and the powers of alpha they are multiplied by for
-# the run from alpha w. Decay is coupled but for AdamW, whose eta lambda is kept.
+# the run from alpha w. Decay is coupled but for AdamW and Lion, which keep eta lambda.
 # Inside the root epsilon has the units of the squared gradient, beside it, of the
 # gradient. In AdaDelta's numerator it has those of the squared weights; in the
 # denominator, where it has others, it must be negligible. The damping of Newton's
@@ -100,6 +100,10 @@ RULES = {
     "adamw": (
         dict(learning_rate=0.1, weight_decay=0.2, eps=0.1),
         dict(learning_rate=1, weight_decay=-1, eps=-1),
+    ),
+    "lion": (
+        dict(learning_rate=0.05, weight_decay=0.2),
+        dict(learning_rate=1, weight_decay=-1),
     ),
     "normalized_sgd": (dict(learning_rate=0.3), dict(learning_rate=2)),
     "newton": NEWTON,

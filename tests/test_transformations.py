@@ -585,7 +585,9 @@ def test_what_is_not_finite_is_not_hidden(row, value):
     tx, params, grads = row.make(), row.draw(), row.draw(1)
     grads["dense"]["kernel"] = grads["dense"]["kernel"].at[2, 3].set(value)
     updates, _ = tx.update(grads, tx.init(params), params)
-    assert not np.isfinite(updates["dense"]["kernel"][2, 3])
+    # The sign of an infinity is finite, and optax takes it.
+    hidden = row.name == "lion" and np.isinf(value)
+    assert np.isfinite(updates["dense"]["kernel"][2, 3]) == hidden
     others = jnp.delete(updates["dense"]["kernel"], 3, axis=1)
     if row.kwargs.get("axes") != "layer" and not row.coupled:
         chex.assert_tree_all_finite((others, updates["conv"]))
