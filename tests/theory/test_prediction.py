@@ -34,7 +34,7 @@ def sgd(momentum=None, nesterov=False):
     return step
 
 
-def adam(b1=0.9, b2=0.999, eps=1e-8, nesterov=False, decoupled=False):
+def adam(b1=0.9, b2=0.999, eps=1e-8, eps_root=0.0, nesterov=False, decoupled=False):
     def step(g, w, state, t, eta, decay):
         g = g if decoupled else g + decay * w
         m = b1 * state.get("m", 0.0) + (1 - b1) * g
@@ -42,7 +42,8 @@ def adam(b1=0.9, b2=0.999, eps=1e-8, nesterov=False, decoupled=False):
         mean = m / (1 - b1**t)
         if nesterov:
             mean = b1 * m / (1 - b1 ** (t + 1)) + (1 - b1) * g / (1 - b1**t)
-        u = mean / (np.sqrt(r / (1 - b2**t)) + eps) + (decay * w if decoupled else 0)
+        root = np.sqrt(r / (1 - b2**t) + eps_root) + eps
+        u = mean / root + (decay * w if decoupled else 0)
         return -eta * u, {"m": m, "r": r}
 
     return step
@@ -230,6 +231,7 @@ def test_a_whole_run(name, kind, size):
 OTHERS = [
     ("adamw", 3e-3, 0.3, dict(b1=0.5, b2=0.9, eps=0.1, nesterov=True)),
     ("adam", 3e-3, 0.03, dict(b1=0.95, b2=0.95)),
+    ("adam", 3e-3, 0.03, dict(eps_root=0.1)),
     ("rmsprop", 3e-4, 0.1, dict(decay=0.95, momentum=0.9)),
     ("rmsprop", 3e-4, 0.1, dict(decay=0.95, momentum=0.8, nesterov=True)),
     ("rmsprop", 3e-3, 0.03, dict(decay=0.95, centered=True)),
@@ -238,6 +240,7 @@ OTHERS = [
     ("rmsprop", 3e-3, 0.03, dict(decay=0.99, eps=0.3, eps_in_sqrt=False)),
     ("adagrad", 0.03, 0.03, dict(initial_accumulator_value=3.0, eps=0.1)),
     ("normalized_sgd", 0.02, 0.1, dict(momentum=0.8)),
+    ("normalized_sgd", 0.02, 0.1, dict(momentum=0.8, nesterov=True)),
     ("adadelta", 1.0, 0.03, dict(rho=0.95, eps=1e-4)),
     ("lion", 3e-3, 1.0, dict(b1=0.5, b2=0.9)),
 ]
