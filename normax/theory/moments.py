@@ -317,17 +317,17 @@ def _muon(
     linear2, rest2 = orthogonalized(
         now.dimension, ns_coeffs, ns_steps, consistent_rms, share
     )
-    slope = jnp.sqrt(linear2) / length
+    slope, rest = jnp.sqrt(linear2) / length, jnp.sqrt(nonzero(rest2)) * (rest2 > 0)
     memory2 = beta**2 * now.memory2 + (1 - beta) ** 2 * now.gradient2
     both = beta * old * now.memory2 + (1 - beta) * new * now.gradient2
-    pull = jnp.sqrt(rest2) * alike * (old**2 * now.memory2 / length2) ** (DEGREE / 2)
+    pull = rest * alike * (old**2 * now.memory2 / length2) ** (DEGREE / 2)
     # The rest is orthogonal to m, but not to w: its parts along w and along t.
     radial = pull / now.norm2
     tangential = -now.along * pull / nonzero(now.tangent2)
     rest2_across = rest2 - radial * pull - tangential**2 * now.tangent2
     averages = (
         (beta**2 * now.memory2 / memory2) ** (DEGREE / 2) * alike,
-        jnp.sqrt(rest2) * (both**2 / (memory2 * length2)) ** (DEGREE / 2),
+        rest * (both**2 / (memory2 * length2)) ** (DEGREE / 2),
         now.weight_decay,
     )
     direction = (

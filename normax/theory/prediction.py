@@ -129,9 +129,10 @@ class Run(NamedTuple):
         norm, profile, *sides = at_least_float32(
             self.initial_norm, self.gradient_norm, *sides
         )
-        dimension = jax.tree.unflatten(structure, sides)
         shapes = (side.shape for side in sides)
         shape = jnp.broadcast_shapes(norm.shape, profile.shape[1:], *shapes)
+        sides = [jnp.broadcast_to(side, shape) for side in sides]
+        dimension = jax.tree.unflatten(structure, sides)
         norm2 = jnp.broadcast_to(norm**2, shape)
         profile = jnp.broadcast_to(profile, (self.steps, *profile.shape[1:]))
 
