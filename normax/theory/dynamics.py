@@ -191,8 +191,10 @@ class _Prediction:
         The angle per step is in proportion to $\|w\|^{-p}$. So the norm is
         $\text{excess}^{-1/p}$ times that of equilibrium, whatever the gradient is.
         """
+        if not (np.isfinite(excess) and excess > 0):
+            return np.nan
         power = self.rule._power(self.hyperparameters)
-        if not (np.isfinite(excess) and excess > 0 and power):
+        if not power:
             return np.nan
         # The norm in equilibrium depends on these, but its ratio to today's does not.
         given = (*self.rates, 1.0, _MATRIX if self.rule.of_matrices else 1.0)

@@ -65,7 +65,9 @@ def orthogonalized(
     angle = angle.reshape((1,) * (root.ndim - 1) + (_NODES,))
     x = (1 - root) ** 2 + 4 * root * jnp.cos(angle / 2) ** 2
     weight = 2 / _NODES * jnp.sin(angle) ** 2 / x
-    value = _iterate(share * jnp.sqrt(x / smaller), ns_coeffs, ns_steps)
+    # No singular value is longer than the matrix, where the iterations would diverge.
+    singular = jnp.sqrt(jnp.minimum(x / smaller, 1))
+    value = _iterate(share * singular, ns_coeffs, ns_steps)
     if consistent_rms is None:
         scale2 = jnp.maximum(1.0, columns / rows)
     else:

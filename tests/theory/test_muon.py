@@ -224,6 +224,7 @@ def test_rests_of_correlated_matrices_overlap_by_a_power(shape):
     np.testing.assert_allclose(np.mean(values), 1 / DEGREE, atol=0.07)
 
 
+@pytest.mark.slow
 def test_the_length_of_a_step_is_that_of_optax():
     """All scalings, coefficients and steps, on one large matrix of noise."""
     shape = (40, 120)
@@ -259,6 +260,7 @@ def test_the_schedule_of_an_angle_gives_the_angle():
     assert np.mean(np.abs(measured / angle - 1)[50:]) < 0.02
 
 
+@pytest.mark.slow
 def test_matrices_at_once_derivatives_and_float32():
     rows, columns = jnp.array([8.0, 16.0, 64.0]), jnp.array([8.0, 64.0, 16.0])
     predict = functools.partial(
@@ -335,6 +337,7 @@ def test_hyperparameters_of_its_adam_change_nothing():
     MUON.predict(0.1, 0.1, steps=3, initial_norm=1.0, **given)
 
 
+@pytest.mark.slow
 def test_the_table_needs_no_dimension():
     """The angle of any shape is within a tenth of the one that the table predicts."""
     params = {"kernel": jnp.ones((8, 16))}

@@ -355,6 +355,8 @@ def test_adafactor_settles_where_its_steps_are_absolute(momentum, threshold):
     norms, angles = simulate("adafactor", np.full(STEPS, eta), decay, norm, **hyper)
     np.testing.assert_allclose(np.mean(norms[1000:]), norm, rtol=0.01)
     np.testing.assert_allclose(np.mean(angles[1000:]), angle, rtol=0.01)
+    # Without its averages, which lag behind the norm, the time is exact.
+    hyper |= dict(decay_rate=0.0)
     time = rule.equilibrium_time(*given, initial_norm=norm / 10, **hyper)
     late = simulate("adafactor", np.full(500, eta), decay, norm / 10, **hyper)[0]
     np.testing.assert_allclose(np.argmax(late > 0.9 * norm), time, rtol=0.05, atol=20)
@@ -374,15 +376,15 @@ def test_adafactor_with_relative_steps_has_no_equilibrium_but_a_floor():
     )
     assert floor < 1e-3 * DIMENSION**0.5
     np.testing.assert_allclose(run.weight_norm[-1], floor, rtol=5e-3)
-    # Where the steps win, it grows by the same factor for ever.
-    run = rule.predict(0.2, decay, steps=3000, initial_norm=1.0, dimension=DIMENSION)
+    # Where the steps win, it grows for ever, by one factor if no averages lag behind.
     factor = np.sqrt((1 - decay) ** 2 + 0.2**2)
-    np.testing.assert_allclose(
-        run.weight_norm[-1] / run.weight_norm[-2], factor, rtol=1e-3
-    )
-    np.testing.assert_allclose(
-        run.angular_update[-1], np.arctan2(0.2, 1 - decay), rtol=2e-3
-    )
+    for rate, low in ((0.0, factor * (1 - 1e-12)), (0.8, 1.0)):
+        norm = rule.predict(
+            0.2, decay, steps=2000, initial_norm=1.0, dimension=DIMENSION,
+            decay_rate=rate,
+        ).weight_norm  # fmt: skip
+        growth = norm[1:] / norm[:-1]
+        assert np.all((growth > low) & (growth < factor * (1 + 1e-12)))
 
 
 @pytest.mark.parametrize("name", [n for n in SETTINGS if n != "adagrad"])
