@@ -168,10 +168,10 @@ class Run(NamedTuple):
             )
             return new, (jnp.sqrt(state.norm2), turned, jnp.broadcast_to(eta, shape))
 
-        begin = self.moments.begin(**self.hyperparameters)
+        begin, zero = self.moments.begin(**self.hyperparameters), jnp.zeros(())
         start = jax.tree.map(
             lambda x: jnp.broadcast_to(x, shape).astype(norm2.dtype),
-            _State(norm2, *[jnp.zeros(())] * 3, begin),
+            _State(norm2, zero, zero, zero, begin),
         )
         counts = jnp.arange(self.steps, dtype=jnp.int32)  # as the counts of optax
         return jax.lax.scan(step, start, (counts, profile))[1]

@@ -11,7 +11,6 @@ import types
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import jax.numpy as jnp
 import optax
 import optax.contrib
 
@@ -197,7 +196,7 @@ _RULES = (
             _known("multiply_by_parameter_scale", True, below=None),
             _known("clipping_threshold", 1.0, below=None)._replace(positive=True),
             _known("momentum", None),
-            Hyperparameter("dtype_momentum", jnp.float32, below=None),
+            Hyperparameter("dtype_momentum", "float32", below=None),
             _known("eps", 1e-30, below=math.inf),
             _known("factored", True, below=None),
             Hyperparameter("weight_decay_mask", None, below=None),

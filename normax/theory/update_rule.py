@@ -21,7 +21,8 @@ class UpdateRule(PredictedRule):
 
     Attributes:
       name: Key of the rule in `UPDATE_RULES`.
-      norm_power: The exponent $p$ of $\eta_\mathrm{eff} = \eta / \|w\|^p$.
+      norm_power: The exponent $p$ of $\eta_\mathrm{eff} = \eta / \|w\|^p$, where the
+        hyperparameters are the defaults.
       theory: Where the rule's norm settles; None where it does not.
 
     Examples:

@@ -132,7 +132,7 @@ RUNS = [
 @pytest.mark.parametrize(("how", "kind", "decay", "shape", "options"), RUNS)
 def test_a_whole_run(how, kind, decay, shape, options):
     errors = mean_errors(how, kind, decay, shape, **options)
-    assert np.all(np.array(errors) < 0.012), errors
+    assert np.all(np.array(errors) < 0.015), errors
 
 
 def test_a_short_run():
@@ -159,7 +159,7 @@ HYPERS = [
 def test_the_fixed_point_is_the_equilibrium(shape, hyper):
     eta, decay = 0.02, 1.0
     run = MUON.predict(
-        eta, decay, steps=3000, initial_norm=1.0, dimension=shape, **hyper
+        eta, decay, steps=1500, initial_norm=1.0, dimension=shape, **hyper
     )
     norm = MUON.equilibrium_norm(eta, decay, None, shape, **hyper)
     angle = MUON.equilibrium_rotation(eta, decay, None, shape, **hyper)
@@ -350,3 +350,8 @@ def test_the_table_needs_no_dimension():
         np.testing.assert_allclose(row.equilibrium_rotation, exact, rtol=0.1)
     assert "too slow" in row.verdict or "too fast" in row.verdict
     assert np.isfinite(row.steps_left)
+    absolute = dict(multiply_by_parameter_scale=False)
+    row = normax.dynamics_table(state, "adafactor", 0.02, 0.1, **absolute).arrays[0]
+    assert np.isfinite(row.steps_left)
+    with pytest.raises(ValueError, match="only with multiply_by_parameter_scale=False"):
+        normax.dynamics_table(state, "adafactor", 0.02, 0.1)
