@@ -337,6 +337,7 @@ def test_the_fixed_point_is_the_equilibrium(name):
     np.testing.assert_allclose(run.effective_learning_rate[-1], rate, rtol=2 * rtol)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("momentum", [None, 0.9])
 @pytest.mark.parametrize("threshold", [1.0, 0.5, None])
 def test_adafactor_settles_where_its_steps_are_absolute(momentum, threshold):

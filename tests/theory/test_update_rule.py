@@ -44,7 +44,8 @@ KNOWN = {
     "adam": {"b1", "b2", "eps"},
     "adamw": {"b1", "b2", "eps"},
     "lion": {"b1", "b2"},
-    "muon": {"beta", "consistent_rms", "eps", "nesterov", "ns_coeffs", "ns_steps"},
+    "muon": {"beta", "consistent_rms", "eps", "nesterov", "ns_coeffs", "ns_steps"}
+    & set(inspect.signature(optax.contrib.muon).parameters),
     "adafactor": {
         "min_dim_size_to_factor",
         "decay_rate",
