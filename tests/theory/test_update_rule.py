@@ -33,6 +33,7 @@ OTHER_DEFAULTS = {
     "nesterov": {"momentum": 0.9, "nesterov": True},
     "adagrad": {"initial_accumulator_value": 0.0},
     "hessian_free": {"damping": 0.0},
+    "adafactor": {"dtype_momentum": "float32"},  # the same, and short in `help`
 }
 SGD = {"momentum", "nesterov"}
 KNOWN = {
