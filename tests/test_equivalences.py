@@ -64,7 +64,8 @@ def functions(name, scale, hyper):
 
 
 # Hyperparameters of the run from w, and the powers of alpha they are multiplied by for
-# the run from alpha w. Decay is coupled but for AdamW and Lion, which keep eta lambda.
+# the run from alpha w. Decay is coupled but for AdamW, Lion and Muon, which keep eta
+# lambda, and Adafactor, which keeps lambda.
 # Inside the root epsilon has the units of the squared gradient, beside it, of the
 # gradient. In AdaDelta's numerator it has those of the squared weights; in the
 # denominator, where it has others, it must be negligible. The damping of Newton's
@@ -104,6 +105,15 @@ RULES = {
     "lion": (
         dict(learning_rate=0.05, weight_decay=0.2),
         dict(learning_rate=1, weight_decay=-1),
+    ),
+    "muon": (
+        dict(learning_rate=0.1, weight_decay=0.2, eps=0.1),
+        dict(learning_rate=1, weight_decay=-1, eps=-1),
+    ),
+    # Relative steps and decay are the same at all scales.
+    "adafactor": (
+        dict(learning_rate=0.1, weight_decay=0.02, eps=0.01),
+        dict(learning_rate=0, weight_decay=0, eps=-2),
     ),
     "normalized_sgd": (dict(learning_rate=0.3), dict(learning_rate=2)),
     "newton": NEWTON,

@@ -33,6 +33,12 @@ class Row:
     kwargs: dict[str, Any] = dataclasses.field(default_factory=dict)
     coupled: bool = False  # whether the update of an array depends on the others
     network: bool = False  # whether the arrays are layers, none of which may be masked
+    static: tuple[str, ...] = ()  # keywords that optax takes as Python numbers alone
+
+    @property
+    def whole(self):
+        """Whether what one entry gets depends on all entries of its array."""
+        return self.kwargs.get("axes") == "layer" or self.name in ("muon", "adafactor")
 
     def draw(self, seed=0, dtype=jnp.float32):
         return draw(seed, dtype, LAYERS if self.network else ARRAYS)
@@ -147,6 +153,7 @@ ROWS = [
             SECOND_ORDER.get(name, lambda make: make)(rule.make),
             dict(learning_rate=0.1, weight_decay=0.01),
             coupled=name in SECOND_ORDER,
+            static=("min_dim_size_to_factor",) if name == "adafactor" else (),
         )
         for name, rule in normax.UPDATE_RULES.items()
     ),
@@ -295,7 +302,9 @@ def test_vmap_over_runs(row):
         params = optax.apply_updates(params, updates)
     for index, start in enumerate(runs):
         one = jax.tree.map(lambda x, index=index: x[index], (params, state))
-        chex.assert_trees_all_close(one, run(tx, start), rtol=2e-5, atol=1e-6)
+        # Iterations of Newton and Schulz enlarge rounding.
+        atol = 2e-5 if row.name == "muon" else 1e-6
+        chex.assert_trees_all_close(one, run(tx, start), rtol=2e-5, atol=atol)
 
 
 @functools.cache
@@ -400,6 +409,7 @@ def test_multi_steps_and_apply_if_finite(row):
 def test_inject_hyperparams(row):
     params = row.draw()
     static = [name for name, value in row.kwargs.items() if callable(value)]
+    static += row.static
     injected = optax.inject_hyperparams(row.factory, static)(**row.kwargs)
     after, state = jax.jit(functools.partial(run, injected))(params)
     chex.assert_trees_all_close(after, run(row.make(), params)[0], rtol=1e-4, atol=1e-5)
@@ -417,10 +427,12 @@ def test_map_params(row):
     mapped = optax.tree.map_params(tx, lambda x: x + 1, state)
     chex.assert_trees_all_equal_structs(mapped, state)
     assert optax.tree.get(mapped, "nonexistent") is None
+    leaves = jax.tree_util.tree_leaves_with_path(state)
     changed = [
         not np.array_equal(a, b)
-        for a, b in zip(jax.tree.leaves(mapped), jax.tree.leaves(state), strict=True)
-        if a.ndim  # scalars belong to no parameter
+        for a, (path, b) in zip(jax.tree.leaves(mapped), leaves, strict=True)
+        # Scalars belong to no parameter, and neither do the coefficients of Muon.
+        if a.ndim and "ns_coeffs" not in jax.tree_util.keystr(path)
     ]
     assert all(changed)
 
@@ -450,6 +462,8 @@ def test_complex_parameters_are_refused(row):
 
 @few_rows
 def test_arrays_without_entries(row):
+    if row.name == "muon":
+        pytest.skip("optax divides by the number of rows")
     tx, empty = row.make(), {"a": jnp.ones((3, 0)), "b": jnp.ones((0, 2))}
     params, grads = row.draw() | empty, row.draw(1) | empty
     updates, _ = tx.update(grads, tx.init(params), params)
@@ -507,6 +521,8 @@ def test_sharding(row, axis_type, spec):
     mesh = jax.make_mesh(
         (2, 2), ("x", "y"), (axis_type,) * 2, devices=jax.devices()[:4]
     )
+    if row.name == "muon" and axis_type == AxisType.Explicit:
+        pytest.skip("optax does not say how its products of matrices are sharded")
     tx, params, grads = row.make(), row.draw(), row.draw(1)
 
     def place(tree):
@@ -531,7 +547,7 @@ def test_sharding(row, axis_type, spec):
 @pytest.mark.devices(2)
 @few_rows
 def test_shard_map_over_the_units(row):
-    if row.kwargs.get("axes") == "layer":
+    if row.whole:
         pytest.skip("a vector that spans all devices has no local norm")
     if row.coupled:
         pytest.skip("arrays that are elsewhere take part in every update")
@@ -589,7 +605,7 @@ def test_what_is_not_finite_is_not_hidden(row, value):
     hidden = row.name == "lion" and np.isinf(value)
     assert np.isfinite(updates["dense"]["kernel"][2, 3]) == hidden
     others = jnp.delete(updates["dense"]["kernel"], 3, axis=1)
-    if row.kwargs.get("axes") != "layer" and not row.coupled:
+    if not row.whole and not row.coupled:
         chex.assert_tree_all_finite((others, updates["conv"]))
 
 

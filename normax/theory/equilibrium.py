@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from normax._core.checks import check_range
 from normax.theory.moments import noise_of_root, settled_steps
+from normax.theory.orthogonalization import DEGREE, orthogonalized
 
 
 class Equilibrium(NamedTuple):
@@ -126,6 +127,17 @@ def _adamw(
     return Equilibrium(jnp.sqrt(norm), _angle(versine), decay)
 
 
+def _of_steps(square: jax.Array, decay: jax.Array, overlap: jax.Array) -> Equilibrium:
+    r"""Return where steps of constant length settle whose decay is decoupled.
+
+    `square` is $\|\Delta w\|^2/\kappa$, and `overlap` is
+    $\sum_{j \ge 1} (1-\kappa)^{j-1} c_j$ with the correlations $c_j$ of steps.
+    """
+    spread = 1 + 2 * (1 - decay) * overlap
+    versine = decay - (2 - decay) * decay * overlap / spread
+    return Equilibrium(jnp.sqrt(square / (2 - decay) * spread), _angle(versine), decay)
+
+
 def _lion(learning_rate, weight_decay, gradient_norm, dimension, b1, b2) -> Equilibrium:
     r"""Lion, exact in $\kappa = \eta\lambda$, with signs by linear response.
 
@@ -140,10 +152,74 @@ def _lion(learning_rate, weight_decay, gradient_norm, dimension, b1, b2) -> Equi
     length = b1**2 * memory + (1 - b1) ** 2
     overlap = b1 * (b1 * b2 * memory + (1 - b1) * (1 - b2))
     overlap = linear * overlap / (length * (1 - kept * b2))
-    square = learning_rate * dimension / (weight_decay * (2 - decay))
-    square = square * (1 + 2 * kept * overlap)
-    versine = decay - (2 - decay) * decay * overlap / (1 + 2 * kept * overlap)
-    return Equilibrium(jnp.sqrt(square), _angle(versine), decay)
+    return _of_steps(learning_rate / weight_decay * dimension, decay, overlap)
+
+
+def _muon(
+    learning_rate,
+    weight_decay,
+    gradient_norm,
+    dimension,
+    ns_coeffs,
+    ns_steps,
+    beta,
+    eps,
+    nesterov,
+    consistent_rms=None,
+) -> Equilibrium:
+    r"""Muon, exact in $\kappa = \eta\lambda$ but for how steps overlap.
+
+    Orthogonalized momenta of correlation $c$ overlap as $c$ in their linear part, and
+    as $c^n$ in the rest.
+    """
+    del gradient_norm, eps
+    decay = learning_rate * weight_decay
+    check_range("learning_rate * weight_decay", decay, low=0, below=2)
+    linear2, rest2 = orthogonalized(dimension, ns_coeffs, ns_steps, consistent_rms)
+    length2 = linear2 + rest2
+    memory = (1 - beta) / (1 + beta)
+    old, new = beta, 1 - beta
+    if nesterov:
+        old, new = beta**2, 1 - beta**2
+    # The correlation of c with that of the step before; then it falls as beta^j.
+    near = old * (beta * old * memory + new * (1 - beta))
+    near = near / (old**2 * memory + new**2)
+    kept = 1 - decay
+    overlap = linear2 / length2 * near / (1 - kept * beta)
+    overlap += rest2 / length2 * near**DEGREE / (1 - kept * beta**DEGREE)
+    return _of_steps(learning_rate / weight_decay * length2, decay, overlap)
+
+
+def _adafactor(
+    learning_rate,
+    weight_decay,
+    gradient_norm,
+    dimension,
+    min_dim_size_to_factor,
+    decay_rate,
+    multiply_by_parameter_scale,
+    clipping_threshold,
+    momentum,
+    eps,
+    factored,
+) -> Equilibrium:
+    r"""Adafactor with absolute steps, exact in $\kappa = \lambda$ after a long time."""
+    del gradient_norm, min_dim_size_to_factor, decay_rate, eps, factored
+    if multiply_by_parameter_scale:
+        raise ValueError(
+            "UPDATE_RULES['adafactor'] has an equilibrium only with "
+            "multiply_by_parameter_scale=False, but it is "
+            f"{multiply_by_parameter_scale}: steps are in proportion to the norm, "
+            "which grows or falls for ever; pass False, or predict the run."
+        )
+    check_range("weight_decay", weight_decay, low=0, below=2)
+    threshold = 1.0 if clipping_threshold is None else clipping_threshold
+    length = learning_rate * jnp.minimum(1.0, threshold)
+    overlap = momentum / (1 - (1 - weight_decay) * momentum)
+    memory = (1 - momentum) / (1 + momentum)
+    # Decay is no part of the learning rate, as in optax.
+    square = length**2 / weight_decay * dimension * memory
+    return _of_steps(square, weight_decay, overlap)
 
 
 def _normalized_sgd(
@@ -207,6 +283,8 @@ ADADELTA = Theory(_adadelta, _adaptive_relaxation, _BOTH, _BOTH)
 ADAM = Theory(_adam, _adaptive_relaxation, _BOTH, _BOTH)
 ADAMW = Theory(_adamw, _relaxation_of_power(2), ("dimension",), ())
 LION = Theory(_lion, _relaxation_of_power(2), ("dimension",), ())
+MUON = Theory(_muon, _relaxation_of_power(2), ("dimension",), ("dimension",))
+ADAFACTOR = Theory(_adafactor, _relaxation_of_power(2), ("dimension",), ())
 NORMALIZED_SGD = Theory(
     _normalized_sgd, _relaxation_of_power(2), (), ("gradient_norm",)
 )

@@ -16,6 +16,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from normax._core.norms import nonzero
+from normax.theory.orthogonalization import DEGREE, orthogonalized
+
 Coefficients = tuple[Any, Any, Any]  # of w, of m, of g
 
 
@@ -25,9 +28,16 @@ class Now(NamedTuple):
     time: jax.Array  # 1 at the first step
     weight_decay: jax.Array
     norm2: jax.Array  # E |w|^2
-    memory2: jax.Array  # E |m|^2
+    along: jax.Array  # p, where m = p w + t with t orthogonal to w
+    tangent2: jax.Array  # E |t|^2
     gradient2: jax.Array  # E |g|^2 = G^2 / E |w|^2
-    dimension: jax.Array
+    dimension: Any  # a number; for rules on matrices the pair of rows and columns
+    past_rate: jax.Array  # the learning rate of the step before
+
+    @property
+    def memory2(self) -> jax.Array:
+        """Return E |m|^2."""
+        return self.along**2 * self.norm2 + self.tangent2
 
 
 class Step(NamedTuple):
@@ -36,7 +46,12 @@ class Step(NamedTuple):
     direction: Coefficients
     memory: Coefficients = (0.0, 0.0, 0.0)
     rest2: Any = 0.0  # E |e|^2
+    # The share of w that the step takes whatever the learning rate is.
+    decay: Any = 0.0
 
+
+# Adafactor's steps have at least the length of those from weights of this size.
+SMALLEST_SCALE = 1e-3
 
 # What a rule remembers besides m: averages of squares, by name of its own.
 Averages = Any
@@ -233,6 +248,98 @@ def _lion(averages: Averages, now: Now, *, b1: Any, b2: Any):
     return averages, Step(direction, (0.0, b2, 1 - b2), rest2=rest2)
 
 
+def _adafactor(
+    averages: Averages,
+    now: Now,
+    *,
+    min_dim_size_to_factor: Any,
+    decay_rate: Any,
+    multiply_by_parameter_scale: Any,
+    clipping_threshold: Any,
+    momentum: Any,
+    eps: Any,
+    factored: Any,
+):
+    r"""Adafactor; its velocity holds past rates, and its decay is apart from them."""
+    square, noise = averages
+    entry2 = now.gradient2 / now.dimension
+    new = now.time ** -jnp.asarray(decay_rate, entry2.dtype)
+    old = (1 - new) * square
+    square = old + new * (entry2 + eps)
+    own = new * (entry2 + eps) / square
+    noise = (old / square) ** 2 * noise + own**2
+    # E g^2 / r for normal entries, to first order, and exact where g^2 is all of r.
+    shrinkage = 1 / (1 + 2 * own - 2 * noise)
+    if factored:
+        # Smaller arrays cannot be factored. Rows and columns average the noise away.
+        whole = now.dimension < min_dim_size_to_factor**2
+        shrinkage = jnp.where(whole, shrinkage, 1.0)
+    push = jnp.sqrt(shrinkage / square)
+    if clipping_threshold is not None:
+        length = push * jnp.sqrt(entry2)
+        push = push / jnp.maximum(1.0, length / clipping_threshold)
+    if multiply_by_parameter_scale:
+        push = push * jnp.maximum(jnp.sqrt(now.norm2 / now.dimension), SMALLEST_SCALE)
+    step = (0.0, momentum, (1 - momentum) * push)
+    return (square, noise), Step(step, step, decay=now.weight_decay)
+
+
+def _muon_begin(**hyperparameters: Any) -> Averages:
+    del hyperparameters
+    return jnp.zeros(()), jnp.zeros(()), jnp.zeros(())
+
+
+def _muon(
+    averages: Averages,
+    now: Now,
+    *,
+    ns_coeffs: Any,
+    ns_steps: Any,
+    beta: Any,
+    eps: Any,
+    nesterov: Any,
+    consistent_rms: Any = None,
+):
+    r"""Muon, where an orthogonalized matrix is linear in c and a rest of degree n.
+
+    The rests of two steps are alike by the n-th power of the correlation of their c. So
+    w keeps $\mathbb E\,\langle w, N\rangle$ with the unit rest N of m, one more number.
+    """
+    kept, pushed, decay = averages
+    alike = (1 - now.past_rate * decay) * kept - now.past_rate * pushed
+    old, new = beta, (1 - beta) / (1 - beta**now.time)
+    if nesterov:
+        after = beta / (1 - beta ** (now.time + 1))
+        old, new = beta * after, new + (1 - beta) * after
+    length2 = old**2 * now.memory2 + new**2 * now.gradient2
+    length = jnp.sqrt(length2)
+    share = length / (length + eps)
+    linear2, rest2 = orthogonalized(
+        now.dimension, ns_coeffs, ns_steps, consistent_rms, share
+    )
+    slope, rest = jnp.sqrt(linear2) / length, jnp.sqrt(nonzero(rest2)) * (rest2 > 0)
+    memory2 = beta**2 * now.memory2 + (1 - beta) ** 2 * now.gradient2
+    both = beta * old * now.memory2 + (1 - beta) * new * now.gradient2
+    pull = rest * alike * (old**2 * now.memory2 / length2) ** (DEGREE / 2)
+    # The rest is orthogonal to m, but not to w: its parts along w and along t.
+    radial = pull / now.norm2
+    tangential = -now.along * pull / nonzero(now.tangent2)
+    rest2_across = rest2 - radial * pull - tangential**2 * now.tangent2
+    averages = (
+        (beta**2 * now.memory2 / memory2) ** (DEGREE / 2) * alike,
+        rest * (both**2 / (memory2 * length2)) ** (DEGREE / 2),
+        now.weight_decay,
+    )
+    direction = (
+        now.weight_decay + radial - tangential * now.along,
+        slope * old + tangential,
+        slope * new,
+    )
+    return averages, Step(
+        direction, (0.0, beta, 1 - beta), rest2=jnp.maximum(rest2_across, 0.0)
+    )
+
+
 def _newton(averages: Averages, now: Now):
     """Newton's step is proportional to the norm, and so is its noise."""
     return averages, Step((now.weight_decay, 0.0, now.norm2))
@@ -246,4 +353,6 @@ ADADELTA = Moments(_adadelta_begin, _adadelta)
 ADAM = Moments(_adam_begin, _adam_with(coupled=True))
 ADAMW = Moments(_adam_begin, _adam_with(coupled=False))
 LION = Moments(_nothing, _lion)
+MUON = Moments(_muon_begin, _muon)
+ADAFACTOR = Moments(_adadelta_begin, _adafactor, holds_rates=True)
 NEWTON = Moments(_nothing, _newton, needs_dimension=False)

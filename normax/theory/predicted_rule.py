@@ -13,7 +13,7 @@ import optax
 from normax._core.checks import check_learning_rate, check_positive, check_range
 from normax.theory.moments import Moments
 from normax.theory.prediction import Prediction, Run, as_schedule
-from normax.theory.recurrence import Recurrence
+from normax.theory.recurrence import Dimension, Recurrence
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -30,7 +30,7 @@ class PredictedRule(Recurrence):
         steps: int,
         initial_norm: jax.typing.ArrayLike,
         gradient_norm: jax.typing.ArrayLike = 1.0,
-        dimension: jax.typing.ArrayLike | None = None,
+        dimension: Dimension = None,
         **hyperparameters: Any,
     ) -> Prediction:
         r"""Predict norm and angle of a scale-invariant vector over a whole run.
@@ -51,7 +51,8 @@ class PredictedRule(Recurrence):
           gradient_norm: $G = (\mathbb E\,\|\nabla L\|^2)^{1/2}$ at $\|w\| = 1$: a
             number, or an array of shape (steps,) or (steps, ...) of a run.
           dimension: Number $d$ of entries of a vector. May be None where the result
-            does not depend on it.
+            does not depend on it. For Muon the pair (rows, columns) of a matrix, the
+            inputs and outputs of a kernel; its norm is that of the whole matrix.
           **hyperparameters: Those of `make`, with its defaults.
 
         Returns:
@@ -80,7 +81,8 @@ class PredictedRule(Recurrence):
         norm, angle, eta = run.follow(
             as_schedule(weight_decay), as_schedule(learning_rate)
         )
-        return Prediction(norm, angle, self.effective_learning_rate(eta, norm))
+        rate = self.effective_learning_rate(eta, norm, **hyperparameters)
+        return Prediction(norm, angle, rate)
 
     def schedule_for_angle(
         self,
@@ -90,7 +92,7 @@ class PredictedRule(Recurrence):
         steps: int,
         initial_norm: jax.typing.ArrayLike,
         gradient_norm: jax.typing.ArrayLike = 1.0,
-        dimension: jax.typing.ArrayLike | None = None,
+        dimension: Dimension = None,
         **hyperparameters: Any,
     ) -> optax.Schedule:
         r"""Learning rates under which a scale-invariant vector turns by given angles.
@@ -106,7 +108,7 @@ class PredictedRule(Recurrence):
           steps: Number of steps.
           initial_norm: Norm of the vector at the start.
           gradient_norm: A number, or an array of shape (steps,).
-          dimension: Number of entries of the vector.
+          dimension: Number of entries of the vector; for Muon, (rows, columns).
           **hyperparameters: Those of `make`, with its defaults.
 
         Returns:
@@ -136,12 +138,12 @@ class PredictedRule(Recurrence):
         )
         values = self._values(hyperparameters)
         if self.moments.holds_rates and (
-            values["momentum"] is not None or values["centered"]
+            values["momentum"] is not None or values.get("centered")
         ):
             raise ValueError(
                 f"the memory of UPDATE_RULES[{self.name!r}] holds past learning rates, "
-                "so that no rate gives the angle alone; leave momentum at None and "
-                "centered at False."
+                "so that no rate gives the angle alone; leave momentum at None, and "
+                "centered at False where it has that."
             )
         rates = run.follow(as_schedule(weight_decay), None, as_schedule(angle))[2]
         if rates.ndim > 1:
@@ -174,18 +176,21 @@ class PredictedRule(Recurrence):
         known = self.moments.hyperparameters
         for h in self.hyperparameters:
             h.check(values[h.name])
-            if h.name not in known and not h.is_default(values[h.name]):
+            if not (h.aside or h.name in known or h.is_default(values[h.name])):
                 raise ValueError(
                     f"the prediction of UPDATE_RULES[{self.name!r}] is not known for "
                     f"{h.name}={values[h.name]}; leave {h.name} at {h.default}."
                 )
         if dimension is None and self.moments.needs_dimension:
+            fix = "the number of entries of a vector"
+            if self.of_matrices:
+                fix = "dimension=(rows, columns)"
             raise ValueError(
                 f"the prediction of UPDATE_RULES[{self.name!r}] depends on the "
-                "dimension, but it is None; pass the number of entries of a vector."
+                f"dimension, but it is None; pass {fix}."
             )
         dimension = 1.0 if dimension is None else dimension
-        check_positive("dimension", dimension)
+        self._check_dimension(dimension)
         numbers = {
             h.name: h.or_zero(values[h.name])
             for h in self.hyperparameters

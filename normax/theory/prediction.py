@@ -46,12 +46,8 @@ class _State(NamedTuple):
     norm2: jax.Array  # E |w|^2
     along: jax.Array
     tangent2: jax.Array  # E |t|^2
+    past_rate: jax.Array
     averages: Averages
-
-    @property
-    def memory2(self) -> jax.Array:
-        """Return E |m|^2."""
-        return self.along**2 * self.norm2 + self.tangent2
 
 
 class _Map(NamedTuple):
@@ -67,7 +63,7 @@ class _Map(NamedTuple):
         return moved**2 * state.tangent2 + new**2 * gradient2 + self.rest2
 
     def advance(
-        self, state: _State, gradient2: jax.Array, averages: Averages
+        self, state: _State, gradient2: jax.Array, eta: Any, averages: Averages
     ) -> _State:
         """Return the second moments of w' and m'."""
         squares = state.norm2, state.tangent2, gradient2
@@ -84,7 +80,7 @@ class _Map(NamedTuple):
         crossed += (b * h - c * g) ** 2 * gradient2 * (state.tangent2 / norm2)
         crossed += product(self.memory, self.memory) * (self.rest2 / norm2)
         along = product(self.weights, self.memory) / norm2
-        return _State(norm2, along, crossed, averages)
+        return _State(norm2, along, crossed, eta, averages)
 
 
 def _map(moments: Moments, step: Step, state: _State, eta: Any) -> _Map:
@@ -96,7 +92,7 @@ def _map(moments: Moments, step: Step, state: _State, eta: Any) -> _Map:
     else:
         moved = -eta * u_m
     return _Map(
-        (1 - eta * u_w + moved * state.along, moved, -eta * u_g),
+        (1 - step.decay - eta * u_w + moved * state.along, moved, -eta * u_g),
         (f_w + f_m * state.along, f_m, f_g),
         eta**2 * step.rest2,
     )
@@ -105,14 +101,14 @@ def _map(moments: Moments, step: Step, state: _State, eta: Any) -> _Map:
 def _rate_of_angle(state: _State, step: Step, gradient2: Any, angle: Any) -> jax.Array:
     r"""Return the rate at which a step turns w by an angle.
 
-    The step is $\eta T$ across w and $-\eta q\|w\|$ along it, so
-    $\tan\theta = \eta T / (\|w\| - \eta q \|w\|)$.
+    The step is $\eta T$ across w and $-(\delta + \eta q)\|w\|$ along it, so
+    $\tan\theta = \eta T / (\|w\| - \delta\|w\| - \eta q \|w\|)$.
     """
     u_w, u_m, u_g = step.direction
     unit = _Map((u_w, u_m, u_g), step.memory, step.rest2)
     tangent = jnp.sqrt(unit.tangent2(state, gradient2) / state.norm2)
     slope = jnp.tan(angle)
-    return slope / (tangent + slope * (u_w + u_m * state.along))
+    return (1 - step.decay) * slope / (tangent + slope * (u_w + u_m * state.along))
 
 
 class Run(NamedTuple):
@@ -129,10 +125,14 @@ class Run(NamedTuple):
         self, weight_decay: Schedule, learning_rate: Schedule | None, angle: Any = None
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Return norms, angles and rates of all steps, by the rate or by the angle."""
-        norm, dimension, profile = at_least_float32(
-            self.initial_norm, self.dimension, self.gradient_norm
+        sides, structure = jax.tree.flatten(self.dimension)
+        norm, profile, *sides = at_least_float32(
+            self.initial_norm, self.gradient_norm, *sides
         )
-        shape = jnp.broadcast_shapes(norm.shape, dimension.shape, profile.shape[1:])
+        shapes = (side.shape for side in sides)
+        shape = jnp.broadcast_shapes(norm.shape, profile.shape[1:], *shapes)
+        sides = [jnp.broadcast_to(side, shape) for side in sides]
+        dimension = jax.tree.unflatten(structure, sides)
         norm2 = jnp.broadcast_to(norm**2, shape)
         profile = jnp.broadcast_to(profile, (self.steps, *profile.shape[1:]))
 
@@ -143,9 +143,11 @@ class Run(NamedTuple):
                 count + 1,
                 jnp.asarray(weight_decay(count), norm2.dtype),
                 state.norm2,
-                state.memory2,
+                state.along,
+                state.tangent2,
                 gradient2,
                 dimension,
+                state.past_rate,
             )
             averages, step = self.moments.step(
                 state.averages, now, **self.hyperparameters
@@ -157,7 +159,7 @@ class Run(NamedTuple):
             step = _map(self.moments, step, state, eta)
             tangent = jnp.sqrt(step.tangent2(state, gradient2) / state.norm2)
             turned = jnp.arctan2(tangent, step.weights[0])
-            new = step.advance(state, gradient2, averages)
+            new = step.advance(state, gradient2, eta, averages)
             if self.moments.projects:
                 along = new.along * jnp.sqrt(new.norm2)
                 new = new._replace(norm2=jnp.ones(shape), along=along)
@@ -166,10 +168,10 @@ class Run(NamedTuple):
             )
             return new, (jnp.sqrt(state.norm2), turned, jnp.broadcast_to(eta, shape))
 
-        begin = self.moments.begin(**self.hyperparameters)
+        begin, zero = self.moments.begin(**self.hyperparameters), jnp.zeros(())
         start = jax.tree.map(
             lambda x: jnp.broadcast_to(x, shape).astype(norm2.dtype),
-            _State(norm2, jnp.zeros(()), jnp.zeros(()), begin),
+            _State(norm2, zero, zero, zero, begin),
         )
         counts = jnp.arange(self.steps, dtype=jnp.int32)  # as the counts of optax
         return jax.lax.scan(step, start, (counts, profile))[1]

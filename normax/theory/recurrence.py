@@ -17,9 +17,15 @@ from normax._core.axes import PyTree
 from normax._core.checks import (
     check_learning_rate,
     check_number,
+    check_positive,
     check_range,
     nearest,
     requiring_params,
+)
+
+# The number of entries of a weight vector, or the rows and columns of a matrix.
+Dimension = (
+    jax.typing.ArrayLike | tuple[jax.typing.ArrayLike, jax.typing.ArrayLike] | None
 )
 
 
@@ -32,6 +38,10 @@ class Hyperparameter(NamedTuple):
     below: float | None = math.inf
     # True where the equilibrium is known for all values. `Theory.settle` then takes it.
     in_theory: bool = False
+    # True where it is of other arrays than those that the theory is about.
+    aside: bool = False
+    # True for what must be above 0, or None where it is left out.
+    positive: bool = False
 
     def or_zero(self, value: Any) -> Any:
         """Return `value`, or 0 for a number that is None, as momentum may be."""
@@ -39,7 +49,9 @@ class Hyperparameter(NamedTuple):
 
     def check(self, value: Any) -> None:
         """Raise unless a number is in range, or not known yet."""
-        if self.below is not None:
+        if self.positive:
+            check_positive(self.name, value)
+        elif self.below is not None:
             check_range(self.name, value, low=0, below=self.below)
 
     def is_default(self, value: Any) -> bool:
@@ -63,6 +75,10 @@ class Recurrence:
     hyperparameters: tuple[Hyperparameter, ...] = dataclasses.field(repr=False)
     # True where the call takes the weight decay. Otherwise the gradient gets it.
     decays_itself: bool = dataclasses.field(default=False, repr=False)
+    # True where a step takes a whole matrix, so that the theory needs both dimensions.
+    of_matrices: bool = dataclasses.field(default=False, repr=False)
+    # A switch that changes the power when it is flipped, and the power then.
+    flipped_power: tuple[str, int] | None = dataclasses.field(default=None, repr=False)
 
     @functools.cached_property
     def make(self) -> Callable[..., optax.GradientTransformationExtraArgs]:
@@ -100,7 +116,10 @@ class Recurrence:
         return make
 
     def effective_learning_rate(
-        self, learning_rate: jax.typing.ArrayLike, weight_norm: PyTree
+        self,
+        learning_rate: jax.typing.ArrayLike,
+        weight_norm: PyTree,
+        **hyperparameters: Any,
     ) -> PyTree:
         r"""Learning rate of the rule on weights of norm one.
 
@@ -112,11 +131,14 @@ class Recurrence:
         Args:
           learning_rate: Learning rate $\eta$.
           weight_norm: Norms: a number, an array, or a pytree as of `weight_norm`.
+          **hyperparameters: Those of `make`. The power depends on Adafactor's
+            `multiply_by_parameter_scale` and on Muon's `adaptive`.
 
         Returns:
           Effective learning rates, in the structure of `weight_norm`.
 
         Raises:
+          TypeError: The rule has no such hyperparameter.
           ValueError: The learning rate is no number.
 
         Examples:
@@ -125,9 +147,38 @@ class Recurrence:
           0.025
         """
         check_number("learning_rate", learning_rate)
-        return jax.tree.map(
-            lambda norm: learning_rate / norm**self.norm_power, weight_norm
-        )
+        power = self._power(hyperparameters)
+        return jax.tree.map(lambda norm: learning_rate / norm**power, weight_norm)
+
+    def _power(self, given: dict[str, Any]) -> int:
+        """Return the power of the norm, which a hyperparameter may change."""
+        values = self._values(given)
+        for h in self.hyperparameters:
+            if self.flipped_power and h.name == self.flipped_power[0]:
+                return (
+                    self.norm_power
+                    if h.is_default(values[h.name])
+                    else self.flipped_power[1]
+                )
+        return self.norm_power
+
+    def _check_dimension(self, dimension: Any) -> None:
+        """Raise unless it is a number, or, for matrices, a pair of numbers."""
+        name = f"UPDATE_RULES[{self.name!r}]"
+        pair = isinstance(dimension, tuple | list) and len(dimension) == 2
+        if self.of_matrices and not pair:
+            raise ValueError(
+                f"{name} takes a whole matrix, so its dimension must be a pair, got "
+                f"{dimension!r}; pass dimension=(rows, columns), the inputs and the "
+                "outputs of a kernel."
+            )
+        if not self.of_matrices and isinstance(dimension, tuple):
+            raise ValueError(
+                f"the dimension of {name} must be the number of entries of a weight "
+                f"vector, got {dimension!r}; pass dimension=rows * columns where the "
+                "vector is a whole matrix."
+            )
+        check_positive("dimension", dimension)
 
     def _values(self, given: dict[str, Any]) -> dict[str, Any]:
         """Return the value of every hyperparameter, and refuse any others."""

@@ -1,16 +1,18 @@
 """The papers' update rules, each an optax call with its hyperparameters and theory.
 
-Weight decay is *coupled*: it is part of the gradient that a rule sees. Only AdamW's and
-Lion's is *decoupled*: it shrinks the weights beside the rule. Recurrences:
-docs/theory/theory.md.
+Weight decay is *coupled*: it is part of the gradient that a rule sees. Only that of
+AdamW, Lion, Muon and Adafactor is *decoupled*: it shrinks the weights beside the rule.
+Adafactor's is not multiplied by the learning rate. Recurrences: docs/theory/theory.md.
 """
 
+import inspect
 import math
 import types
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import optax
+import optax.contrib
 
 from normax._core.checks import nearest
 from normax.second_order.hessian_free import hessian_free
@@ -19,9 +21,11 @@ from normax.spheres.projection import normalized_sgd
 from normax.theory import moments
 from normax.theory.equilibrium import (
     ADADELTA,
+    ADAFACTOR,
     ADAM,
     ADAMW,
     LION,
+    MUON,
     NEWTON,
     NORMALIZED_SGD,
     RMSPROP,
@@ -34,6 +38,20 @@ from normax.theory.update_rule import UpdateRule
 def _known(name: str, default: object, below: float | None = 1.0) -> Hyperparameter:
     """Return a hyperparameter for all values of which the equilibrium is known."""
     return Hyperparameter(name, default, below, in_theory=True)
+
+
+def _of_this_optax(
+    call: Callable[..., Any], *hyperparameters: Hyperparameter
+) -> tuple[Hyperparameter, ...]:
+    """Return those that the installed version of the call has."""
+    names = inspect.signature(call).parameters
+    return tuple(h for h in hyperparameters if h.name in names)
+
+
+def _adafactor(learning_rate, weight_decay, **hyperparameters):
+    return optax.adafactor(
+        learning_rate, weight_decay_rate=weight_decay, **hyperparameters
+    )
 
 
 def _sgd(name: str, momentum: float | None, nesterov: bool) -> UpdateRule:
@@ -130,6 +148,58 @@ _RULES = (
             _known("b2", 0.99),
             Hyperparameter("mu_dtype", None, below=None),
             _MASK,
+        ),
+        decays_itself=True,
+    ),
+    UpdateRule(
+        name="muon",
+        norm_power=1,
+        flipped_power=("adaptive", 2),
+        of_matrices=True,
+        optimizer=optax.contrib.muon,
+        theory=MUON,
+        moments=moments.MUON,
+        hyperparameters=_of_this_optax(
+            optax.contrib.muon,
+            _known("ns_coeffs", (3.4445, -4.7750, 2.0315), below=None),
+            _known("ns_steps", 5, below=None),
+            _known("beta", 0.95),
+            _known("eps", 1e-8, below=math.inf),
+            Hyperparameter("weight_decay_mask", None, below=None),
+            Hyperparameter("mu_dtype", None, below=None),
+            _known("nesterov", True, below=None),
+            Hyperparameter("adaptive", False, below=None),
+            Hyperparameter("preconditioning", "frobenius", below=None),
+            Hyperparameter("adam_b1", 0.9, below=1.0, aside=True),
+            Hyperparameter("adam_b2", 0.999, below=1.0, aside=True),
+            Hyperparameter("adam_eps_root", 0.0, aside=True),
+            Hyperparameter("adam_weight_decay", 0.0, aside=True),
+            Hyperparameter("adam_learning_rate", None, below=None, aside=True),
+            Hyperparameter(
+                "muon_weight_dimension_numbers", None, below=None, aside=True
+            ),
+            _known("consistent_rms", None, below=None)._replace(positive=True),
+        ),
+        decays_itself=True,
+    ),
+    UpdateRule(
+        name="adafactor",
+        norm_power=0,
+        flipped_power=("multiply_by_parameter_scale", 1),
+        optimizer=_adafactor,
+        theory=ADAFACTOR,
+        moments=moments.ADAFACTOR,
+        hyperparameters=(
+            _known("min_dim_size_to_factor", 128, below=None),
+            _known("decay_rate", 0.8, below=math.inf),
+            Hyperparameter("decay_offset", 0, below=None),
+            _known("multiply_by_parameter_scale", True, below=None),
+            _known("clipping_threshold", 1.0, below=None)._replace(positive=True),
+            _known("momentum", None),
+            Hyperparameter("dtype_momentum", "float32", below=None),
+            _known("eps", 1e-30, below=math.inf),
+            _known("factored", True, below=None),
+            Hyperparameter("weight_decay_mask", None, below=None),
         ),
         decays_itself=True,
     ),

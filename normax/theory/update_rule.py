@@ -12,6 +12,7 @@ from normax._core.checks import check_positive, check_range
 from normax._core.norms import at_least_float32
 from normax.theory.equilibrium import Equilibrium, Theory, steps_to_equilibrium
 from normax.theory.predicted_rule import PredictedRule
+from normax.theory.recurrence import Dimension
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -20,7 +21,8 @@ class UpdateRule(PredictedRule):
 
     Attributes:
       name: Key of the rule in `UPDATE_RULES`.
-      norm_power: The exponent $p$ of $\eta_\mathrm{eff} = \eta / \|w\|^p$.
+      norm_power: The exponent $p$ of $\eta_\mathrm{eff} = \eta / \|w\|^p$, where the
+        hyperparameters are the defaults.
       theory: Where the rule's norm settles; None where it does not.
 
     Examples:
@@ -43,7 +45,7 @@ class UpdateRule(PredictedRule):
         learning_rate: jax.typing.ArrayLike,
         weight_decay: jax.typing.ArrayLike,
         gradient_norm: jax.typing.ArrayLike | None = None,
-        dimension: jax.typing.ArrayLike | None = None,
+        dimension: Dimension = None,
         **hyperparameters: Any,
     ) -> jax.Array:
         r"""Norm at which the rule and weight decay hold a scale-invariant vector.
@@ -62,6 +64,8 @@ class UpdateRule(PredictedRule):
           gradient_norm: $G = (\mathbb E\,\|\nabla L\|^2)^{1/2}$ of one weight vector
             at $\|w\| = 1$. May be None where the result does not depend on it.
           dimension: Number $d$ of entries of the weight vector; may be None likewise.
+            For Muon the pair (rows, columns) of a matrix, the inputs and outputs of a
+            kernel; its norm is that of the whole matrix.
           **hyperparameters: Those of `make`, with its defaults.
 
         Returns:
@@ -86,7 +90,7 @@ class UpdateRule(PredictedRule):
         learning_rate: jax.typing.ArrayLike,
         weight_decay: jax.typing.ArrayLike,
         gradient_norm: jax.typing.ArrayLike | None = None,
-        dimension: jax.typing.ArrayLike | None = None,
+        dimension: Dimension = None,
         **hyperparameters: Any,
     ) -> jax.Array:
         r"""Angle by which the rule turns a scale-invariant vector that has settled.
@@ -115,7 +119,7 @@ class UpdateRule(PredictedRule):
         learning_rate: jax.typing.ArrayLike,
         weight_decay: jax.typing.ArrayLike,
         gradient_norm: jax.typing.ArrayLike | None = None,
-        dimension: jax.typing.ArrayLike | None = None,
+        dimension: Dimension = None,
         *,
         initial_norm: jax.typing.ArrayLike,
         **hyperparameters: Any,
@@ -158,7 +162,7 @@ class UpdateRule(PredictedRule):
 
     def _check_known(self, values: dict[str, Any]) -> None:
         for h in self.hyperparameters:
-            if not h.in_theory and not h.is_default(values[h.name]):
+            if not (h.in_theory or h.aside or h.is_default(values[h.name])):
                 known = [h.name for h in self.hyperparameters if h.in_theory]
                 raise ValueError(
                     f"the equilibrium of UPDATE_RULES[{self.name!r}] is not known for "
@@ -169,7 +173,7 @@ class UpdateRule(PredictedRule):
     def _settle(
         self,
         needs: tuple[str, ...],
-        given: tuple[jax.typing.ArrayLike | None, ...],
+        given: tuple[Dimension, ...],
         hyperparameters: dict[str, Any],
     ) -> Equilibrium:
         """Return the equilibrium for checked arguments, which broadcast."""
@@ -186,16 +190,19 @@ class UpdateRule(PredictedRule):
         # The result does not depend on what may be None, so any number will do.
         for name in ("gradient_norm", "dimension"):
             numbers[name] = 1.0 if numbers[name] is None else numbers[name]
-        for name in ("learning_rate", "gradient_norm", "dimension"):
+        for name in ("learning_rate", "gradient_norm"):
             check_positive(name, numbers[name])
+        self._check_dimension(numbers["dimension"])
         check_range("weight_decay", numbers["weight_decay"], low=0)
         options = {}
         for h in self.hyperparameters:
             if h.in_theory and h.below is None:
                 options[h.name] = values[h.name]
+                h.check(options[h.name])
             elif h.in_theory:
                 numbers[h.name] = h.or_zero(values[h.name])
                 h.check(numbers[h.name])
-        arrays = jnp.broadcast_arrays(*at_least_float32(*numbers.values()))
-        numbers = dict(zip(numbers, arrays, strict=True))
+        flat, structure = jax.tree.flatten(numbers)
+        arrays = jnp.broadcast_arrays(*at_least_float32(*flat))
+        numbers = jax.tree.unflatten(structure, arrays)
         return self._theory().settle(**numbers, **options)

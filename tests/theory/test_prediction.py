@@ -107,6 +107,41 @@ def lion(b1=0.9, b2=0.99):
     return step
 
 
+def adafactor(
+    multiply_by_parameter_scale=True,
+    clipping_threshold=1.0,
+    decay_rate=0.8,
+    momentum=None,
+    eps=1e-30,
+    factored=False,
+    min_dim_size_to_factor=16,
+):
+    def root_mean_square(x):
+        return np.sqrt(np.mean(x**2, -1, keepdims=True))
+
+    def step(g, w, state, t, eta, decay):
+        kept, square = 1 - t**-decay_rate, g**2 + eps
+        if factored:
+            matrix = square.reshape(len(w), 16, 16)
+            rows = kept * state.get("rows", 0.0) + (1 - kept) * matrix.mean(2)
+            columns = kept * state.get("columns", 0.0) + (1 - kept) * matrix.mean(1)
+            r = rows[:, :, None] * columns[:, None] / rows.mean(1)[:, None, None]
+            u = g / np.sqrt(r.reshape(w.shape))
+            state = {"rows": rows, "columns": columns, "v": state.get("v", 0.0)}
+        else:
+            r = kept * state.get("r", 0.0) + (1 - kept) * square
+            u, state = g / np.sqrt(r), {"r": r, "v": state.get("v", 0.0)}
+        if clipping_threshold is not None:
+            u = u / np.maximum(1, root_mean_square(u) / clipping_threshold)
+        if multiply_by_parameter_scale:
+            u = u * np.maximum(root_mean_square(w), 1e-3)
+        rho = momentum or 0.0
+        v = rho * state["v"] + (1 - rho) * eta * u
+        return -v - decay * w, state | {"v": v}
+
+    return step
+
+
 def normalized_sgd(momentum=None, nesterov=False):
     inner = sgd(momentum, nesterov)
 
@@ -136,6 +171,7 @@ WRITTEN = {
     "adam": adam,
     "adamw": functools.partial(adam, decoupled=True),
     "lion": lion,
+    "adafactor": adafactor,
     "normalized_sgd": normalized_sgd,
     "newton": newton,
 }
@@ -216,6 +252,7 @@ SETTINGS = {
     "adadelta": (1.0, (1e-2, 0.1), 1.0),
     "normalized_sgd": (0.05, (0.1, 1.0), 1.0),
     "newton": (0.01, (0.1, 1.0), 1.0),
+    "adafactor": (0.02, (1e-5, 1e-3), 1.0),
 }
 BOUNDS = {"lion": (0.012, 0.012)}
 RUNS = [(name, kind, i) for kind in KINDS for i in (1, 0) for name in SETTINGS]
@@ -243,6 +280,12 @@ OTHERS = [
     ("normalized_sgd", 0.02, 0.1, dict(momentum=0.8, nesterov=True)),
     ("adadelta", 1.0, 0.03, dict(rho=0.95, eps=1e-4)),
     ("lion", 3e-3, 1.0, dict(b1=0.5, b2=0.9)),
+    ("adafactor", 3e-3, 1e-3, dict(multiply_by_parameter_scale=False)),
+    ("adafactor", 0.02, 1e-3, dict(momentum=0.9)),
+    ("adafactor", 0.02, 1e-3, dict(clipping_threshold=0.5, decay_rate=0.6)),
+    ("adafactor", 0.02, 1e-4, dict(clipping_threshold=None, eps=0.03)),
+    ("adafactor", 0.02, 1e-3, dict(factored=True, min_dim_size_to_factor=16)),
+    ("adafactor", 0.01, 5e-3, dict(multiply_by_parameter_scale=True)),
 ]
 
 
@@ -292,6 +335,57 @@ def test_the_fixed_point_is_the_equilibrium(name):
     np.testing.assert_allclose(run.angular_update[-1], angle, rtol=rtol)
     rate = RULES[name].effective_learning_rate(eta, norm)
     np.testing.assert_allclose(run.effective_learning_rate[-1], rate, rtol=2 * rtol)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("momentum", [None, 0.9])
+@pytest.mark.parametrize("threshold", [1.0, 0.5, None])
+def test_adafactor_settles_where_its_steps_are_absolute(momentum, threshold):
+    eta, decay = 0.02, 0.01
+    hyper = dict(momentum=momentum, clipping_threshold=threshold)
+    hyper |= dict(multiply_by_parameter_scale=False)
+    rule, given = RULES["adafactor"], (eta, decay, None, DIMENSION)
+    norm = rule.equilibrium_norm(*given, **hyper)
+    angle = rule.equilibrium_rotation(*given, **hyper)
+    run = rule.predict(
+        eta, decay, steps=6000, initial_norm=1.0, dimension=DIMENSION, **hyper
+    )
+    # The window of its averages grows for ever, and their noise falls as t^-0.8.
+    np.testing.assert_allclose(run.weight_norm[-1], norm, rtol=1e-3)
+    np.testing.assert_allclose(run.angular_update[-1], angle, rtol=1e-3)
+    norms, angles = simulate("adafactor", np.full(STEPS, eta), decay, norm, **hyper)
+    np.testing.assert_allclose(np.mean(norms[1000:]), norm, rtol=0.01)
+    np.testing.assert_allclose(np.mean(angles[1000:]), angle, rtol=0.01)
+    # Without its averages, which lag behind the norm, the time is exact.
+    hyper |= dict(decay_rate=0.0)
+    time = rule.equilibrium_time(*given, initial_norm=norm / 10, **hyper)
+    late = simulate("adafactor", np.full(500, eta), decay, norm / 10, **hyper)[0]
+    np.testing.assert_allclose(np.argmax(late > 0.9 * norm), time, rtol=0.05, atol=20)
+    rate = rule.effective_learning_rate(eta, norm, multiply_by_parameter_scale=False)
+    np.testing.assert_allclose(rate, eta / norm)
+
+
+def test_adafactor_with_relative_steps_has_no_equilibrium_but_a_floor():
+    rule, given = RULES["adafactor"], (0.02, 0.01, None, DIMENSION)
+    with pytest.raises(ValueError, match=r"only with multiply_by_parameter_scale=Fal"):
+        rule.equilibrium_norm(*given)
+    # Where decay wins, the norm falls to where all steps are those of the floor.
+    decay, eta = 0.01, 0.02
+    run = rule.predict(eta, decay, steps=3000, initial_norm=1.0, dimension=DIMENSION)
+    floor = 1e-3 * rule.equilibrium_norm(
+        eta, decay, dimension=DIMENSION, multiply_by_parameter_scale=False
+    )
+    assert floor < 1e-3 * DIMENSION**0.5
+    np.testing.assert_allclose(run.weight_norm[-1], floor, rtol=5e-3)
+    # Where the steps win, it grows for ever, by one factor if no averages lag behind.
+    factor = np.sqrt((1 - decay) ** 2 + 0.2**2)
+    for rate, low in ((0.0, factor * (1 - 1e-12)), (0.8, 1.0)):
+        norm = rule.predict(
+            0.2, decay, steps=2000, initial_norm=1.0, dimension=DIMENSION,
+            decay_rate=rate,
+        ).weight_norm  # fmt: skip
+        growth = norm[1:] / norm[:-1]
+        assert np.all((growth > low) & (growth < factor * (1 + 1e-12)))
 
 
 @pytest.mark.parametrize("name", [n for n in SETTINGS if n != "adagrad"])
@@ -457,9 +551,13 @@ def test_angles_that_no_rate_gives():
     given = dict(steps=10, initial_norm=1.0, dimension=8)
     with pytest.raises(ValueError, match="angle must be at least 0 and below"):
         RULES["adamw"].schedule_for_angle(2.0, 0.1, **given)
-    for hyper in ({"momentum": 0.9}, {"centered": True}):
+    for name, hyper in (
+        ("rmsprop", {"momentum": 0.9}),
+        ("rmsprop", {"centered": True}),
+        ("adafactor", {"momentum": 0.9}),
+    ):
         with pytest.raises(ValueError, match="holds past learning rates"):
-            RULES["rmsprop"].schedule_for_angle(0.1, 0.1, **hyper, **given)
+            RULES[name].schedule_for_angle(0.1, 0.1, **hyper, **given)
     with pytest.raises(ValueError, match=r"centered=True with momentum=0\.5"):
         RULES["rmsprop"].predict(0.1, 0.1, momentum=0.5, centered=True, **given)
     with pytest.raises(ValueError, match="one schedule is for one vector"):

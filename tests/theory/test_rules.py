@@ -99,6 +99,46 @@ def lion(w, grad, b1=0.9, b2=0.99, decoupled=0.0):
         yield w
 
 
+def muon(w, grad, beta=0.95, decoupled=0.0, nesterov=True, rms=None):
+    m, t, (rows, columns) = 0.0, 0, w.shape
+    scale = np.sqrt(max(1, columns / rows))
+    if rms is not None:
+        scale = rms * np.sqrt(max(rows, columns))
+    while True:
+        t, g = t + 1, np.asarray(grad(w))
+        m = beta * m + (1 - beta) * g
+        c = m / (1 - beta**t)
+        if nesterov:
+            c = beta * m / (1 - beta ** (t + 1)) + (1 - beta) * g / (1 - beta**t)
+        # Newton and Schulz act on each singular value by itself.
+        u, s, v = np.linalg.svd(c / (np.linalg.norm(c) + 1e-8), full_matrices=False)
+        for _ in range(5):
+            s = 3.4445 * s - 4.7750 * s**3 + 2.0315 * s**5
+        w = w - ETA * (scale * (u * s) @ v + decoupled * w)
+        yield w
+
+
+def adafactor(
+    w, grad, decoupled=0.0, power=0.8, threshold=1.0, rho=0.0, relative=True, eps=1e-30,
+    factored=False,
+):  # fmt: skip
+    r = rows = columns = v = 0.0
+    t = 0
+    while True:
+        t, g = t + 1, np.asarray(grad(w))
+        kept = 1 - t**-power
+        square = g**2 + eps
+        r = kept * r + (1 - kept) * square
+        rows = kept * rows + (1 - kept) * square.mean(1, keepdims=True)
+        columns = kept * columns + (1 - kept) * square.mean(0, keepdims=True)
+        u = g / np.sqrt(rows * columns / rows.mean() if factored else r)
+        u = u / max(1, np.sqrt(np.mean(u**2)) / threshold)
+        u = ETA * u * (max(np.sqrt(np.mean(w**2)), 1e-3) if relative else 1)
+        v = rho * v + (1 - rho) * u
+        w = w - v - decoupled * w
+        yield w
+
+
 def normalized_sgd(w, grad):
     while True:
         w = w - ETA * grad(w)
@@ -165,6 +205,49 @@ def test_some_rules_decay_beside_the_rule(name, written, weight_decay):
     assert_same(rule.make(ETA, weight_decay, b1=0.5, b2=0.8), expected)
 
 
+@pytest.mark.parametrize("weight_decay", [0.0, 0.3])
+@pytest.mark.parametrize("columns", [3, 9])
+def test_muon_on_matrices_of_both_kinds(weight_decay, columns):
+    rule, start = normax.UPDATE_RULES["muon"], np.tile(START, 3)[:, :columns]
+    target = np.tile(TARGET, 3)[:, :columns] + np.arange(columns)
+
+    def grad(w):
+        return (w - target) ** 3 + w
+
+    for ours, written in (
+        ({}, {}),
+        (dict(beta=0.5, nesterov=False), dict(beta=0.5, nesterov=False)),
+        (dict(consistent_rms=0.2), dict(rms=0.2)),
+    ):
+        if set(ours) <= {h.name for h in rule.hyperparameters}:
+            expected = muon(start, grad, decoupled=weight_decay, **written)
+            tx = rule.make(ETA, weight_decay, **ours)
+            assert_same(tx, expected, grad=grad, start=start)
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.03])
+def test_adafactor_decays_by_the_weight_decay_alone(weight_decay):
+    """The learning rate is no factor of the decay, as in optax."""
+    rule = normax.UPDATE_RULES["adafactor"]
+    for ours, written in (
+        ({}, {}),
+        (dict(min_dim_size_to_factor=3), dict(factored=True)),
+        (
+            dict(multiply_by_parameter_scale=False, momentum=0.8, decay_rate=0.5),
+            dict(relative=False, rho=0.8, power=0.5),
+        ),
+        (
+            dict(clipping_threshold=0.5, eps=0.1, factored=False),
+            dict(threshold=0.5, eps=0.1),
+        ),
+    ):
+        expected = adafactor(START, gradient, decoupled=weight_decay, **written)
+        tx = rule.make(ETA, weight_decay, **ours)
+        for measured, w in zip(trajectory(tx, START, gradient), expected, strict=False):
+            # Optax computes the decay of its averages in float32.
+            np.testing.assert_allclose(measured, w, rtol=1e-5, atol=1e-6)
+
+
 def test_adadelta_of_the_paper_has_rate_one():
     tx = normax.UPDATE_RULES["adadelta"].make(1.0)
     assert_same(tx, adadelta(START, gradient, eta=1.0))
@@ -197,19 +280,33 @@ def invariant_gradient(w):
     return jnp.sum((direction(w) - TARGET) ** 3)
 
 
-TINY = {"adagrad": 1e-60, "rmsprop": 1e-60, "adam": 1e-30, "adamw": 1e-30}
+TINY = {
+    "adagrad": 1e-60,
+    "rmsprop": 1e-60,
+    "adam": 1e-30,
+    "adamw": 1e-30,
+    "muon": 1e-30,
+    "adafactor": 1e-60,
+}
 SCALED = ("sgd", "momentum", "nesterov", "lion", *TINY)
 
 
 @pytest.mark.parametrize("weight_decay", [0.0, 0.2])
 @pytest.mark.parametrize("alpha", [1e-2, 7.0])
-@pytest.mark.parametrize("name", SCALED)
-def test_effective_learning_rate_visits_the_same_functions(name, alpha, weight_decay):
+@pytest.mark.parametrize(
+    "name, relative", [*((name, True) for name in SCALED), ("adafactor", False)]
+)
+def test_effective_learning_rate_visits_the_same_functions(
+    name, relative, alpha, weight_decay
+):
     rule = normax.UPDATE_RULES[name]
     hyper = {"eps": TINY[name]} if name in TINY else {}
-    rate = rule.effective_learning_rate(ETA, alpha)
+    if name == "adafactor":
+        hyper |= {"multiply_by_parameter_scale": relative}
+    rate = rule.effective_learning_rate(ETA, alpha, **hyper)
     # L_lambda(alpha w) = L_{lambda alpha^2}(w); decoupled decay keeps eta lambda.
-    decay = weight_decay * (alpha if name in ("adamw", "lion") else alpha**2)
+    power = {"adamw": 1, "lion": 1, "muon": 1, "adafactor": 0}.get(name, 2)
+    decay = weight_decay * alpha**power
     unit = direction(START)
     original = trajectory(
         rule.make(ETA, weight_decay, **hyper), alpha * unit, invariant_gradient
@@ -239,6 +336,7 @@ def test_effective_learning_rate_of_table_1(name):
         "nesterov": 2,
         "normalized_sgd": 0,
         "adadelta": 0,
+        "adafactor": 0,
         "newton": 0,
         "hessian_free": 0,
     }

@@ -21,6 +21,8 @@ CALLS = {
     "adam": optax.adam,
     "adamw": optax.adamw,
     "lion": optax.lion,
+    "muon": optax.contrib.muon,
+    "adafactor": optax.adafactor,
     "normalized_sgd": normax.normalized_sgd,
     "newton": normax.second_order.newton,
     "hessian_free": normax.second_order.hessian_free,
@@ -31,6 +33,7 @@ OTHER_DEFAULTS = {
     "nesterov": {"momentum": 0.9, "nesterov": True},
     "adagrad": {"initial_accumulator_value": 0.0},
     "hessian_free": {"damping": 0.0},
+    "adafactor": {"dtype_momentum": "float32"},  # the same, and short in `help`
 }
 SGD = {"momentum", "nesterov"}
 KNOWN = {
@@ -42,6 +45,17 @@ KNOWN = {
     "adam": {"b1", "b2", "eps"},
     "adamw": {"b1", "b2", "eps"},
     "lion": {"b1", "b2"},
+    "muon": {"beta", "consistent_rms", "eps", "nesterov", "ns_coeffs", "ns_steps"}
+    & set(inspect.signature(optax.contrib.muon).parameters),
+    "adafactor": {
+        "min_dim_size_to_factor",
+        "decay_rate",
+        "multiply_by_parameter_scale",
+        "clipping_threshold",
+        "momentum",
+        "eps",
+        "factored",
+    },
     "normalized_sgd": {"axes"},
     "newton": set(),
     "hessian_free": set(),
@@ -49,18 +63,45 @@ KNOWN = {
 # The equilibrium is that of gradients beside which epsilon is small, and that of one
 # weight vector, however many an array holds.
 WITHOUT_INFLUENCE = {("rmsprop", "eps"), ("adam", "eps"), ("adamw", "eps")}
-WITHOUT_INFLUENCE |= {("normalized_sgd", "axes")}
+WITHOUT_INFLUENCE |= {("normalized_sgd", "axes"), ("muon", "eps")}
+WITHOUT_INFLUENCE |= {
+    ("adafactor", name)
+    for name in ("min_dim_size_to_factor", "decay_rate", "eps", "factored")
+}
+# What Muon's Adam has for other arrays, and the theory takes without a use.
+ASIDE = {
+    "adam_b1",
+    "adam_b2",
+    "adam_eps_root",
+    "adam_weight_decay",
+    "adam_learning_rate",
+    "muon_weight_dimension_numbers",
+}
 # Other values than the defaults, where these are no numbers or switches.
 CHANGED = {
     "accumulator_dtype": jnp.bfloat16,
+    "adam_learning_rate": 0.5,
+    "clipping_threshold": 0.5,
+    "consistent_rms": 0.2,
+    "dtype_momentum": jnp.bfloat16,
     "axes": "layer",
     "loss_of_outputs": jnp.sum,
     "mask": False,
     "momentum": 0.5,
     "mu_dtype": np.float16,
+    "muon_weight_dimension_numbers": optax.contrib.MuonDimensionNumbers(1, 0),
+    "ns_coeffs": (3.0, -3.2, 1.2),
+    "ns_steps": 6,
     "outputs_fn": jnp.sum,
+    "preconditioning": "aol",
     "rtol": 0.1,
+    "weight_decay_mask": False,
 }
+
+
+DECAY = ("learning_rate", "weight_decay", "weight_decay_rate")
+# AdaDelta's decay is given to the gradient, as that of all coupled rules.
+COUPLED_MASK = ("adadelta", "weight_decay_mask")
 
 
 def call_parameters(name):
@@ -69,7 +110,7 @@ def call_parameters(name):
     return {
         parameter.name: parameter.default
         for parameter in parameters
-        if not parameter.name.startswith(("learning_rate", "weight_decay"))
+        if parameter.name not in DECAY and (name, parameter.name) != COUPLED_MASK
     }
 
 
@@ -100,14 +141,24 @@ def test_the_theory_knows_a_hyperparameter_or_refuses_it(name, keyword):
     default = inspect.signature(rule.make).parameters[keyword].default
     # Nesterov's momentum is any other than plain only where there is momentum.
     base = {"momentum": 0.8} if name == "sgd" and keyword == "nesterov" else {}
+    if name == "adafactor":
+        base = {"multiply_by_parameter_scale": False}
     value = changed(keyword, default)
 
     def settled(**hyper):
-        arguments = 0.1, 0.1, 2.0, 9
-        norm = rule.equilibrium_norm(*arguments, **base, **hyper)
-        return norm, rule.equilibrium_rotation(*arguments, **base, **hyper)
+        arguments = 0.1, 0.1, 2.0, (9, 4) if name == "muon" else 9
+        norm = rule.equilibrium_norm(*arguments, **base | hyper)
+        return norm, rule.equilibrium_rotation(*arguments, **base | hyper)
+
+    if (name, keyword) == ("adafactor", "multiply_by_parameter_scale"):
+        with pytest.raises(ValueError, match=f"only with {keyword}=False"):
+            settled(**{keyword: default})
+        return
 
     assert settled(**{keyword: default}) == settled()
+    if keyword in ASIDE:
+        assert settled(**{keyword: value}) == settled()
+        return
     if keyword in KNOWN[name]:
         same = settled(**{keyword: value}) == settled()
         assert same == ((name, keyword) in WITHOUT_INFLUENCE)
