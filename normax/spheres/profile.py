@@ -20,13 +20,13 @@ class GradientProfile(NamedTuple):
     """The part of `MonitorWeightDynamicsState` that concerns gradients.
 
     Attributes:
-      count: Number of gradients that were measured, int32 of shape ().
+      measurements: Number of gradients that were measured, int32 of shape ().
       length: Number of them that share a block: a power of two, int32.
       joint_norm: Roots of the sums of squares over each block, whose rounding has no
         drift as that of means has, of shape (blocks, vectors...).
     """
 
-    count: jax.Array
+    measurements: jax.Array
     length: jax.Array
     joint_norm: PyTree
 

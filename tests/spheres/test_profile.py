@@ -57,7 +57,7 @@ def blocks_of(values, length):
 def test_a_profile_holds_root_mean_squares_of_blocks(steps, length):
     w, gradients = draw(6, 3), draw(steps, 6, 3) * jnp.exp(draw(steps, 1, 3))
     state = monitored(w, gradients, gradient_blocks=4)
-    assert state.profile.length == length and state.profile.count == steps
+    assert state.profile.length == length and state.profile.measurements == steps
     expected = blocks_of(exact(w, gradients, (0,)), length)
     found = gradient_norm_profile(state, steps)
     np.testing.assert_allclose(found, expected, rtol=2e-6)
