@@ -294,7 +294,7 @@ rule     schedule layer  const. measured other   const. measured other   predict
     return text
 
 
-def picture(columns: Columns, layer: int = 1) -> Figure:
+def picture(columns: Columns, layer: int) -> Figure:
     """Draw norms and angles of one layer: a column for each rule."""
     figure = Figure(figsize=(11, 7.5), layout="constrained")
     panels: Any = figure.subplots(2, len(RATES), sharex=True)
@@ -317,13 +317,9 @@ def picture(columns: Columns, layer: int = 1) -> Figure:
     panels[0, 0].set_ylabel(f"norm of the weight vectors, layer {layer}")
     panels[1, 0].set_ylabel(f"angle per step (radians), layer {layer}")
     for axes in panels.flat:
+        axes.grid(alpha=0.3)
+    for axes in panels[1]:
         axes.set_yscale("log")
-        axes.grid(alpha=0.3, which="both")
-    for axes in panels[0]:
-        axes.yaxis.set_major_formatter("{x:g}")
-        axes.yaxis.set_minor_formatter(
-            lambda x, _: f"{x:g}" if f"{x:e}"[0] in "23468" else ""
-        )
     handles = [Line2D([], [], color="0.2", label=k, **v) for k, v in styles.items()]
     handles += [
         Line2D([], [], color=f"C{index}", lw=3, label=name)
@@ -341,12 +337,17 @@ def main(argv: Sequence[str] | None = None) -> Columns:
     add("--steps", type=int, default=2000)
     add("--batch-size", type=int, default=128)
     add("--width", type=int, default=128, help="of the dense layers")
+    add("--layer", type=int, default=1, help="that the picture shows")
     add("--seed", type=int, default=0)
     options = parser.parse_args(argv)
     if options.steps < 20 or min(options.batch_size, options.width) < 1:
         parser.error("--steps must be at least 20, --batch-size and --width 1.")
     make_folder(parser, options)
-    columns = run(load_data(parser, options, options.batch_size), options)
+    data = load_data(parser, options, options.batch_size)
+    layers = 2 if data.x_train.shape[-1] == 1 else len(CONVNET["channels"])
+    if not 1 <= options.layer <= layers:
+        parser.error(f"--layer must be from 1 to {layers}, got {options.layer}.")
+    columns = run(data, options)
     print(table(columns))
     name = file_name("whole_run", options)
     rounded = {
@@ -354,7 +355,7 @@ def main(argv: Sequence[str] | None = None) -> Columns:
         for k, v in columns.items()
     }
     write_csv(rounded, options.out / f"{name}.csv")
-    picture(columns).savefig(options.out / f"{name}.png", dpi=110)
+    picture(columns, options.layer).savefig(options.out / f"{name}.png", dpi=110)
     return columns
 
 

@@ -187,8 +187,8 @@ def monitor_weight_dynamics(
 
         gradients = state.profile
         if blocks is not None:
-            given = state.profile, now, blocks, axes, params, grad
-            gradients = advance_profile(*given)
+            given = state.profile, now, blocks, axes, params, updates, grad
+            gradients, updates = advance_profile(*given)
 
         def if_now(new, old):
             return new if now is None else jnp.where(now, new, old)

@@ -13,7 +13,7 @@ from jax import lax
 
 from normax._core.axes import Axes, PyTree, map_vectors, match_gradients
 from normax._core.norms import finish_polar_parts, vector_norm
-from normax._core.scheduling import unless
+from normax._core.scheduling import unless, wait
 
 
 class GradientProfile(NamedTuple):
@@ -88,9 +88,14 @@ def advance_profile(
     blocks: int,
     axes: Axes,
     params: PyTree,
+    updates: PyTree,
     grad: PyTree,
-) -> GradientProfile:
-    """Return the profile with one more step, where `now` holds or is None."""
+) -> tuple[GradientProfile, PyTree]:
+    """Return the profile with one more step, where `now` holds or is None.
+
+    The updates are to be used in place of those given. They wait for the norms, since
+    parameters that change before would need a copy.
+    """
     if grad is None:
         raise ValueError(
             "normax.monitor_weight_dynamics keeps gradient norms where gradient_blocks "
@@ -102,24 +107,32 @@ def advance_profile(
     def measured(profile, params, grads):
         count, length, old = profile
         full = count // length >= blocks
-        join = functools.partial(jax.tree.map, _join_neighbours)
-        old = unless(full, old, join, old)
+        old = unless(full, old, functools.partial(jax.tree.map, _join_neighbours), old)
         length = jnp.where(full, 2 * length, length)
-        index = count // length
+        norms = _gradient_norms(axes, params, grads)
 
         def add(rows, new):
             if new is None:
                 return rows
-            row = lax.dynamic_index_in_dim(rows, index, keepdims=False)
+            row = lax.dynamic_index_in_dim(rows, count // length, keepdims=False)
             row = _joint(row, new.astype(row.dtype))
-            return lax.dynamic_update_index_in_dim(rows, row, index, 0)
+            return lax.dynamic_update_index_in_dim(rows, row, count // length, 0)
 
-        new = jax.tree.map(add, old, _gradient_norms(axes, params, grads))
+        new = jax.tree.map(add, old, norms)
         return GradientProfile(optax.safe_increment(count), length, new)
 
     if now is None:
-        return measured(profile, params, grads)
-    return unless(now, profile, measured, profile, params, grads)
+        new = measured(profile, params, grads)
+    else:
+        new = unless(now, profile, measured, profile, params, grads)
+
+    def after(vector_axes, w, u, rows):
+        return wait(u, jnp.expand_dims(rows[-1], vector_axes), everywhere=True)
+
+    keep = lambda w, u, rows: u  # noqa: E731
+    return new, map_vectors(
+        after, axes, params, updates, new.joint_norm, otherwise=keep
+    )
 
 
 def gradient_norm_profile(opt_state: PyTree, steps: int) -> PyTree:

@@ -10,7 +10,7 @@ from flax import nnx
 import normax
 from normax.spheres import gradient_norm_profile
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
+pytestmark = [pytest.mark.usefixtures("quick_compilation"), pytest.mark.few_rows(2)]
 
 RNG = np.random.default_rng(0)
 
@@ -149,6 +149,23 @@ def test_nothing_is_kept_unless_asked():
 
 
 NETWORK = {"a": {"kernel": draw(6, 3), "bias": draw(3)}, "b": draw(4, 2)}
+
+
+@pytest.mark.usefixtures("as_on_a_gpu")
+def test_all_arrays_share_the_conditions():
+    tx = normax.monitor_weight_dynamics(gradient_blocks=2)
+    lowered = jax.jit(tx.update).lower(NETWORK, tx.init(NETWORK), NETWORK, grad=NETWORK)
+    # The measures, the gradients, and the joining of blocks.
+    assert lowered.as_text().count("stablehlo.case") == 3
+
+
+def test_most_steps_do_not_compute_what_is_measured_rarely():
+    w = draw(12, 3)
+    tx = normax.monitor_weight_dynamics(every=10, gradient_blocks=2)
+    text = jax.jit(tx.update).lower(w, tx.init(w), w, grad=w).as_text()
+    before, _, inside = text.partition("stablehlo.case")
+    assert "stablehlo.sqrt" not in before and "stablehlo.reduce" not in before
+    assert inside
 
 
 def test_arrays_that_are_left_alone_masked_or_without_gradient():
