@@ -103,6 +103,21 @@ def given_its_loss(factory):
     return make
 
 
+def given_gradients(factory):
+    """Make the transformations of `factory`, which get the updates as `grad` too."""
+
+    @functools.wraps(factory)
+    def make(*args, **kwargs):
+        tx = factory(*args, **kwargs | {"gradient_blocks": 2})
+
+        def update(updates, state, params=None, **extra_args):
+            return tx.update(updates, state, params, grad=updates, **extra_args)
+
+        return optax.GradientTransformationExtraArgs(tx.init, update)
+
+    return make
+
+
 ARRAYS = {"dense": {"kernel": (8, 6), "bias": (6,)}, "conv": (3, 3, 2, 8)}
 LAYERS = ARRAYS | {"conv": (6, 8)}
 
@@ -129,6 +144,11 @@ ROWS = [
     Row("monitor_weight_dynamics", normax.monitor_weight_dynamics),
     Row("monitor_weight_dynamics_ema", normax.monitor_weight_dynamics, {"decay": 0.9}),
     Row("monitor_weight_dynamics_every", normax.monitor_weight_dynamics, {"every": 2}),
+    Row(
+        "monitor_weight_dynamics_gradients",
+        given_gradients(normax.monitor_weight_dynamics),
+        {"every": 2},
+    ),
     Row(
         "normalized_sgd_momentum",
         normax.normalized_sgd,
@@ -187,6 +207,7 @@ SETTINGS = {
     "project_unit_norm_layer",
     "monitor_weight_dynamics",
     "monitor_weight_dynamics_every",
+    "monitor_weight_dynamics_gradients",
     "rotational_adamw",
     "rotational_sgd_mask",
     "sgdp",

@@ -254,6 +254,35 @@ def resolve_mask(mask: Mask, params: PyTree) -> list[bool]:
     return [bool(match.value) for match in matches]
 
 
+def match_gradients(grad: PyTree, params: PyTree) -> PyTree:
+    """Find the gradient of every array, also where a mask has left arrays out.
+
+    Optax masks parameters and updates, but not what else is given to an update.
+
+    Args:
+      grad: Pytree of gradients, or of None for those that have none.
+      params: Pytree of arrays.
+
+    Returns:
+      Pytree with the structure of `params`.
+
+    Raises:
+      ValueError: A gradient is missing or superfluous, or has another shape.
+    """
+    matches = _match_prefix("grad", grad, params, lambda node: node is None)
+    for match in matches:
+        shape, found = jnp.shape(match.array), match.value
+        if found is not None and jnp.shape(found) != shape:
+            raise ValueError(
+                f"grad must have the shapes of the parameters, but {match.name} has "
+                f"shape {shape} and its gradient {jnp.shape(found)}; pass the "
+                "gradients of these parameters."
+            )
+    return jax.tree.unflatten(
+        jax.tree.structure(params), [match.value for match in matches]
+    )
+
+
 def check_shapes(params: PyTree, updates: PyTree) -> None:
     """Raise unless every update has the shape of its array; None means no update."""
     refuse_modules(params)

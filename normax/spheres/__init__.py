@@ -7,6 +7,7 @@ a vector is a point of a sphere, and a step turns it by an angle. All functions 
 
 from normax.spheres.measures import angular_update, relative_update, weight_norm
 from normax.spheres.monitor import MonitorWeightDynamicsState, monitor_weight_dynamics
+from normax.spheres.profile import GradientProfile, gradient_norm_profile
 from normax.spheres.projection import (
     ProjectUnitNormState,
     normalized_sgd,
@@ -23,11 +24,13 @@ from normax.spheres.rotational_rules import (
 from normax.spheres.tangent import adamp, sgdp
 
 __all__ = [
+    "GradientProfile",
     "MonitorWeightDynamicsState",
     "ProjectUnitNormState",
     "RotateByAngleState",
     "adamp",
     "angular_update",
+    "gradient_norm_profile",
     "monitor_weight_dynamics",
     "normalized_sgd",
     "project_unit_norm",

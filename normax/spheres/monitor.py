@@ -15,6 +15,12 @@ from normax._core.checks import check_range, require_params
 from normax._core.norms import at_least_float32, finish_polar_parts
 from normax._core.scheduling import wait
 from normax.spheres.measures import angle_of_update, relative_length, weight_norm
+from normax.spheres.profile import (
+    GradientProfile,
+    advance_profile,
+    begin_profile,
+    check_blocks,
+)
 
 
 class MonitorWeightDynamicsState(NamedTuple):
@@ -30,6 +36,8 @@ class MonitorWeightDynamicsState(NamedTuple):
       rounded_away: Averages of the share of each array's entries that an update was to
         change and rounding left as they were; None for float32 and wider.
       axes: The axes that one weight vector of each array spans, int32.
+      profile: What `normax.spheres.gradient_norm_profile` reads; None without
+        `gradient_blocks`.
     """
 
     steps: jax.Array
@@ -40,6 +48,7 @@ class MonitorWeightDynamicsState(NamedTuple):
     angular_update: PyTree
     rounded_away: PyTree
     axes: PyTree
+    profile: GradientProfile | None
 
 
 AVERAGED = "weight_norm", "relative_update", "angular_update", "rounded_away"
@@ -93,6 +102,7 @@ def monitor_weight_dynamics(
     axes: Axes = "unit",
     decay: jax.typing.ArrayLike = 0.0,
     every: jax.typing.ArrayLike = 1,
+    gradient_blocks: int | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Measure norms, relative updates and angular updates; change nothing.
 
@@ -109,13 +119,19 @@ def monitor_weight_dynamics(
       decay: Decay $\beta$, at least 0 and below 1; 0 keeps the latest value.
       every: Number of steps from one measurement to the next, for those who log
         rarely. The first step is measured.
+      gradient_blocks: Even number of blocks in which gradient norms are averaged over
+        the run, as `normax.spheres.gradient_norm_profile` says; None keeps none. Then
+        `update` needs the gradients themselves, as `grad=grads`. When all blocks are
+        full, neighbours are joined, so that half of them at least are in use after
+        as many steps. Under `optax.inject_hyperparams` it belongs in `static_args`.
 
     Returns:
       A gradient transformation that needs `params`. `dynamics_table` and
       `dynamics_scalars` read its state, and so does `optax.tree.get`.
 
     Raises:
-      ValueError: `axes` does not fit, a number is out of range, or `params` is missing.
+      ValueError: `axes` does not fit, a number is out of range, or `params` or `grad`
+        is missing.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -137,6 +153,7 @@ def monitor_weight_dynamics(
             f"every must be a whole number of steps, got {every}; round it."
         )
 
+    blocks = check_blocks(gradient_blocks)
     latest, always = (
         not isinstance(number, jax.core.Tracer)
         and bool(np.all(np.asarray(number) == n))
@@ -159,13 +176,19 @@ def monitor_weight_dynamics(
             angular_update=jax.tree.map(jnp.zeros_like, norms),
             rounded_away=map_vectors(lost, axes, params),
             axes=map_vectors(lambda found, w: jnp.array(found, "int32"), axes, params),
+            profile=None if blocks is None else begin_profile(norms, blocks),
         )
 
-    def update_fn(updates, state, params=None, **extra_args):
+    def update_fn(updates, state, params=None, *, grad=None, **extra_args):
         del extra_args
         params = require_params("monitor_weight_dynamics", params)
         now = None if always else state.steps % every == 0
         total_weight = (1 + decay * state.total_weight).astype(jnp.float32)
+
+        gradients = state.profile
+        if blocks is not None:
+            given = state.profile, now, blocks, axes, params, updates, grad
+            gradients, updates = advance_profile(*given)
 
         def if_now(new, old):
             return new if now is None else jnp.where(now, new, old)
@@ -217,6 +240,7 @@ def monitor_weight_dynamics(
             measured=if_now(state.steps, state.measured),
             total_weight=if_now(total_weight, state.total_weight),
             axes=state.axes,
+            profile=gradients,
             **{name: field(name, tree) for name, tree in old.items()},
         )
         return field("update", updates), state
