@@ -155,12 +155,21 @@ def dynamics_scalars(opt_state: PyTree, prefix: str = "dynamics/") -> dict[str, 
     return scalars
 
 
-class _Prediction:
-    """What a rule and its rates say of arrays that the monitor has measured."""
+class RotationTheory:
+    r"""What a rule and its rates say of arrays whose angle per step was measured.
+
+    Attributes:
+      rotation: Angle per step in equilibrium; NaN where it is not known.
+      reason: Why it is not known.
+      correlation: Share of the steps of a random walk that momentum does not repeat,
+        $(1 - \cos\theta) / \kappa$; for AdamW $(1 - b_1) / (1 + b_1)$.
+      decay: Share $\kappa$ of the norm that decay takes per step; NaN likewise.
+    """
 
     def __init__(self, rule, rates, hyperparameters, step):
         """Take a schedule at the step that was measured."""
-        self.rotation, self.reason = np.nan, ""
+        self.rotation, self.decay, self.correlation = np.nan, np.nan, 1.0
+        self.reason = ""
         self.rule, self.hyperparameters = rule, hyperparameters
         if rule is None:
             return
@@ -169,15 +178,20 @@ class _Prediction:
             learning_rate = learning_rate(step)
         if rule.theory is None:
             self.reason = f"{rule.name} has no equilibrium"
-        elif needs := rule.theory.rotation_needs:
-            self.reason = f"depends on the {needs[0]}".replace("_", " ")
         elif float(learning_rate) == 0:
             self.reason = "the learning rate is 0"
         else:
             check_positive("weight_decay", weight_decay)
             self.rates = learning_rate, weight_decay
-            predicted = rule.equilibrium_rotation(*self.rates, **hyperparameters)
-            self.rotation = float(predicted)
+            # What depends on the last two cancels in the ratio.
+            settled = rule._settle((), (*self.rates, 1.0, 1.0), hyperparameters)
+            versine = 2 * np.sin(float(settled.rotation) / 2) ** 2
+            self.correlation = versine / float(settled.decay_rate)
+            if needs := rule.theory.rotation_needs:
+                self.reason = f"depends on the {needs[0]}".replace("_", " ")
+            else:
+                self.rotation = float(settled.rotation)
+                self.decay = float(settled.decay_rate)
 
     def steps_left(self, excess: float) -> float:
         r"""Return the steps until equilibrium, from how much faster a vector turns.
@@ -216,7 +230,7 @@ class _Prediction:
         return f"{1 / excess:.2g} times too slow: should shrink"
 
 
-def _rule_of(
+def rule_of(
     rule: str | UpdateRule | None, rates: tuple[Any, Any], hyperparameters: Any
 ) -> UpdateRule | None:
     """Return the rule, or raise unless all of them fit together."""
@@ -287,7 +301,7 @@ def dynamics_table(
     References:
       Kosson, Messmer, Jaggi, Rotational Equilibrium, 2024, arXiv:2305.17212.
     """
-    known = _rule_of(rule, (learning_rate, weight_decay), hyperparameters)
+    known = rule_of(rule, (learning_rate, weight_decay), hyperparameters)
     rows = []
     monitors = _monitors(opt_state)
     for state in monitors:
@@ -297,7 +311,7 @@ def dynamics_table(
                 f"are {state.steps}; index the runs, or log dynamics_scalars."
             )
         rates = learning_rate, weight_decay
-        theory = _Prediction(known, rates, hyperparameters, int(state.measured))
+        theory = RotationTheory(known, rates, hyperparameters, int(state.measured))
         scalars = dynamics_scalars(state, prefix="")
         spanned = _by_name(state.axes)
         for name in _by_name(state.weight_norm):
