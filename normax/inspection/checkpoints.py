@@ -26,6 +26,7 @@ _DAMAGE = (
     *(OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error),
     *(AttributeError, LookupError, TypeError, RecursionError),
 )
+_TREE, _STEP = "_METADATA", "_CHECKPOINT_METADATA"  # what Orbax calls its notes
 _SUFFIXES = (".safetensors", ".npz")
 _SAFETENSORS = {
     "F64": np.float64,
@@ -73,9 +74,7 @@ def _orbax_array(folder: Path, name: str, zarr3: bool) -> np.ndarray:
 
 
 def _orbax(folder: Path) -> Checkpoint:
-    metadata = _guarded(
-        folder, lambda: json.loads((folder / "_METADATA").read_text("utf8"))
-    )
+    metadata = _guarded(folder, lambda: json.loads((folder / _TREE).read_text("utf8")))
     found: Checkpoint = {}
     for leaf in _guarded(folder, lambda: [*metadata["tree_metadata"].values()]):
         if leaf["value_metadata"]["value_type"] not in ("jax.Array", "np.ndarray"):
@@ -128,16 +127,16 @@ def _safetensors(file: Path) -> Checkpoint:
 
 
 def _npz_array(file: Path, name: str) -> np.ndarray:
-    with np.load(file, allow_pickle=False) as opened:
-        array = opened[name]
+    with file.open("rb") as opened, np.load(opened, allow_pickle=False) as arrays:
+        array = arrays[name]
     # NumPy does not know bfloat16, and stores its two bytes as such.
     return array.view(ml_dtypes.bfloat16) if array.dtype == np.dtype("V2") else array
 
 
 def _npz(file: Path) -> Checkpoint:
     def names():
-        with np.load(file, allow_pickle=False) as opened:
-            return opened.files
+        with file.open("rb") as opened, np.load(opened, allow_pickle=False) as arrays:
+            return arrays.files
 
     return {
         name: functools.partial(
@@ -184,15 +183,16 @@ def _checkpoint(path: Path) -> Checkpoint | None:
         return _safetensors(path)
     if not path.is_dir():
         return None
-    if (path / "_METADATA").exists():
+    if (path / _TREE).exists():
         return _orbax(path)
     children = [*_children(path)]
-    items = [child for child in children if (child / "_METADATA").exists()]
-    whole = (path / "_CHECKPOINT_METADATA").exists()
+    items = [child for child in children if (child / _TREE).exists()]
+    whole = (path / _STEP).exists()
     if items and (whole or all(_number(item) is None for item in items)):
         return _merged({item.name: _orbax(item) for item in items})
     files = [child for child in children if child.suffix in _SUFFIXES]
-    if files and (len(files) == 1 or all(_number(file) is None for file in files)):
+    alone = len(files) == 1 and not files[0].stem.isdigit()
+    if files and (alone or all(_number(file) is None for file in files)):
         return _merged({file.stem: _checkpoint(file) or {} for file in files})
     return None
 
@@ -222,8 +222,9 @@ def open_run(path: Path, steps: list[int] | None = None) -> Run:
         raise UnreadableError(f"{path} does not exist")
     one = _guarded(path, lambda: _checkpoint(path))
     if one is not None:
-        alone = re.fullmatch(r"(?:.*[-_.])?(\d+)", path.name) and path.is_dir()
-        run: Run = [(_number(path) if alone else None, one)]
+        managed = (path / _STEP).exists() and not (path / _TREE).exists()
+        named = managed or path.name.isdigit()  # a step of a manager
+        run: Run = [(_number(path) if named else None, one)]
     else:
         children = [*_children(path)] if path.is_dir() else []
         numbered = [(_number(child), child) for child in children]

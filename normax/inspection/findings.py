@@ -10,7 +10,7 @@ from normax.inspection.measure import Measured
 SEVERITIES = ("error", "warning", "note")
 
 # Norms that change by more than this factor in the second half of a run still drift.
-_DRIFT = 2.0
+_DRIFT = 4.0
 # The same between the only two checkpoints, of which the first may be the start.
 _DRIFT_OF_TWO = 10.0
 # Above this share of entries that did not change, rounding undoes the steps.
@@ -147,7 +147,7 @@ def _no_gradient(found: Measured) -> Found | None:
 
 def _quiet_vectors(found: Measured) -> Found | None:
     quiet = found.quiet_vectors
-    if not quiet or not found.has_vectors:
+    if not quiet or not found.has_vectors or _rounded_away(found):
         return None
     return (
         "warning",

@@ -13,7 +13,7 @@ import rich.markup
 import rich.table
 
 from normax._core.axes import PyTree, names_of
-from normax._core.checks import check_positive
+from normax._core.checks import check_number, check_positive
 from normax._core.norms import vector_norm
 from normax.spheres.monitor import AVERAGED, MonitorWeightDynamicsState
 from normax.theory.rules import UPDATE_RULES
@@ -176,6 +176,7 @@ class RotationTheory:
         learning_rate, weight_decay = rates
         if callable(learning_rate):
             learning_rate = learning_rate(step)
+        check_number("learning_rate", learning_rate)
         if rule.theory is None:
             self.reason = f"{rule.name} has no equilibrium"
         elif float(learning_rate) == 0:
