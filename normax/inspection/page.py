@@ -33,18 +33,19 @@ def _color(share: float) -> str:
     return f"hsl({260 - 230 * share:.0f} 65% {42 + 14 * share:.0f}%)"
 
 
+def _even_ticks(low: float, high: float, least: float = 0.0) -> list[float]:
+    step = max(10.0 ** math.floor(math.log10(high - low)), least)
+    step *= next(lead for lead in (0.2, 0.5, 1, 2) if (high - low) / step / lead <= 6)
+    first = math.ceil(low / step)
+    return [step * i for i in range(first, math.floor(high / step) + 1)]
+
+
 def _log_ticks(low: float, high: float) -> list[float]:
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     leads = (1,) if len(powers) > 4 else (1, 2, 5)
     ticks = [lead * 10.0**power for power in powers for lead in leads]
-    return [tick for tick in ticks if low <= tick <= high]
-
-
-def _steps_ticks(low: float, high: float) -> list[float]:
-    step = 10.0 ** math.floor(math.log10(max(high - low, 1)))
-    step *= next(lead for lead in (0.2, 0.5, 1, 2) if (high - low) / step / lead <= 6)
-    first = math.ceil(low / step)
-    return [step * i for i in range(first, math.floor(high / step) + 1)]
+    ticks = [tick for tick in ticks if low <= tick <= high]
+    return ticks if len(ticks) > 2 else _even_ticks(low, high)
 
 
 def _chart(
@@ -80,7 +81,7 @@ def _chart(
             f'<line class="grid" x1="{_LEFT}" x2="{right}" y1="{y:.1f}" y2="{y:.1f}"/>'
             f'<text x="{_LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{tick:.3g}</text>'
         )
-    for tick in _steps_ticks(first, last):
+    for tick in _even_ticks(first, last, least=5.0):
         parts.append(
             f'<text x="{x_of(tick):.1f}" y="{bottom + 18}" text-anchor="middle">'
             f"{tick:g}</text>"
@@ -126,7 +127,8 @@ def _plots(report: RunReport) -> str:
     opened = " open" if len(named) <= 12 else ""
     return (
         f'<div class="plots">{charts}</div><p class="dim">A line is a matrix, in root '
-        "mean square over its vectors. Point at a line to see its name.</p>"
+        "mean square over its vectors; what is 0 is not drawn. Point at a line to see "
+        "its name.</p>"
         f"<details{opened}><summary>Colors, in the order of the checkpoint</summary>"
         f"<ul>{keys}</ul></details>"
     )

@@ -3,13 +3,12 @@
 import os
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import rich.console
-import rich.progress
 
 from normax._core.axes import Axes
 from normax.inspection.checkpoints import Run, UnreadableError, open_run
@@ -36,6 +35,15 @@ def _names(run: Run) -> list[str]:
         return [int(part) if i % 2 else part for i, part in enumerate(parts)]
 
     return sorted(names, key=natural)
+
+
+def _shown(names: list[str], progress: bool) -> Iterable[str]:
+    if not progress:
+        return names
+    from rich.progress import track  # nothing else needs it
+
+    console = rich.console.Console(stderr=True)
+    return track(names, "Reading", console=console, transient=True)
 
 
 def _angles_per_step(found: Measured, correlation: float) -> tuple[float, ...]:
@@ -173,11 +181,7 @@ def inspect_run(
     if not weights:
         raise UnreadableError(f"{path} holds no arrays of weights")
     axes_of = AxesByPath(axes, weights)
-    console = rich.console.Console(stderr=True)
-    bar = rich.progress.track(
-        weights, "Reading", console=console, transient=True, disable=not progress
-    )
-    measured = (measure_array(name, run, axes_of) for name in bar)
+    measured = (measure_array(name, run, axes_of) for name in _shown(weights, progress))
     arrays = [_report(found, theory) for found in measured if found is not None]
     del left_out["weight"]
     if numbers := len(weights) - len(arrays):

@@ -3,6 +3,7 @@
 import json
 import pickle
 import struct
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +22,7 @@ from normax.inspection.vectors import AxesByPath, guess_axes, role
 RNG = np.random.default_rng(0)
 NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 NAMES |= {"F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2"}
-TREE = {
+TREE: dict[str, Any] = {
     "embed": {"embedding": RNG.standard_normal((5, 4)).astype(np.float32)},
     "layers": [RNG.standard_normal((4, 3)).astype(np.float16), RNG.standard_normal(3)],
     "half": RNG.standard_normal((2, 3)).astype(ml_dtypes.bfloat16),
@@ -224,6 +225,11 @@ def truncated(write, suffix, kept):
     return damage
 
 
+def one_array(path, tree):
+    np.save(path / "one.npy", tree["w"])
+    (path / "one.npy").rename(path / "one.npz")
+
+
 def write_header(header):
     def damage(path, tree):
         text = json.dumps(header).encode()
@@ -241,10 +247,7 @@ DAMAGES = {
     "truncated header": truncated(write_safetensors, ".safetensors", 20),
     "truncated data": truncated(write_safetensors, ".safetensors", -8),
     "an empty file": truncated(write_safetensors, ".safetensors", 0),
-    "an array for another": lambda path, tree: (
-        np.save(path / "one.npy", tree["w"])
-        or (path / "one.npy").rename(path / "one.npz")
-    ),
+    "an array without a name": one_array,
     "a header that is a list": write_header([1]),
     "offsets that do not fit": write_header(
         {"w": {"dtype": "F32", "shape": [3], "data_offsets": [0, 64]}}
