@@ -18,6 +18,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -36,7 +37,7 @@ class Block(nnx.Module):
     """A residual block of two layers."""
 
     def __init__(self, rngs: nnx.Rngs, dtype: jnp.dtype = jnp.float32) -> None:
-        kinds = {"param_dtype": dtype, "rngs": rngs}
+        kinds: dict[str, Any] = {"param_dtype": dtype, "rngs": rngs}
         self.norm = nnx.LayerNorm(WIDTH, **kinds)
         self.up = nnx.Linear(WIDTH, 2 * WIDTH, **kinds)
         self.down = nnx.Linear(2 * WIDTH, WIDTH, **kinds)
@@ -55,7 +56,7 @@ class Network(nnx.Module):
         self.block = nnx.Dict({str(i): Block(rngs, d) for i, d in enumerate(dtypes, 1)})
         self.norm = nnx.LayerNorm(WIDTH, rngs=rngs)
         self.head = nnx.Linear(WIDTH, CLASSES, rngs=rngs)
-        bias = self.block["1"].up.bias
+        bias: Any = self.block["1"].up.bias
         bias[...] = bias[...].at[:8].set(-50.0)
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -120,7 +121,7 @@ def draw(page: Path) -> None:
         return
     picture = page.with_suffix(".png").absolute()
     flags = ["--headless", "--no-sandbox", "--hide-scrollbars"]
-    flags += [f"--screenshot={picture}", "--window-size=1240,1480"]
+    flags += [f"--screenshot={picture}", "--window-size=1240,1640"]
     command = [browser, *flags, page.absolute().as_uri()]
     subprocess.run(command, check=True, capture_output=True)
 
