@@ -1,10 +1,12 @@
 """The learning rate that a network really trains with, for JAX, Optax and Flax.
 
 What a training script names stands here. All else stands in its topic: `spheres`,
-`paths`, `rescaling`, `invariance`, `theory`, `second_order`, `sweeps`, `testing`, `nn`.
+`paths`, `rescaling`, `invariance`, `theory`, `second_order`, `sweeps`, `inspection`,
+`testing`, `nn`.
 """
 
 from normax import (
+    inspection,
     invariance,
     nn,
     paths,
@@ -47,6 +49,7 @@ __all__ = [
     "angular_update",
     "dynamics_scalars",
     "dynamics_table",
+    "inspection",
     "invariance",
     "monitor_weight_dynamics",
     "nn",

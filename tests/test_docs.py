@@ -99,6 +99,7 @@ def test_commands_name_what_is_there(page):
 @every_page
 def test_options_in_prose_are_those_of_a_program(page):
     sources = [*(ROOT / "examples").glob("*.py"), *(ROOT / ".ci").iterdir()]
+    sources.append(ROOT / "normax" / "inspection" / "command_line.py")
     programs = "\n".join(path.read_text() for path in sources)
     prose = re.sub(r"^ *```.*?^ *```", "", page.read_text(), flags=re.DOTALL | re.M)
     for code in re.findall(r"`([^`\n]+)`", prose):

@@ -13,7 +13,7 @@ import rich.markup
 import rich.table
 
 from normax._core.axes import PyTree, names_of
-from normax._core.checks import check_positive
+from normax._core.checks import check_number, check_positive
 from normax._core.norms import vector_norm
 from normax.spheres.monitor import AVERAGED, MonitorWeightDynamicsState
 from normax.theory.rules import UPDATE_RULES
@@ -158,32 +158,46 @@ def dynamics_scalars(opt_state: PyTree, prefix: str = "dynamics/") -> dict[str, 
     return scalars
 
 
-class _Prediction:
-    """What a rule and its rates say of arrays that the monitor has measured."""
+class RotationTheory:
+    r"""What a rule and its rates say of arrays whose angle per step was measured.
+
+    Attributes:
+      rotation: Angle per step in equilibrium; NaN where it is not known.
+      reason: Why it is not known.
+      correlation: Share of the steps of a random walk that momentum does not repeat,
+        $(1 - \cos\theta) / \kappa$; for AdamW $(1 - b_1) / (1 + b_1)$.
+      decay: Share $\kappa$ of the norm that decay takes per step; NaN likewise.
+    """
 
     def __init__(self, rule, rates, hyperparameters, step):
         """Take a schedule at the step that was measured."""
-        self.rotation, self.reason = np.nan, ""
+        self.rotation, self.decay, self.correlation = np.nan, np.nan, 1.0
+        self.reason = ""
         self.rule, self.hyperparameters = rule, hyperparameters
         if rule is None:
             return
         learning_rate, weight_decay = rates
         if callable(learning_rate):
             learning_rate = learning_rate(step)
-        known = {"dimension": _MATRIX} if rule.of_matrices else {}
+        check_number("learning_rate", learning_rate)
         if rule.theory is None:
             self.reason = f"{rule.name} has no equilibrium"
-        elif needs := [n for n in rule.theory.rotation_needs if n not in known]:
-            self.reason = f"depends on the {needs[0]}".replace("_", " ")
         elif float(learning_rate) == 0:
             self.reason = "the learning rate is 0"
         else:
             check_positive("weight_decay", weight_decay)
             self.rates = learning_rate, weight_decay
-            predicted = rule.equilibrium_rotation(
-                *self.rates, **known, **hyperparameters
-            )
-            self.rotation = float(predicted)
+            # What depends on the last two cancels in the ratio.
+            self.others = 1.0, _MATRIX if rule.of_matrices else 1.0
+            settled = rule._settle((), (*self.rates, *self.others), hyperparameters)
+            versine = 2 * np.sin(float(settled.rotation) / 2) ** 2
+            self.correlation = versine / float(settled.decay_rate)
+            known = "dimension" if rule.of_matrices else ""
+            if needs := [n for n in rule.theory.rotation_needs if n != known]:
+                self.reason = f"depends on the {needs[0]}".replace("_", " ")
+            else:
+                self.rotation = float(settled.rotation)
+                self.decay = float(settled.decay_rate)
 
     def steps_left(self, excess: float) -> float:
         r"""Return the steps until equilibrium, from how much faster a vector turns.
@@ -196,8 +210,7 @@ class _Prediction:
         power = self.rule._power(self.hyperparameters)
         if not power:
             return np.nan
-        # The norm in equilibrium depends on these, but its ratio to today's does not.
-        given = (*self.rates, 1.0, _MATRIX if self.rule.of_matrices else 1.0)
+        given = (*self.rates, *self.others)
         settled = self.rule.equilibrium_norm(*given, **self.hyperparameters)
         start = settled * excess ** (-1 / power)
         time = self.rule.equilibrium_time
@@ -225,7 +238,7 @@ class _Prediction:
         return f"{1 / excess:.2g} times too slow: should shrink"
 
 
-def _rule_of(
+def rule_of(
     rule: str | UpdateRule | None, rates: tuple[Any, Any], hyperparameters: Any
 ) -> UpdateRule | None:
     """Return the rule, or raise unless all of them fit together."""
@@ -298,7 +311,7 @@ def dynamics_table(
     References:
       Kosson, Messmer, Jaggi, Rotational Equilibrium, 2024, arXiv:2305.17212.
     """
-    known = _rule_of(rule, (learning_rate, weight_decay), hyperparameters)
+    known = rule_of(rule, (learning_rate, weight_decay), hyperparameters)
     rows = []
     monitors = _monitors(opt_state)
     for state in monitors:
@@ -308,7 +321,7 @@ def dynamics_table(
                 f"are {state.steps}; index the runs, or log dynamics_scalars."
             )
         rates = learning_rate, weight_decay
-        theory = _Prediction(known, rates, hyperparameters, int(state.measured))
+        theory = RotationTheory(known, rates, hyperparameters, int(state.measured))
         scalars = dynamics_scalars(state, prefix="")
         spanned = _by_name(state.axes)
         for name in _by_name(state.weight_norm):

@@ -1,0 +1,198 @@
+"""The report on a terminal, as a page and as JSON; the command and its exit codes."""
+
+import html.parser
+import io
+import json
+import math
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import rich.console
+
+import normax
+from normax.inspection import inspect_run
+from normax.inspection.command_line import main
+
+RNG = np.random.default_rng(0)
+CONFIG = "rule=adamw,learning_rate=1e-2,weight_decay=0.1"
+
+
+def write(folder, healthy=False, steps=(0, 50, 100)):
+    folder.mkdir(exist_ok=True)
+    for step in steps:
+        kernel = RNG.standard_normal((8, 4)).astype(np.float32)
+        if step == steps[-1] and not healthy:
+            kernel[:, 2] = 0
+        arrays = {"<b>[red]/kernel": kernel, "bias": RNG.standard_normal(4)}
+        np.savez(folder / f"{step}.npz", **{"mu/bias": np.ones(4)}, **arrays)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    return write(tmp_path_factory.mktemp("run"))
+
+
+def test_json_has_the_documented_schema(run, tmp_path):
+    file = tmp_path / "report.json"
+    assert main(["inspect", str(run), "--json", str(file)]) == 1
+    report = json.loads(file.read_text())
+    assert [*report] == ["steps", "arrays", "findings"]
+    assert report["steps"] == [0, 50, 100]
+    assert [*report["arrays"]] == ["<b>[red]/kernel", "bias"]
+    array = report["arrays"]["<b>[red]/kernel"]
+    keys = "shape dtype axes guess norm spread angle angle_per_step findings"
+    assert [*array] == keys.split()
+    assert array["shape"] == [8, 4] and array["dtype"] == "float32"
+    assert array["axes"] == [0] and report["arrays"]["bias"]["axes"] == []
+    assert len(array["norm"]) == len(array["spread"]) == 3 and len(array["angle"]) == 2
+    (finding,) = report["findings"]
+    assert array["findings"] == [finding]
+    assert [*finding] == "severity kind array evidence meaning action".split()
+
+
+def test_numbers_that_json_lacks_are_null(tmp_path):
+    np.savez(tmp_path / "0.npz", w=np.array([np.nan, 1]))
+    np.savez(tmp_path / "1.npz", v=np.array([np.inf, 1]))
+    report = inspect_run(tmp_path).to_json()
+    text = json.dumps(report, allow_nan=False)
+    assert json.loads(text)["arrays"]["w"]["norm"] == [None, None]
+
+
+def test_json_says_how_far_the_equilibrium_is(run):
+    rates = {"rule": "adamw", "learning_rate": 1e-2, "weight_decay": 0.1}
+    report = inspect_run(run, **rates)
+    kernel = report.to_json()["arrays"]["<b>[red]/kernel"]["equilibrium"]
+    rule = normax.UPDATE_RULES["adamw"]
+    settled = float(rule.equilibrium_norm(1e-2, 0.1, dimension=8))
+    norm = report.arrays[0].norm[-1]
+    np.testing.assert_allclose(kernel["distance"], norm / settled)
+    assert kernel["angle_per_step"] == float(rule.equilibrium_rotation(1e-2, 0.1))
+    time = rule.equilibrium_time(1e-2, 0.1, dimension=8, initial_norm=norm)
+    np.testing.assert_allclose(kernel["steps_left"], float(time), rtol=1e-4)
+    assert kernel["verdict"].endswith("times too large: should shrink")
+    assert not kernel["in_equilibrium"]
+    assert report.arrays[1].equilibrium.verdict == "no weight vectors"
+
+
+def test_a_rule_whose_norm_depends_on_gradients_is_judged_by_its_angle(tmp_path):
+    # A walk whose steps turn by twice the angle of equilibrium.
+    rule, rates = normax.UPDATE_RULES["sgd"], (0.1, 1e-3)
+    angle = 2 * float(rule.equilibrium_rotation(*rates))
+    phi = math.acos(math.cos(angle) ** 100)
+    vector, away = np.eye(2)
+    np.savez(tmp_path / "0.npz", w=vector[:, None])
+    np.savez(
+        tmp_path / "100.npz", w=(np.cos(phi) * vector + np.sin(phi) * away)[:, None]
+    )
+    report = inspect_run(tmp_path, None, None, "sgd", *rates)
+    (array,) = report.arrays
+    np.testing.assert_allclose(array.angle_per_step, angle, rtol=1e-5)
+    np.testing.assert_allclose(array.equilibrium.distance, 2**-0.5, rtol=1e-5)
+    assert array.equilibrium.verdict == "norm 1.4 times too small: should grow"
+
+
+@pytest.mark.parametrize(
+    ("rule", "verdict"),
+    [
+        ("adagrad", "adagrad has no equilibrium"),
+        ("adam", "depends on the gradient norm"),
+    ],
+)
+def test_what_theory_does_not_know_is_said(rule, verdict, run):
+    report = inspect_run(run, None, None, rule, 1e-3, 0.1)
+    assert report.arrays[0].equilibrium.verdict == verdict
+
+
+class Links(html.parser.HTMLParser):
+    """Collect the tags of a page, check that they close, and what they refer to."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen, self.open, self.text = [], [], ""
+
+    def handle_starttag(self, tag, attrs):
+        self.seen.append(tag)
+        assert not {"src", "href", "onclick", "srcset"} & dict(attrs).keys()
+        if tag not in ("meta", "br", "li", "td", "tr", "th"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        if tag not in ("li", "td", "tr", "th"):
+            assert self.open.pop() == tag
+
+    def handle_startendtag(self, tag, attrs):
+        self.seen.append(tag)
+
+    def handle_data(self, data):
+        self.text += data
+
+
+@pytest.mark.parametrize("config", [{}, {"rule": "sgd"}])
+def test_the_page_needs_nothing_from_elsewhere(config, run):
+    rates = {"learning_rate": 0.1, "weight_decay": 0.01} if config else {}
+    report = inspect_run(run, **config, **rates)
+    text, links = report.to_html(), Links()
+    links.feed(text)
+    links.close()
+    assert not links.open and "script" not in links.seen and "http" not in text
+    assert links.seen.count("svg") == 2 and links.seen.count("polyline") == 2
+    assert "<b>[red]/kernel" in links.text and report.explanation in links.text
+    for finding in report.findings:
+        assert finding.evidence in links.text and finding.action in links.text
+
+
+def test_the_terminal_shows_names_as_they_are(run):
+    report = inspect_run(run)
+    text = str(report)
+    assert "<b>[red]/kernel" in text and "1 of optimizer state" in text
+    assert "is not the angle per step" in " ".join(text.split())
+    assert "1 of 4 weight vectors are 0 at step 100" in " ".join(text.split())
+    assert text.index("zero_vectors") < text.index("bias")
+    narrow = rich.console.Console(file=io.StringIO(), width=60)
+    narrow.print(report)
+    assert max(map(len, narrow.file.getvalue().splitlines())) <= 60
+
+
+def test_exit_codes(run, tmp_path, capsys):
+    healthy = write(tmp_path / "healthy", healthy=True)
+    assert main(["inspect", str(healthy)]) == 0
+    assert "Nothing found." in capsys.readouterr().out
+    assert main(["inspect", str(healthy), "--config", CONFIG]) == 0
+    assert "predicted" in capsys.readouterr().out
+    assert main(["inspect", str(run), "--html", str(tmp_path / "report.html")]) == 1
+    assert "1 warning" in capsys.readouterr().out
+    assert main(["inspect", str(run), "--steps", "0,50"]) == 0
+    assert main(["inspect", str(run), "--axes", "layer"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--steps", "7"], "steps must be among those of the run"),
+        (["--axes", "[5]"], "axes must lie within the array's rank"),
+        (["--axes", '{"nothing": [0]}'], "no weights at 'nothing'"),
+        (["--config", "rule=adamv"], "did you mean"),
+        (["--config", "rule=adamw"], "depends on both rates"),
+        (["--config", "learning_rate=1"], "rates belong to a rule"),
+        (["--config", CONFIG + ",b3=1"], "b3"),
+        (["--config", "rule=sgd,learning_rate=-1,weight_decay=1"], "learning_rate"),
+        (["--config", "rule=sgd,learning_rate=a,weight_decay=1"], "learning_rate"),
+        (["--html", "/nowhere/report.html"], "nowhere"),
+    ],
+)
+def test_what_does_not_fit_is_one_line(options, words, run, capsys):
+    assert main(["inspect", str(run), *options]) == 2
+    out, error = capsys.readouterr()
+    assert not out and words in error and error.count("\n") == 1
+
+
+def test_the_command_reads_what_it_cannot_read_without_a_traceback(run, tmp_path):
+    (tmp_path / "0.npz").write_bytes(b"no zip")
+    for path, code, words in ((tmp_path, 2, b"cannot be read"), (run, 1, b"")):
+        command = [sys.executable, "-m", "normax", "inspect", str(path)]
+        done = subprocess.run(command, capture_output=True)
+        assert done.returncode == code and words in done.stderr
+        assert done.stderr.count(b"\n") == (code == 2)
