@@ -89,7 +89,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if given.html:
             given.html.write_text(report.to_html(), "utf8")
     except (UnreadableError, OSError, TypeError, ValueError, KeyError) as error:
-        print(f"normax inspect: {' '.join(str(error).split())}", file=sys.stderr)
+        # A KeyError prints its message in quotes.
+        message = error.args[0] if isinstance(error, KeyError) else error
+        print(f"normax inspect: {' '.join(str(message).split())}", file=sys.stderr)
         return 2
     console = rich.console.Console()
     console.print(report) if console.is_terminal else print(report)

@@ -1,5 +1,6 @@
 """Inspect a run: read its checkpoints, measure, and say what is wrong."""
 
+import math
 import os
 import re
 from collections import Counter
@@ -64,9 +65,14 @@ def _distance(found: Measured, angle: float, theory: RotationTheory) -> float:
     """
     rule = theory.rule
     if "gradient_norm" in rule.theory.norm_needs:
-        return (angle / theory.rotation) ** (-1 / rule.norm_power)
+        return (angle / theory.rotation) ** (-1 / theory.power)
+    norm = float(found.norm[-1])
     given = {"dimension": found.dimension, **theory.hyperparameters}
-    return float(found.norm[-1]) / float(rule.equilibrium_norm(*theory.rates, **given))
+    if rule.of_matrices:
+        # The norm of the whole matrix, from the root mean square over its vectors.
+        norm *= math.sqrt(found.vectors)
+        given["dimension"] = found.shape
+    return norm / float(rule.equilibrium_norm(*theory.rates, **given))
 
 
 def _verdict(distance: float, steps_left: float) -> str:
@@ -87,10 +93,12 @@ def _beside_theory(
     unknown = EquilibriumReport(theory.rotation, np.nan, False, np.nan, theory.reason)
     if not found.has_vectors:
         return EquilibriumReport(np.nan, np.nan, False, np.nan, "no weight vectors")
+    if theory.rule.of_matrices and len(found.shape) != 2:
+        return unknown._replace(verdict="no matrix")
     if theory.reason or not found.norm[-1] > 0:
         return unknown
     distance = _distance(found, angle, theory)
-    left = theory.steps_left(distance**-theory.rule.norm_power)
+    left = theory.steps_left(distance**-theory.power)
     verdict = _verdict(distance, left)
     return EquilibriumReport(theory.rotation, distance, left == 0, left, verdict)
 

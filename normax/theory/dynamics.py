@@ -166,6 +166,7 @@ class RotationTheory:
       reason: Why it is not known.
       correlation: Share of the steps of a random walk that momentum does not repeat,
         $(1 - \cos\theta) / \kappa$; for AdamW $(1 - b_1) / (1 + b_1)$.
+      power: The power of the norm with which the angle per step falls.
       decay: Share $\kappa$ of the norm that decay takes per step; NaN likewise.
     """
 
@@ -176,6 +177,7 @@ class RotationTheory:
         self.rule, self.hyperparameters = rule, hyperparameters
         if rule is None:
             return
+        self.power = rule._power(hyperparameters)
         learning_rate, weight_decay = rates
         if callable(learning_rate):
             learning_rate = learning_rate(step)
@@ -205,14 +207,11 @@ class RotationTheory:
         The angle per step is in proportion to $\|w\|^{-p}$. So the norm is
         $\text{excess}^{-1/p}$ times that of equilibrium, whatever the gradient is.
         """
-        if not (np.isfinite(excess) and excess > 0):
-            return np.nan
-        power = self.rule._power(self.hyperparameters)
-        if not power:
+        if not (np.isfinite(excess) and excess > 0 and self.power):
             return np.nan
         given = (*self.rates, *self.others)
         settled = self.rule.equilibrium_norm(*given, **self.hyperparameters)
-        start = settled * excess ** (-1 / power)
+        start = settled * excess ** (-1 / self.power)
         time = self.rule.equilibrium_time
         return float(time(*given, initial_norm=start, **self.hyperparameters))
 

@@ -95,6 +95,34 @@ def test_a_rule_whose_norm_depends_on_gradients_is_judged_by_its_angle(tmp_path)
 
 
 @pytest.mark.parametrize(
+    ("name", "axes", "dimension", "hyperparameters"),
+    [
+        ("muon", (0,), (8, 4), {}),
+        ("muon", (0, 1), (8, 4), {"beta": 0.9}),
+        ("adafactor", (0, 1), 32, {"multiply_by_parameter_scale": False}),
+    ],
+)
+def test_the_norm_that_counts_is_the_rules(
+    name, axes, dimension, hyperparameters, tmp_path
+):
+    rule, rates = normax.UPDATE_RULES[name], (1e-2, 0.1)
+    settled = rule.equilibrium_norm(*rates, dimension=dimension, **hyperparameters)
+    w = RNG.standard_normal((8, 4))
+    w *= 1.5 * float(settled) / np.linalg.norm(w)
+    for step in (0, 100):
+        np.savez(tmp_path / f"{step}.npz", w=w, z=np.stack([w, w]))
+    report = inspect_run(tmp_path, axes, None, name, *rates, **hyperparameters)
+    found = report.arrays[0].equilibrium
+    np.testing.assert_allclose(found.distance, 1.5, rtol=1e-5)
+    time = rule.equilibrium_time(
+        *rates, dimension=dimension, initial_norm=1.5 * settled, **hyperparameters
+    )
+    np.testing.assert_allclose(found.steps_left, float(time), rtol=1e-2)
+    if name == "muon":
+        assert report.arrays[1].equilibrium.verdict == "no matrix"
+
+
+@pytest.mark.parametrize(
     ("rule", "verdict"),
     [
         ("adagrad", "adagrad has no equilibrium"),
