@@ -303,6 +303,7 @@ def test_effective_learning_rate_visits_the_same_functions(
     hyper = {"eps": TINY[name]} if name in TINY else {}
     if name == "adafactor":
         hyper |= {"multiply_by_parameter_scale": relative}
+        weight_decay *= ETA  # Weights stay above the floor of Adafactor's scale.
     rate = rule.effective_learning_rate(ETA, alpha, **hyper)
     # L_lambda(alpha w) = L_{lambda alpha^2}(w); decoupled decay keeps eta lambda.
     power = {"adamw": 1, "lion": 1, "muon": 1, "adafactor": 0}.get(name, 2)
