@@ -5,6 +5,7 @@ a vector is a point of a sphere, and a step turns it by an angle. All functions 
 `axes`, which says which entries of an array form one weight vector.
 """
 
+from normax.spheres.hyperball import hyperball
 from normax.spheres.measures import angular_update, relative_update, weight_norm
 from normax.spheres.monitor import MonitorWeightDynamicsState, monitor_weight_dynamics
 from normax.spheres.projection import (
@@ -28,6 +29,7 @@ __all__ = [
     "RotateByAngleState",
     "adamp",
     "angular_update",
+    "hyperball",
     "monitor_weight_dynamics",
     "normalized_sgd",
     "project_unit_norm",
