@@ -348,7 +348,9 @@ def test_partition_gives_the_rest_another_rule():
     tx = optax.partition(rules, {"kernel": "ball", "bias": "rest"})
     after, _ = step(tx, grads, tx.init(params), params)
     ball = plain(0.1)
-    expected, _ = step(ball, grads["kernel"], ball.init(params["kernel"]), params["kernel"])
+    expected, _ = step(
+        ball, grads["kernel"], ball.init(params["kernel"]), params["kernel"]
+    )
     np.testing.assert_allclose(after["kernel"], expected, rtol=1e-6)
     adam = optax.adamw(1e-3)
     expected, _ = step(adam, grads["bias"], adam.init(params["bias"]), params["bias"])
