@@ -20,7 +20,6 @@ The program writes a picture and, as CSV, a row for each run to `--out`.
 """
 
 import functools
-import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple

@@ -37,10 +37,10 @@ def hyperball(
 
     $$w \leftarrow R\, N(w - \eta R\, N(u)), \qquad N(x) = x / \|x\|$$
 
-    for the direction $u$ of `inner`. Neither the size of $u$ nor that of $w$ matters: the
-    vector turns by about $\eta$, as `theory.hyperball_angle` says. What is 0 stays 0
-    under $N$. Arrays left alone take the plain step $-\eta u$; `optax.partition` gives
-    them another. More: docs/training_on_spheres.md.
+    for the direction $u$ of `inner`. Neither the size of $u$ nor that of $w$ matters:
+    the vector turns by about $\eta$, as `theory.hyperball_angle` says. $N$ leaves 0 as
+    it is. Arrays left alone take the plain step $-\eta u$; `optax.partition` gives them
+    another. More: docs/training_on_spheres.md.
 
     Args:
       inner: What makes directions, without a learning rate: `optax.scale_by_adam()` for
