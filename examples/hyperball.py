@@ -28,7 +28,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from convnet import SETTINGS, ConvNet, add_network_options, make_setting
+from convnet import ConvNet, add_network_options, make_setting
 from experiments import (
     add_data_options,
     file_name,
@@ -52,6 +52,7 @@ RULES: dict[str, tuple[float, float, list[float]]] = {
     "adamh": (2**-10, 2**-1, [0.0]),
     "muonh": (2**-10, 2**-1, [0.0]),
 }
+BATCH = 64  # images
 REST = 3e-3  # the rate of what is no matrix
 OUTSIDE = ("embed", "position", "head")  # matrices whose norm is part of the function
 WITHIN = 1.05
@@ -193,8 +194,11 @@ def run(
     for name, (task, steps) in tasks.items():
         for rule, (low, high, decays) in RULES.items():
             print(f"{name}: {rule}", flush=True)
-            grid = {"rate": np.geomspace(low, high, rates, dtype=np.float32)}
-            grid |= {"decay": np.float32(decays), "seed": np.arange(seeds)}
+            grid: dict[str, np.ndarray] = {
+                "rate": np.geomspace(low, high, rates, dtype=np.float32),
+                "decay": np.array(decays, np.float32),
+                "seed": np.arange(seeds),
+            }
             found = normax.sweeps.grid_sweep(
                 make_train(rule, task, steps),
                 grid,
@@ -254,7 +258,9 @@ def find_basin(results: Results, task: str, rule: str) -> Basin:
 
 def table(results: Results) -> str:
     """Return the best rate of each rule and the width of its basin as text."""
-    text = "task    rule              decay  best rate     loss  ± seeds    error  octaves\n"
+    text = """
+task    rule              decay  best rate     loss  ± seeds    error  octaves
+"""
     for task in dict.fromkeys(results["task"]):
         for rule in RULES:
             found = find_basin(results, task, rule)
@@ -277,7 +283,8 @@ def picture(results: Results) -> Figure:
     panels: Any = figure.subplots(1, len(tasks), squeeze=False)
     for task, axes in zip(tasks, panels[0], strict=True):
         lowest = []
-        for rule, colour in COLOURS.items():
+        for rule in RULES:
+            colour = COLOURS[rule]
             found = find_basin(results, task, rule)
             mean = found.losses.mean(1)
             lowest.append(np.nanmin(mean))
@@ -309,7 +316,7 @@ def main(argv: Sequence[str] | None = None) -> Results:
         add(f"--{name}", type=int, default=default, help="of the transformer")
     add("--checkpoints", type=Path, help="folder of finished runs, to continue from")
     options = parser.parse_args(argv)
-    setting = make_setting(parser, options, SETTINGS)
+    setting = make_setting(parser, options)._replace(batch_size=BATCH)
     least = min(options.seeds, options.steps, options.batch_size)
     if options.rates < 2 or least < 1:
         parser.error("--rates must be at least 2; --seeds, --steps, --batch-size 1.")

@@ -5,7 +5,6 @@ a vector is a point of a sphere, and a step turns it by an angle. All functions 
 `axes`, which says which entries of an array form one weight vector.
 """
 
-from normax.spheres.hyperball import hyperball
 from normax.spheres.measures import angular_update, relative_update, weight_norm
 from normax.spheres.monitor import MonitorWeightDynamicsState, monitor_weight_dynamics
 from normax.spheres.projection import (
@@ -15,6 +14,7 @@ from normax.spheres.projection import (
     projection_unit_norm,
     remove_radial_component,
 )
+from normax.spheres.relative_steps import hyperball
 from normax.spheres.rotation import RotateByAngleState, rotate_by_angle
 from normax.spheres.rotational_rules import (
     rotational_adamw,

@@ -85,7 +85,7 @@ def hyperball_correlation(
     Examples:
       >>> import normax
       >>> normax.theory.hyperball_correlation(0.01, momentum=0.9).round(4)
-      Array(-0.0827, dtype=float32)
+      Array(-0.0893, dtype=float32)
 
     References:
       Kosson, Messmer, Jaggi, Rotational Equilibrium, 2024, arXiv:2305.17212.

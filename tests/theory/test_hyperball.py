@@ -156,12 +156,12 @@ def test_what_is_out_of_range_raises():
     for call in (hyperball_correlation, hyperball_learning_rate):
         for momentum in (-0.1, 1.0, np.nan):
             with pytest.raises(
-                ValueError, match="^momentum must be at least 0 and bel"
+                ValueError, match=r"^momentum must be at least 0 and bel"
             ):
                 call(0.1, momentum)
-    with pytest.raises(ValueError, match="^learning_rate must be at least 0"):
+    with pytest.raises(ValueError, match=r"^learning_rate must be at least 0"):
         hyperball_angle(-0.1)
-    with pytest.raises(ValueError, match="^angle must be at least 0"):
+    with pytest.raises(ValueError, match=r"^angle must be at least 0"):
         hyperball_learning_rate(-0.1)
     with pytest.raises(ValueError, match=r"^correlation must be .*got 1\.5"):
         hyperball_angle(0.1, 1.5)

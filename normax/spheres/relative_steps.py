@@ -1,4 +1,4 @@
-"""Hyperball: steps of a given relative length, between weights of a given norm."""
+"""Hyperball: steps of a given relative length between weights of a given norm."""
 
 from __future__ import annotations
 
