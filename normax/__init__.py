@@ -26,6 +26,7 @@ from normax.paths import path_norm, path_scales, path_sgd, scale_by_path_sgd
 from normax.spheres import (
     adamp,
     angular_update,
+    hyperball,
     monitor_weight_dynamics,
     normalized_sgd,
     project_unit_norm,
@@ -49,6 +50,7 @@ __all__ = [
     "angular_update",
     "dynamics_scalars",
     "dynamics_table",
+    "hyperball",
     "inspection",
     "invariance",
     "monitor_weight_dynamics",

@@ -37,6 +37,8 @@ IN_RANGE = [
     (given(normax.normalized_sgd, 0.1), "momentum", 1),
     (given(normax.normalized_sgd, 0.1), "weight_decay", None),
     (given(normax.path_sgd, 0.1), "momentum", 1),
+    (given(normax.theory.hyperball_correlation, 0.1), "momentum", 1),
+    (given(normax.theory.hyperball_learning_rate, 0.1), "momentum", 1),
     (given(normax.sgdp, 0.1), "momentum dampening", 1),
     (given(normax.sgdp, 0.1), "weight_decay delta wd_ratio", None),
     (given(normax.adamp, 0.1), "b1 b2", 1),
@@ -106,6 +108,11 @@ NUMBERS = [
         for name in ("learning_rate", "gradient_norm", "dimension")
     ),
     (given(normax.theory.harmonic_schedule, 0.1, offset=1.0), "transition_steps"),
+    (normax.theory.hyperball_angle, "learning_rate"),
+    (given(normax.theory.hyperball_angle, 0.1), "correlation"),
+    (given(normax.theory.hyperball_correlation, momentum=0.9), "learning_rate"),
+    (given(normax.theory.hyperball_learning_rate, momentum=0.9), "angle"),
+    (given(normax.hyperball, optax.identity(), 0.1), "radius"),
     (given(normax.rescaling.rescale_units, STACK), "factors"),
     *(
         (given(normax.rescaling.random_rescaling, jax.random.key(0), STACK), name)
@@ -124,6 +131,8 @@ NO_NUMBERS = {
 @pytest.mark.parametrize("call, name", NUMBERS)
 def test_what_is_no_number(call, name, kind):
     value, message = NO_NUMBERS[kind]
+    if name == "radius" and call is not RADIUS and kind == "schedule":
+        pytest.skip("its radius may be a schedule")
     if name == "radius" and kind == "string":
         message = r"'0\.1'; the norms of some parameters are weight_norm"
     with pytest.raises(ValueError, match=rf"^{name} must be a .*got {message}"):
@@ -137,6 +146,7 @@ LEARNING_RATES = [
     given(normax.rotational_sgd, weight_decay=0.1),
     given(normax.rotational_adamw, weight_decay=0.1),
     given(normax.rotational_lion, weight_decay=0.1),
+    given(normax.hyperball, optax.identity()),
     given(normax.second_order.newton),
     given(normax.second_order.hessian_free),
     *(given(rule.make) for rule in RULES.values()),
@@ -173,6 +183,7 @@ TRANSFORMATIONS = {
     "rotate_by_angle": normax.rotate_by_angle(0.1),
     "rotational_sgd": SGD(),
     "rotational_adamw": ADAMW(),
+    "hyperball": normax.hyperball(optax.scale_by_adam(), 0.1),
     "normalized_sgd": normax.normalized_sgd(0.1, momentum=0.9),
     "sgdp": normax.sgdp(0.1),
     "adamp": normax.adamp(0.1),

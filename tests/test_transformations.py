@@ -139,6 +139,11 @@ ROWS = [
     Row("project_unit_norm", normax.project_unit_norm),
     Row("project_unit_norm_radius", normax.project_unit_norm, {"radius": 0.5}),
     Row("project_unit_norm_initial", normax.project_unit_norm, {"radius": "initial"}),
+    Row(
+        "project_unit_norm_schedule",
+        normax.project_unit_norm,
+        {"radius": optax.linear_schedule(1.0, 2.0, 10)},
+    ),
     Row("project_unit_norm_layer", normax.project_unit_norm, {"axes": "layer"}),
     Row("remove_radial_component", normax.remove_radial_component),
     Row("monitor_weight_dynamics", normax.monitor_weight_dynamics),
@@ -164,6 +169,16 @@ ROWS = [
         "rotational_sgd_mask",
         normax.rotational_sgd,
         dict(learning_rate=0.1, weight_decay=0.1, mask=all_but_images),
+    ),
+    Row(
+        "hyperball",
+        normax.hyperball,
+        dict(inner=optax.scale_by_adam(), learning_rate=0.1, axes="unit"),
+    ),
+    Row(
+        "hyperball_layer",
+        normax.hyperball,
+        dict(inner=optax.scale_by_lion(), learning_rate=0.1, axes="layer", radius=2.0),
     ),
     Row("sgdp", normax.sgdp, dict(learning_rate=0.1, momentum=0.9, weight_decay=0.01)),
     Row("adamp", normax.adamp, dict(learning_rate=0.1, nesterov=True, axes="unit")),
@@ -205,6 +220,8 @@ SETTINGS = {
     "project_unit_norm_initial",
     "project_unit_norm_radius",
     "project_unit_norm_layer",
+    "project_unit_norm_schedule",
+    "hyperball_layer",
     "monitor_weight_dynamics",
     "monitor_weight_dynamics_every",
     "monitor_weight_dynamics_gradients",
@@ -623,7 +640,7 @@ def test_what_is_not_finite_is_not_hidden(row, value):
     grads["dense"]["kernel"] = grads["dense"]["kernel"].at[2, 3].set(value)
     updates, _ = tx.update(grads, tx.init(params), params)
     # The sign of an infinity is finite, and optax takes it.
-    hidden = row.name == "lion" and np.isinf(value)
+    hidden = row.name in ("lion", "hyperball_layer") and np.isinf(value)
     assert np.isfinite(updates["dense"]["kernel"][2, 3]) == hidden
     others = jnp.delete(updates["dense"]["kernel"], 3, axis=1)
     if not row.whole and not row.coupled:
@@ -667,7 +684,7 @@ def test_nnx_optimizer_loop(row):
     assert losses[-1] < losses[0]
     if "unit_norm" in row.name and "axes" not in row.kwargs:
         radius = row.kwargs.get("radius", 1.0)
-        if radius != "initial":
+        if radius != "initial" and not callable(radius):
             normax.testing.assert_unit_norm(nnx.state(model, nnx.Param), radius=radius)
 
 

@@ -15,6 +15,7 @@ from normax.spheres.projection import (
     projection_unit_norm,
     remove_radial_component,
 )
+from normax.spheres.relative_steps import hyperball
 from normax.spheres.rotation import RotateByAngleState, rotate_by_angle
 from normax.spheres.rotational_rules import (
     rotational_adamw,
@@ -31,6 +32,7 @@ __all__ = [
     "adamp",
     "angular_update",
     "gradient_norm_profile",
+    "hyperball",
     "monitor_weight_dynamics",
     "normalized_sgd",
     "project_unit_norm",

@@ -39,8 +39,8 @@ def _check_radius(radius: Any) -> None:
     if any(isinstance(leaf, str) for leaf in jax.tree.leaves(radius)):
         raise ValueError(
             "radius must be a number, an array, a pytree of them or, in "
-            f'project_unit_norm, "initial", got {radius!r}; the norms of some '
-            "parameters are weight_norm(params)."
+            f'transformations, a schedule or "initial", got {radius!r}; the norms of '
+            "some parameters are weight_norm(params)."
         )
     check_range("radius", radius, low=0)
 
@@ -100,6 +100,62 @@ class ProjectUnitNormState(NamedTuple):
     radius: PyTree
 
 
+def project_steps(
+    name: str, axes: Axes, radius: Any, relative: bool
+) -> optax.GradientTransformationExtraArgs:
+    """Make `project_unit_norm`, also for steps that are relative to the radius."""
+    check_axes(axes)
+    initial = isinstance(radius, str) and radius == "initial"
+    if not (initial or callable(radius)):
+        _check_radius(radius)
+
+    def project(vector_axes, w, u, radius):
+        x, step = at_least_float32(w, u)
+        radius = radius.astype(x.dtype)
+        stepped = x + (radius * step if relative else step)
+        norm = vector_norm(stepped, vector_axes)
+        projected, inverse = on_sphere(stepped, norm, radius)
+        change = projected - x
+        # The norm is promised in the weights' dtype, so the update is no coarser.
+        # Relative steps come in float32, whatever the gradient's dtype was.
+        dtype = jnp.result_type(w) if relative else common_dtype(w, u)
+        return change.astype(dtype), inverse
+
+    def radius_at(state):
+        if initial:
+            return state.radius
+        if not callable(radius):
+            return radius
+        _check_radius(scheduled := radius(state.count))
+        return scheduled
+
+    def init_fn(params):
+        if initial:
+            return ProjectUnitNormState(radius=weight_norm(params, axes))
+        state = optax.EmptyState()
+        if callable(radius):
+            state = optax.ScaleByScheduleState(count=jnp.zeros([], jnp.int32))
+        broadcast_radius(radius_at(state), axes, params)
+        return state
+
+    def update_fn(updates, state, params=None, **extra_args):
+        del extra_args
+        params = require_params(name, params)
+        updates = map_vectors(
+            in_turn(project),
+            axes,
+            params,
+            updates,
+            broadcast_radius(radius_at(state), axes, params),
+            otherwise=lambda w, u, radius: u,
+        )
+        if callable(radius):
+            state = optax.ScaleByScheduleState(optax.safe_increment(state.count))
+        return updates, state
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
 def project_unit_norm(
     axes: Axes = "unit", radius: Any = 1.0
 ) -> optax.GradientTransformationExtraArgs:
@@ -112,11 +168,13 @@ def project_unit_norm(
 
     Args:
       axes: Which entries form one weight vector, as in `weight_norm`.
-      radius: Norm $r$, as in `projection_unit_norm`; or `"initial"`, which keeps
-        the norm that each vector has at `init`.
+      radius: Norm $r$, as in `projection_unit_norm`; or a schedule, which takes the
+        count of steps to it; or `"initial"`, which keeps the norm that each vector has
+        at `init`.
 
     Returns:
-      A gradient transformation that needs `params`. Only `"initial"` has a state.
+      A gradient transformation that needs `params`. The state holds the norms at `init`
+      in float32 or better, or a schedule's count, or nothing.
 
     Raises:
       ValueError: `axes` or `radius` does not fit, or `params` is missing.
@@ -133,41 +191,7 @@ def project_unit_norm(
     References:
       van Laarhoven, 2017, arXiv:1706.05350, section 5.5.
     """
-    check_axes(axes)
-    initial = isinstance(radius, str) and radius == "initial"
-    if not initial:
-        _check_radius(radius)
-
-    def project(vector_axes, w, u, radius):
-        x, step = at_least_float32(w, u)
-        stepped = x + step
-        norm = vector_norm(stepped, vector_axes)
-        projected, inverse = on_sphere(stepped, norm, radius.astype(x.dtype))
-        change = projected - x
-        # The norm is promised in the weights' dtype, so the update is no coarser.
-        return change.astype(common_dtype(w, u)), inverse
-
-    def init_fn(params):
-        if initial:
-            return ProjectUnitNormState(radius=weight_norm(params, axes))
-        broadcast_radius(radius, axes, params)
-        return optax.EmptyState()
-
-    def update_fn(updates, state, params=None, **extra_args):
-        del extra_args
-        params = require_params("project_unit_norm", params)
-        radii = state.radius if initial else radius
-        updates = map_vectors(
-            in_turn(project),
-            axes,
-            params,
-            updates,
-            broadcast_radius(radii, axes, params),
-            otherwise=lambda w, u, radius: u,
-        )
-        return updates, state
-
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return project_steps("project_unit_norm", axes, radius, relative=False)
 
 
 def radial_parts(vector_axes, parts, care, w, u):

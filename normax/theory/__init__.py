@@ -11,6 +11,11 @@ from normax.theory.dynamics import (
     dynamics_scalars,
     dynamics_table,
 )
+from normax.theory.hyperball import (
+    hyperball_angle,
+    hyperball_correlation,
+    hyperball_learning_rate,
+)
 from normax.theory.prediction import Prediction
 from normax.theory.rules import UPDATE_RULES
 from normax.theory.schedules import (
@@ -30,5 +35,8 @@ __all__ = [
     "dynamics_table",
     "exponential_equivalent_schedule",
     "harmonic_schedule",
+    "hyperball_angle",
+    "hyperball_correlation",
+    "hyperball_learning_rate",
     "optimal_momentum",
 ]

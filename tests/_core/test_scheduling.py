@@ -56,6 +56,7 @@ CONDITIONS = {
     "monitor_weight_dynamics": (normax.monitor_weight_dynamics(), 1),
     "monitor_weight_dynamics_every": (normax.monitor_weight_dynamics(every=10), 2),
     "remove_radial_component": (normax.remove_radial_component(), 1),
+    "hyperball": (normax.hyperball(optax.scale_by_adam(), 1e-3), 0),
     "adamp": (normax.adamp(1e-3), 1),
     "rotational_adamw": (normax.rotational_adamw(1e-3, 0.1), 1),
 }

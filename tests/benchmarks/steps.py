@@ -139,6 +139,12 @@ def _rotate() -> optax.GradientTransformation:
     )
 
 
+def _hyperball(u, w):
+    """Turn a matrix of norm 1 by a step of relative length, u with its sign."""
+    stepped = w + u * (1e-3 * jax.lax.rsqrt(jnp.sum(u * u)))
+    return stepped * jax.lax.rsqrt(jnp.sum(stepped * stepped)) - w
+
+
 def _path_sums(params: list[jax.Array]) -> list[tuple[jax.Array, jax.Array]]:
     """Return for each kernel 1 over the sums over paths up to it, and behind it."""
     multiply = functools.partial(jnp.einsum, precision="highest")
@@ -206,6 +212,7 @@ def _updates() -> list[Row]:
     monitor, identity = normax.monitor_weight_dynamics, optax.identity()
     project, remove = normax.project_unit_norm(), normax.remove_radial_component()
     rotational = normax.rotational_adamw(1e-3, weight_decay=0.1)
+    hyperball = normax.hyperball(optax.scale_by_adam(), 1e-3)
     return [
         Row("adam", base, base, all_reduces=0),
         after("project_unit_norm", project, _plain(_project), 1.70, 1, 1.6),
@@ -214,6 +221,7 @@ def _updates() -> list[Row]:
         after("remove_radial_component", remove, _plain(_remove_radial), 1.75, 1),
         row("adamp(axes='unit')", normax.adamp(1e-3, axes="unit"), None, None, 1),
         row("rotational_adamw", rotational, _rotate(), 2.2, 2),
+        row("hyperball", hyperball, _plain(_hyperball), 2.2, 2),
     ]
 
 
