@@ -54,8 +54,8 @@ def hyperball_angle(
       Wen et al., From Weight Decay to Hyperball Optimization, 2025, part 1.
     """
     check_range("learning_rate", learning_rate, low=0)
-    eta, c = jnp.broadcast_arrays(*at_least_float32(learning_rate, correlation))
     check_range("correlation", correlation, low=-1, below=1 + 1e-6)
+    eta, c = jnp.broadcast_arrays(*at_least_float32(learning_rate, correlation))
     return jnp.arctan2(eta * jnp.sqrt(jnp.maximum((1 - c) * (1 + c), 0)), 1 - eta * c)
 
 
