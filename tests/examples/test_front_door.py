@@ -85,6 +85,7 @@ def test_both_frameworks_make_the_same_network(kind: str) -> None:
     np.testing.assert_allclose(found, expected, atol=5e-5)
 
 
+@pytest.mark.slow
 def test_axes_and_mask_of_the_transformer_are_those_on_paper() -> None:
     network = networks("transformer")[0]
     block = {"attention/query": [0], "attention/key": [0], "attention/value": [0]}

@@ -217,6 +217,7 @@ def test_what_does_not_fit_is_one_line(options, words, run, capsys):
     assert not out and words in error and error.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_the_command_reads_what_it_cannot_read_without_a_traceback(run, tmp_path):
     (tmp_path / "0.npz").write_bytes(b"no zip")
     for path, code, words in ((tmp_path, 2, b"cannot be read"), (run, 1, b"")):

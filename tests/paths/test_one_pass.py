@@ -80,6 +80,7 @@ def test_what_is_not_finite_is_not_hidden():
 
 
 @UNITS
+@pytest.mark.slow
 def test_derivatives_are_those_of_two_passes(factor, does, monkeypatch):
     params = network(factor)
 
@@ -100,6 +101,7 @@ def test_derivatives_are_those_of_two_passes(factor, does, monkeypatch):
         np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-7 * np.abs(b).max())
 
 
+@pytest.mark.slow
 def test_one_unusual_network_of_many():
     networks = [network(factor, seed=seed) for seed, factor in enumerate((1, 1e25, 1))]
     stacked = jax.tree.map(lambda *w: jnp.stack(w), *networks)

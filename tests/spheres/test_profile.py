@@ -168,6 +168,7 @@ def test_most_steps_do_not_compute_what_is_measured_rarely():
     assert inside
 
 
+@pytest.mark.slow
 def test_arrays_that_are_left_alone_masked_or_without_gradient():
     grads = jax.tree.map(lambda w: jnp.sin(7 * w), NETWORK)
     monitor = normax.monitor_weight_dynamics(gradient_blocks=2)
@@ -194,6 +195,7 @@ def test_arrays_that_are_left_alone_masked_or_without_gradient():
     np.testing.assert_array_equal(profile["b"], np.zeros((2, 2)))
 
 
+@pytest.mark.slow
 def test_partition_multi_steps_and_nnx():
     grads = jax.tree.map(lambda w: jnp.sin(7 * w), NETWORK)
     tx = optax.partition(

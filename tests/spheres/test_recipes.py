@@ -124,6 +124,7 @@ NGPT = {
 }
 
 
+@pytest.mark.slow
 def test_ngpt():
     """All weight vectors along the embedding axis have norm 1, and no decay."""
     axes = {name: axis for name, (_, axis) in NGPT.items()} | {"logit_scale": "none"}

@@ -279,6 +279,7 @@ def test_half_precision_loses_no_step(dtype):
 
 
 @pytest.mark.devices(4)
+@pytest.mark.slow
 def test_a_checkpoint_on_another_sharding_keeps_the_radius(tmp_path):
     params = {"kernel": draw((8, 16), dtype=jnp.bfloat16), "stack": draw((4, 8, 4))}
     axes = {"kernel": "layer", "stack": (1, 2)}

@@ -109,6 +109,7 @@ def test_sgd_is_exact_because_its_norm_does_not_fluctuate():
     np.testing.assert_allclose(error, 0, atol=1e-8)
 
 
+@pytest.mark.slow
 def test_adadelta_settles_where_epsilon_puts_it():
     for hyper, steps in (({}, 1500), ({"rho": 0.95, "eps": 1e-6}, 6000)):
         error = errors("adadelta", [1.0, 3.0], [1.0, 1.0], steps, **hyper)

@@ -172,6 +172,7 @@ def test_the_fixed_point_is_the_equilibrium(shape, hyper):
     np.testing.assert_allclose(run.angular_update[-1], angle, rtol=2e-6)
 
 
+@pytest.mark.slow
 def test_powers_and_time_of_the_equilibrium():
     """Norms go as the root of the rate over the decay, and angles as of the product."""
     norm = functools.partial(MUON.equilibrium_norm, gradient_norm=None)

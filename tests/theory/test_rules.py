@@ -207,6 +207,7 @@ def test_some_rules_decay_beside_the_rule(name, written, weight_decay):
 
 @pytest.mark.parametrize("weight_decay", [0.0, 0.3])
 @pytest.mark.parametrize("columns", [3, 9])
+@pytest.mark.slow
 def test_muon_on_matrices_of_both_kinds(weight_decay, columns):
     rule, start = normax.UPDATE_RULES["muon"], np.tile(START, 3)[:, :columns]
     target = np.tile(TARGET, 3)[:, :columns] + np.arange(columns)
