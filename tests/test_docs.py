@@ -35,9 +35,9 @@ def blocks(page):
 
 def assert_same_output(shown, printed):
     """Words are equal, and numbers are equal to 5 %, as rounding and chaos allow."""
-    words = printed.split()
-    assert len(shown.split()) == len(words), f"shown:\n{shown}\nprinted:\n{printed}"
-    for one, other in zip(shown.split(), words, strict=True):
+    asked, words = (re.split(r"\s+|,\s", text.strip()) for text in (shown, printed))
+    assert len(asked) == len(words), f"shown:\n{shown}\nprinted:\n{printed}"
+    for one, other in zip(asked, words, strict=True):
         try:
             assert float(one) == pytest.approx(float(other), rel=0.05), printed
         except ValueError:
