@@ -203,47 +203,36 @@ ROWS = [
 ]
 
 
-def rows(some, slow=()):
+# By default each promise is tested on these, which differ most; in CI on all rows.
+DIFFERENT = {
+    "project_unit_norm",
+    "monitor_weight_dynamics_ema",
+    "rotate_by_angle",
+    "hyperball",
+    "adamp",
+    "adamw",
+    "path_sgd_forward",
+}
+# What is compiled whole, training loops for instance, by default on these.
+WHOLE = DIFFERENT - {"rotate_by_angle", "hyperball", "adamw"}
+# The rules are one chain with different links: two stand for all.
+ALIKE = {"sgd", "momentum", "adagrad", "rmsprop", "adadelta", "adam"}
+
+
+def rows(some, by_default):
     """Parametrize a test by rows, some of them only where slow tests run."""
     params = [
-        pytest.param(row, id=row.name, marks=[pytest.mark.slow] * (row.name in slow))
+        pytest.param(
+            row, id=row.name, marks=[pytest.mark.slow] * (row.name not in by_default)
+        )
         for row in some
     ]
     return pytest.mark.parametrize("row", params)
 
 
-# The rules are one chain with different links: two stand for all.
-ALIKE = {"sgd", "momentum", "adagrad", "rmsprop", "adadelta", "adam"}
-# Of several settings of one transformation, one runs everywhere.
-SETTINGS = {
-    "normalized_sgd_momentum",
-    "project_unit_norm_initial",
-    "project_unit_norm_radius",
-    "project_unit_norm_layer",
-    "project_unit_norm_schedule",
-    "hyperball_layer",
-    "monitor_weight_dynamics",
-    "monitor_weight_dynamics_every",
-    "monitor_weight_dynamics_gradients",
-    "rotational_adamw",
-    "rotational_sgd_mask",
-    "sgdp",
-    "nesterov",
-    "path_sgd",
-    "hessian_free",
-}
-every_row = rows(ROWS, ALIKE | SETTINGS)
-representative_rows = rows((row for row in ROWS if row.name not in ALIKE), SETTINGS)
-# What is compiled whole, training loops for instance, runs everywhere for these.
-WHOLE = {
-    "project_unit_norm",
-    "monitor_weight_dynamics_ema",
-    "adamp",
-    "path_sgd_forward",
-}
-few_rows = rows(
-    (row for row in ROWS if row.name not in ALIKE), {row.name for row in ROWS} - WHOLE
-)
+UNLIKE = [row for row in ROWS if row.name not in ALIKE]
+every_row = rows(ROWS, DIFFERENT)
+few_rows = rows(UNLIKE, WHOLE)
 DTYPES = [jnp.float16, jnp.bfloat16, jnp.float32, jnp.float64]
 
 
@@ -489,7 +478,10 @@ def test_trees_without_weights(row):
 
 
 # What contains an optax rule handles dtypes as that rule does.
-our_rows = rows(row for row in ROWS if "learning_rate" not in row.kwargs)
+our_rows = rows(
+    (row for row in ROWS if "learning_rate" not in row.kwargs),
+    DIFFERENT - {"hyperball"},
+)
 
 
 @every_row
@@ -525,7 +517,7 @@ def test_leaves_that_are_no_weights(row):
     assert updates["conv"] is None
 
 
-@representative_rows
+@few_rows
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: dtype.__name__)
 def test_dtypes_are_kept(row, dtype):
     with jax.enable_x64(dtype == jnp.float64):
