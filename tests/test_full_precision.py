@@ -24,7 +24,7 @@ RNG = np.random.default_rng(0)
 RNGS = nnx.Rngs(0)
 KEY = jax.random.key(0)
 
-pytestmark = [pytest.mark.usefixtures("quick_compilation"), pytest.mark.few_rows(8)]
+pytestmark = [pytest.mark.usefixtures("quick_compilation"), pytest.mark.few_rows(1)]
 
 _PRODUCT = re.compile(r"= \"?stablehlo\.(?:dot|dot_general|convolution)\b.*")
 

@@ -15,6 +15,8 @@ from flax import nnx
 import normax
 from normax._core.axes import map_vectors
 
+pytestmark = pytest.mark.few_rows(2)
+
 SHAPES = {
     "dense": (5, 3),
     "conv": (3, 3, 2, 4),

@@ -38,6 +38,7 @@ def test_programs_are_kept_by_identity():
     assert kept_with(one) == {"program": 2.0} and kept_with(other) == {}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "make",
     [

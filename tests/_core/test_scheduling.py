@@ -13,6 +13,8 @@ from jax.sharding import PartitionSpec as P
 import normax
 from normax._core.scheduling import in_one_pass, one_after, sums, wait
 
+pytestmark = pytest.mark.few_rows(1)
+
 EVENTS = [[1.0, 0.0, 3.0, 1.0, 1.0], [jnp.nan], [jnp.inf], [0.0]]
 
 

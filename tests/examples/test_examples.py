@@ -621,6 +621,7 @@ def test_normalizers_train_in_every_condition() -> None:
     np.testing.assert_allclose(losses[0], losses[1], rtol=0.15)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", normalizers.NORMALIZERS)
 def test_every_network_has_its_normalizer(name: str) -> None:
     network = normalizers.Network(normalizers.Training(name, 64, 20, 20), nnx.Rngs(0))

@@ -123,6 +123,7 @@ def test_largest_decay_is_what_the_schedule_admits() -> None:
         make(1.0, largest * (1 + 1e-6), example.MOMENTUM)
 
 
+@pytest.mark.slow
 def test_float32_holds_the_gradient_of_batch_norm_up_to_e28() -> None:
     norm = nnx.BatchNorm(3, epsilon=0.0, rngs=nnx.Rngs(0))
     x, w, y = (

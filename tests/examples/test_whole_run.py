@@ -56,6 +56,7 @@ def test_picture_and_csv_are_written(small_run: tuple[Any, Path]) -> None:
     assert (out / "whole_run.png").stat().st_size > 10_000
 
 
+@pytest.mark.slow
 def test_schedules_are_those_of_optax() -> None:
     rates = {name: example.make_rates(name, 0.5, 1000) for name in example.SCHEDULES}
     for found in rates.values():

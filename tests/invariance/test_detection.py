@@ -425,6 +425,7 @@ def test_accidents_are_rejected_by_rescaling():
     assert report.arrays[1].radial < 1e-3 and report.arrays[1].change > 0.1
 
 
+@pytest.mark.slow
 def test_what_the_loss_closes_over_may_change():
     scale = 0.0
 
@@ -460,6 +461,7 @@ def test_the_size_of_the_loss_does_not_count(factor):
     assert words(axes) == {"['first']['kernel']": "unit"}
 
 
+@pytest.mark.slow
 def test_arrays_without_influence():
     def loss(params):
         z = X[:, :1] @ params["one_input"] + params["bias"]
@@ -601,6 +603,7 @@ COMPARED = {
 }
 
 
+@pytest.mark.slow
 def test_the_report_compares_with_axes_and_masks():
     def loss(p):
         z = batch_norm(X @ p["first"]["kernel"] + p["first"]["bias"][None])

@@ -7,7 +7,7 @@ import pytest
 
 import normax
 
-pytestmark = [pytest.mark.usefixtures("quick_compilation"), pytest.mark.few_rows(3)]
+pytestmark = [pytest.mark.usefixtures("quick_compilation"), pytest.mark.few_rows(1)]
 KEY = jax.random.key(4)
 X = np.random.default_rng(0).normal(size=(32, 6)).astype(np.float32)
 

@@ -33,6 +33,7 @@ AXES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("as_function", [False, True])
 @pytest.mark.parametrize("opposite", [False, True])
 def test_masks_work_inside_nnx_optimizer(as_function, opposite):

@@ -12,7 +12,7 @@ from flax import nnx
 
 import normax
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
+pytestmark = [pytest.mark.usefixtures("quick_compilation"), pytest.mark.few_rows(1)]
 
 SHAPE = (3, 3, 3, 8)
 AXES = {"unit": (0, 1, 2), "layer": (0, 1, 2, 3), "none": ()}

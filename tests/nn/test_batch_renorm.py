@@ -16,7 +16,7 @@ from flax import nnx
 
 from normax.nn import BatchNorm, BatchRenorm
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
+pytestmark = [pytest.mark.usefixtures("quick_compilation"), pytest.mark.few_rows(1)]
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 datasets: Any = importlib.import_module("datasets")

@@ -17,7 +17,7 @@ from normax.nn import (
     folding_error,
 )
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
+pytestmark = [pytest.mark.usefixtures("quick_compilation"), pytest.mark.few_rows(3)]
 
 RNGS = nnx.Rngs(0)
 
@@ -269,6 +269,7 @@ class Block(nnx.Module):
         return self.transform(Block.pair)(self, x)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "transform",
     [
@@ -317,6 +318,7 @@ def test_stacked_layers_are_left(shared):
         fold_batch_norm(inside.layer, inside.norm)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "wrap",
     [

@@ -15,7 +15,7 @@ from flax import nnx
 import normax
 from normax.nn import unit_axes
 
-pytestmark = [pytest.mark.usefixtures("quick_compilation"), pytest.mark.few_rows(4)]
+pytestmark = [pytest.mark.usefixtures("quick_compilation"), pytest.mark.few_rows(1)]
 
 NO_BIAS: dict[str, Any] = {"use_bias": False}
 # A layer, and the shape of its inputs.
@@ -204,6 +204,7 @@ def test_weight_norm_says_what_its_vectors_are():
         assert model.g["kernel"].ndim == 3 - len(axes)
 
 
+@pytest.mark.slow
 def test_the_axes_fit_an_optimizer_and_plain_trees():
     model = nnx.Sequential(
         nnx.Linear(3, 4, rngs=nnx.Rngs(0)), nnx.LayerNorm(4, rngs=nnx.Rngs(0))

@@ -11,7 +11,7 @@ from flax import nnx
 
 import normax
 
-pytestmark = [pytest.mark.usefixtures("quick_compilation")]
+pytestmark = [pytest.mark.usefixtures("quick_compilation"), pytest.mark.few_rows(1)]
 
 RNG = np.random.default_rng(0)
 X = RNG.normal(size=(8, 3)).astype(np.float32)
@@ -132,6 +132,7 @@ def test_arguments_that_do_not_fit():
         later.update(grads, state, PARAMS, forward_args=(stats_at(0),))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("update_every", [1, 2])
 def test_optional_statistics(update_every):
     def forward(params, x, stats=None):
@@ -163,6 +164,7 @@ class Network(nnx.Module):
         return self.last(nnx.relu(self.norm(self.first(x))))
 
 
+@pytest.mark.slow
 def test_nnx_optimizer_with_running_statistics():
     model = Network()
     model.eval()

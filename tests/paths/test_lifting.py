@@ -435,6 +435,7 @@ def test_constants_made_inside_of_a_network_that_takes_a_batch():
     assert_scales(found, expected)
 
 
+@pytest.mark.slow
 def test_numbers_before_and_after_transposition():
     def forward(params, x):
         h = x @ (params["w"].T * 0.5).T
@@ -449,6 +450,7 @@ def test_numbers_before_and_after_transposition():
     check(forward, params, shape(1, 2), twin=twin)
 
 
+@pytest.mark.slow
 def test_entries_that_nothing_fills():
     index = jnp.array([2, 7, 0, -9])
 
@@ -461,6 +463,7 @@ def test_entries_that_nothing_fills():
     check(forward, params, shape(1, 2))
 
 
+@pytest.mark.slow
 def test_entries_taken_as_numpy_takes_them():
     index = jnp.array([2, 0, 0])
 

@@ -13,6 +13,8 @@ from normax.paths import programs
 from normax.paths.feed_forward import dense_stack
 from normax.paths.norm import scale_factors
 
+pytestmark = pytest.mark.few_rows(1)
+
 # A factor of one hidden unit, and whether one pass does.
 UNITS = pytest.mark.parametrize(("factor", "does"), [(1.0, True), (1e25, False)])
 

@@ -12,7 +12,7 @@ import pytest
 
 import normax
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
+pytestmark = [pytest.mark.usefixtures("quick_compilation"), pytest.mark.few_rows(8)]
 
 X = jnp.ones((1, 4))
 PARAMS = {"w": jnp.ones((4, 4)), "v": jnp.ones((4, 2)), "slope": jnp.full((1, 4), 0.1)}

@@ -97,6 +97,7 @@ def test_networks_are_freed_with_their_data():
     assert [reference() for reference in references] == [None, None]
 
 
+@pytest.mark.slow
 def test_new_functions_are_read_anew():
     # Of one code, one after the other: also where one has the address of another.
     def network(scale):

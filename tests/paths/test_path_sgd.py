@@ -129,6 +129,7 @@ def test_path_sgd_is_equation_8(forward, momentum, nesterov, update_every):
     assert optax.tree.get(state, "count") == 6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("update_every", [1, 10])
 def test_parameters_are_updated_in_place(update_every):
     params = stack_params((4, 30, 20, 10))
@@ -267,6 +268,7 @@ def test_rescaled_networks_train_alike(forward):
     np.testing.assert_allclose(outputs, others, rtol=2e-3, atol=2e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "after",
     [optax.scale_by_rss(), optax.scale_by_adam(), optax.adagrad(0.1), optax.trace(0.9)],
@@ -282,6 +284,7 @@ def test_chains(after):
     chex.assert_tree_all_finite(state)
 
 
+@pytest.mark.slow
 def test_training_loops_of_linen_and_nnx():
     model = nn.Sequential([nn.Dense(8), relu, nn.Dense(2)])
     params = model.init(jax.random.key(0), BATCH)["params"]
@@ -505,6 +508,7 @@ def test_where_a_layer_is_dead_there_is_no_step(dead, walk, update_every):
         assert np.any(update) == (layer == dead)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bad", [jnp.nan, jnp.inf])
 def test_weights_that_are_not_finite_are_not_hidden(bad):
     params = [draw(4, 5).at[1, 2].set(bad), draw(5, 2)]

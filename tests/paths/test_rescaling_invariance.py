@@ -58,6 +58,7 @@ def scaled_by(params, rescaled):
     return jax.tree.map(lambda w, v: v / w, params, rescaled)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_theorem_4_1(optimizer):
     tx = OPTIMIZERS[optimizer]()

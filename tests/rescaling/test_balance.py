@@ -317,6 +317,7 @@ def ordered(params, x):
     return forward([params[name] for name in ORDER], x)
 
 
+@pytest.mark.slow
 def test_the_order_of_layers_is_that_of_the_network():
     with jax.enable_x64(True):
         layers = draw(5, (3, 3, 3, 3), True)

@@ -347,6 +347,7 @@ def saddle(w):
     return w[0] ** 2 - w[1] ** 2 + w[1] ** 4
 
 
+@pytest.mark.slow
 def test_negative_curvature_is_followed_by_its_absolute_value():
     w, g = np.array([0.0, 0.1]), -0.196
     after, state = first(solve(saddle, jnp.asarray(w), damping=0.0))
@@ -386,6 +387,7 @@ def test_directions_without_curvature_do_not_move():
         np.testing.assert_allclose(after[0], shortest, rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
 def test_a_slope_without_curvature_is_not_followed_for_ever(dtype):
     """Of 7 dimensions, the loss curves in 4 and falls in one of the others."""
@@ -400,6 +402,7 @@ def test_a_slope_without_curvature_is_not_followed_for_ever(dtype):
     np.testing.assert_allclose(thin @ after[0], 0, atol=0.5)
 
 
+@pytest.mark.slow
 def test_at_the_minimum_nothing_moves():
     for dtype in (jnp.float32, jnp.float64):
         w, state = solve(half_square, jnp.zeros(7, dtype), steps=3, damping=0.0)

@@ -98,6 +98,7 @@ def test_step_against_numpy(saddle_free):
         np.testing.assert_allclose(after, w - 0.5 * change, rtol=1e-9)
 
 
+@pytest.mark.slow
 def test_directions_without_curvature_do_not_move():
     thin = FACTOR[:4]  # a minimum in every point of a plane
 
@@ -146,6 +147,7 @@ def test_saddle_free_leaves_saddles():
     np.testing.assert_allclose(to_minimum, [0, 0.5**0.5], atol=1e-6)
 
 
+@pytest.mark.slow
 def test_the_gradient_is_the_one_given():
     """Decay that is added before changes the gradient and not the Hessian."""
     w, decay = draw(7), 0.3
@@ -263,6 +265,7 @@ def test_the_scale_of_the_weights_does_not_fool_newton():
     assert distance(optax.lbfgs(0.2, linesearch=None)) > 0.01
 
 
+@pytest.mark.slow
 def test_effective_learning_rate_visits_the_same_functions():
     """L_lambda(alpha w) = L_{lambda alpha^2}(w), and the step has the units of w."""
     rule, decay, w = normax.UPDATE_RULES["newton"], 0.3, network()["hidden"]
@@ -355,6 +358,7 @@ def test_units_of_measurement():
     assert min(measured.values()) > 0.05
 
 
+@pytest.mark.slow
 def test_adadelta_is_consistent_once_its_averages_are():
     """As epsilon goes to 0, from averages with units; the zeros of `init` have none."""
 

@@ -8,7 +8,7 @@ import pytest
 
 import normax
 
-pytestmark = [pytest.mark.usefixtures("quick_compilation"), pytest.mark.few_rows(3)]
+pytestmark = [pytest.mark.usefixtures("quick_compilation"), pytest.mark.few_rows(1)]
 
 CASES = [("unit", (256, 10), (0,)), ("layer", (30, 20), (0, 1)), ((1,), (8, 64), (1,))]
 
@@ -246,6 +246,7 @@ def test_what_is_reported_is_what_apply_updates_does(dtype, update_dtype, size):
     np.testing.assert_allclose(state.rounded_away, lost, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_weights_that_do_not_move_are_not_said_to_move():
     w = 1 + draw((64, 5)).astype(jnp.bfloat16) ** 2
     tx = normax.monitor_weight_dynamics()
@@ -256,6 +257,7 @@ def test_weights_that_do_not_move_are_not_said_to_move():
     assert np.all(state.relative_update > 1e-6) and state.rounded_away is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [1.0, 3e-5, 3e-7])
 @pytest.mark.parametrize("step", [0.0, 0.1, 0.01])
 def test_float16_has_subnormal_numbers(size, step):

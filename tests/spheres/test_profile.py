@@ -10,7 +10,7 @@ from flax import nnx
 import normax
 from normax.spheres import gradient_norm_profile
 
-pytestmark = [pytest.mark.usefixtures("quick_compilation"), pytest.mark.few_rows(2)]
+pytestmark = [pytest.mark.usefixtures("quick_compilation"), pytest.mark.few_rows(1)]
 
 RNG = np.random.default_rng(0)
 
@@ -74,6 +74,7 @@ def test_vectors_are_those_of_axes(axes, shape, reduced):
     np.testing.assert_allclose(found, exact(w, gradients, reduced), rtol=2e-6)
 
 
+@pytest.mark.slow
 def test_a_profile_is_stretched_to_another_run():
     w, gradients = draw(6, 3), draw(8, 6, 3)
     state = monitored(w, gradients, gradient_blocks=4)
@@ -84,6 +85,7 @@ def test_a_profile_is_stretched_to_another_run():
         np.testing.assert_allclose(found, blocks[at], rtol=2e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("every", [1, 3])
 def test_steps_between_measurements_take_the_last_one(every):
     w, gradients = draw(6, 3), draw(12, 6, 3)
@@ -103,6 +105,7 @@ def test_long_blocks_round_little():
     np.testing.assert_allclose(found, expected, rtol=2e-5)
 
 
+@pytest.mark.slow
 def test_only_what_is_orthogonal_counts_and_no_scale():
     w, gradients = draw(6, 3), draw(4, 6, 3)
     plain = gradient_norm_profile(monitored(w, gradients, gradient_blocks=4), 4)
@@ -113,6 +116,7 @@ def test_only_what_is_orthogonal_counts_and_no_scale():
         np.testing.assert_allclose(gradient_norm_profile(other, 4), plain, rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scale", [1e-15, 1e15])
 def test_no_square_leaves_the_range(scale):
     w, gradients = scale * draw(6, 3), scale * draw(5, 6, 3)
@@ -151,6 +155,7 @@ def test_nothing_is_kept_unless_asked():
 NETWORK = {"a": {"kernel": draw(6, 3), "bias": draw(3)}, "b": draw(4, 2)}
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("as_on_a_gpu")
 def test_all_arrays_share_the_conditions():
     tx = normax.monitor_weight_dynamics(gradient_blocks=2)
@@ -231,6 +236,7 @@ def test_partition_multi_steps_and_nnx():
     np.testing.assert_allclose(found, exact(w, g["kernel"][...][None], (0,)), rtol=2e-6)
 
 
+@pytest.mark.slow
 def test_injected_hyperparameters():
     make = optax.inject_hyperparams(
         normax.monitor_weight_dynamics, static_args="gradient_blocks"

@@ -9,6 +9,8 @@ import scipy.optimize
 
 import normax
 
+pytestmark = pytest.mark.few_rows(2)
+
 CASES = [("unit", (64, 10), (0,)), ("layer", (30, 20), (0, 1)), ((1,), (8, 12), (1,))]
 TOLERANCE = {jnp.float16: 1e-3, jnp.bfloat16: 3e-3, jnp.float32: 3e-7}
 

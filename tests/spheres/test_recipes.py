@@ -73,6 +73,7 @@ def newton_schulz(g):
     return x.T if g.shape[0] > g.shape[1] else x
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [(12, 8), (6, 10)])
 def test_muonh(shape):
     w, m = draw(0, *shape), 0
@@ -146,6 +147,7 @@ def test_ngpt():
             check(ours[name], params[name])
 
 
+@pytest.mark.slow
 def test_simbav2():
     """Unit norm over the inputs of each unit, in a stack of critics too."""
     axes = {"actor": (0,), "critics": (1,)}

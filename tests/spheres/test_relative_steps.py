@@ -15,6 +15,8 @@ from jax.sharding import PartitionSpec as P
 
 import normax
 
+pytestmark = pytest.mark.few_rows(1)
+
 CASES = [
     ("unit", (64, 10), (0,)),
     ("layer", (30, 20), (0, 1)),
@@ -157,6 +159,7 @@ def test_a_zero_matrix_stays_where_it_is(rate, u_scale):
             chex.assert_tree_all_finite((after, state))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("axes", ["layer", "unit"])
 def test_without_rate_or_direction_weights_stay(axes):
     w, u = draw((16, 6)), draw((16, 6), 1)
@@ -207,6 +210,7 @@ def left_alone(params, state):
     ]
 
 
+@pytest.mark.slow
 def test_names_route_nothing_and_what_is_left_alone_shows():
     """marin-community/marin#5644, #5750: substrings of names left out a matrix."""
     model = Owner()
@@ -251,6 +255,7 @@ def follow(tx, w, steps):
     return state, np.asarray(history).view(w.dtype).astype(np.float64)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [(64, 64), (128, 32)])
 def test_in_bfloat16_the_norm_stays(shape):
     """marin-community/marin#6486: it jumps where R is measured anew each step."""

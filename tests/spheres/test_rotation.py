@@ -146,6 +146,7 @@ MASKS = {
 }
 
 
+@pytest.mark.slow
 @every_rule
 @pytest.mark.parametrize("masked", MASKS)
 def test_a_mask_leaves_arrays_to_the_plain_rule(rule, masked):
@@ -338,6 +339,7 @@ def rotate(decay, w, g, state):
     return tx.update(g, tx.init(w) if state is None else state, w)
 
 
+@pytest.mark.slow
 def test_vectors_that_cannot_turn_stay():
     w = np.stack([np.zeros(6), np.ones(6), np.ones(6)], axis=1, dtype="f")
     g = np.stack([np.ones(6), np.zeros(6), np.arange(6.0)], axis=1, dtype="f")
@@ -385,6 +387,7 @@ def test_radial_updates_turn_nothing(shape, steps, radial):
         assert np.max(turned) < 2 * jnp.finfo(dtype).eps
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("updates", [jnp.float32, jnp.bfloat16])
 def test_radial_updates_of_mixed_dtypes_turn_nothing(updates):
     """A coarse number stays coarse in a finer dtype."""

@@ -152,6 +152,7 @@ def test_what_is_closed_over_makes_another_run(way, kind):
     assert digest(one) != digest(other)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("constants")
 @pytest.mark.parametrize("way", WAYS)
 def test_a_resumed_sweep_returns_the_results_of_its_own_data(way, tmp_path):

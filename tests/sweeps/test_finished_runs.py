@@ -70,6 +70,8 @@ def test_a_killed_sweep_continues_and_gives_the_same(tmp_path, done):
 import sys
 sys.path.insert(0, {str(__file__.rpartition("/")[0])!r})
 import normax, test_finished_runs
+
+pytestmark = pytest.mark.few_rows(2)
 train = test_finished_runs.make_train(rounds=1000)
 normax.sweeps.grid_sweep(
     train, test_finished_runs.GRID, batch_size=1, checkpoint_dir={str(tmp_path)!r}

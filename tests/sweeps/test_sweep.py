@@ -143,6 +143,7 @@ def test_points_need_not_form_a_grid(expected):
     assert_equal(results, {k: v[[2, 0, 1], [3, 0, 2]] for k, v in expected.items()})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch_size", [None, 1])
 def test_the_program_is_kept_as_long_as_the_function(batch_size):
     traces = []

@@ -12,7 +12,7 @@ from flax import nnx
 
 import normax
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
+pytestmark = [pytest.mark.usefixtures("quick_compilation"), pytest.mark.few_rows(1)]
 INPUTS = np.random.default_rng(7).normal(size=(16, 5)).astype(np.float32)
 AXES = {"dense": {"kernel": "unit", "bias": "none"}, "head": "none"}
 

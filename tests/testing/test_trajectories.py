@@ -246,6 +246,7 @@ def test_no_learning_rate_hides_a_wrong_one(epsilon):
         compare(1e-7, 4.0)
 
 
+@pytest.mark.slow
 def test_under_jit():
     tx = optax.sgd(0.1)
 

@@ -85,6 +85,7 @@ PARAMS = {"dense": {"kernel": draw((6, 4)), "bias": draw((4,))}, "conv": draw((2
 UPDATES = jax.tree.map(lambda w: 0.1 * jnp.sin(7 * w), PARAMS)
 
 
+@pytest.mark.slow
 def test_scalars_are_root_mean_squares():
     state = measured(PARAMS, UPDATES)
     scalars = normax.dynamics_scalars((optax.EmptyState(), state))
@@ -110,6 +111,7 @@ def test_scalars_are_root_mean_squares():
         assert shown.shape == () and shown.dtype == jnp.float32
 
 
+@pytest.mark.slow
 def test_optimizers_of_nnx_and_partitions():
     model = nnx.Sequential(
         nnx.Linear(3, 4, rngs=nnx.Rngs(0)), nnx.Linear(4, 2, rngs=nnx.Rngs(1))
@@ -149,6 +151,7 @@ def test_the_table_prints():
     assert again.arrays == table.arrays
 
 
+@pytest.mark.slow
 def test_rounding_that_stalls_training_is_a_warning():
     params = jax.tree.map(lambda w: w.astype(jnp.bfloat16), PARAMS)
     updates = jax.tree.map(lambda w: 1e-4 * w, params)

@@ -11,7 +11,7 @@ import pytest
 import normax
 from normax.theory import equilibrium
 
-pytestmark = [pytest.mark.usefixtures("quick_compilation"), pytest.mark.few_rows(4)]
+pytestmark = [pytest.mark.usefixtures("quick_compilation"), pytest.mark.few_rows(1)]
 
 G, DIMENSION, CHAINS = 2.0, 256, 8
 RULES = normax.UPDATE_RULES

@@ -14,6 +14,8 @@ from normax.theory import (
     hyperball_learning_rate,
 )
 
+pytestmark = pytest.mark.few_rows(2)
+
 DIMENSION = 2000
 RATES = [1e-3, 0.01, 0.05, 0.3, 2.0]
 MOMENTA = [0.0, 0.5, 0.9, 0.97]

@@ -422,6 +422,7 @@ def test_adamc_keeps_the_angle_in_proportion_to_the_rate():
     assert np.min(ratio) < 0.5
 
 
+@pytest.mark.slow
 def test_decay_as_a_growing_rate():
     """The schedule that replaces decay has the same angles at every step."""
     eta, decay, steps = 0.05, 0.02, 1500

@@ -10,7 +10,7 @@ import pytest
 
 import normax
 
-pytestmark = pytest.mark.few_rows(4)
+pytestmark = pytest.mark.few_rows(1)
 
 ETA, STEPS = 0.05, 12
 TARGET = np.random.default_rng(1).normal(size=(6, 3))

@@ -135,6 +135,7 @@ def test_rates_up_to_the_limit_of_the_decay(rho, below, x64):
                     assert abs(float(decimal.Decimal(rate) / precise - 1)) < allowed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("steps", [0, 1, 2, 7])
 def test_derivative_by_momentum_at_none(steps):
     h = fractions.Fraction(1, 10**30)
