@@ -71,11 +71,11 @@ def _is_start(found: Measured) -> bool:
 def _shape_changed(found: Measured) -> Found | None:
     if found.changed is None:
         return None
-    first = found.steps[found.comparable[0]]
+    before, first = (found.steps[i] for i in (found.changed, found.comparable[0]))
     return (
         "note",
-        f"its shape was {found.shapes[found.changed]} {_at(found.steps[found.changed])} "
-        f"and is {found.shape} from step {first} on",
+        f"its shape was {found.shapes[found.changed]} {_at(before)} and is "
+        f"{found.shape} from step {first} on",
         "it is another array from there on: what is said of it concerns the last shape",
         "if the checkpoints are of different models, inspect those of one (--steps)",
     )

@@ -18,7 +18,7 @@ from normax.inspection.vectors import AxesByPath
 _BLOCK = 2**20  # entries
 # A vector that turns by less than this share of the median does not turn.
 _QUIET = 1e-3
-# Vectors with entries beyond 2^400 or below 2^-400 are rescaled before they are squared.
+# Vectors whose largest entry is beyond 2^400 or below 2^-400 are rescaled first.
 _SAFE = 400
 
 
@@ -183,7 +183,8 @@ def _root_mean_square(values: np.ndarray) -> float:
 
 
 def _record_step(found: Measured, index: int, w: np.ndarray, sums: _Sums) -> None:
-    norms = np.ldexp(np.sqrt(sums.square), sums.exponent)
+    with np.errstate(over="ignore"):
+        norms = np.ldexp(np.sqrt(sums.square), sums.exponent)
     found.norm[index] = _root_mean_square(norms)
     found.least[index], found.most[index] = norms.min(), norms.max()
     found.not_finite[index] = sums.not_finite
@@ -215,8 +216,15 @@ def is_floating(array: np.ndarray) -> bool:
     return bool(jnp.issubdtype(array.dtype, jnp.floating))
 
 
-def measure_array(name: str, run: Run, axes_of: AxesByPath) -> Measured | None:
-    """Measure one array at all steps; None where it holds no floating number."""
+def _kind(array: np.ndarray) -> str:
+    if array.dtype.kind == "V":
+        return "bytes without a type, as .npz stores float8: save it as .safetensors"
+    return "other kinds"
+
+
+def measure_array(name: str, run: Run, axes_of: AxesByPath) -> Measured | str:
+    """Measure one array at all steps; what it holds, where it is no floating number."""
+    kind = "other kinds"
     found = Measured(name, [step for step, _ in run])
     previous: np.ndarray | None = None
     quiet: np.ndarray | None = None
@@ -224,6 +232,7 @@ def measure_array(name: str, run: Run, axes_of: AxesByPath) -> Measured | None:
     for index, (_, checkpoint) in enumerate(run):
         array = checkpoint[name]() if name in checkpoint else None
         if array is None or not is_floating(array) or not array.size:
+            kind = kind if array is None else _kind(array)
             continue
         given, found.guess = axes_of(name, array)
         w = np.atleast_1d(array)
@@ -240,8 +249,8 @@ def measure_array(name: str, run: Run, axes_of: AxesByPath) -> Measured | None:
                 still = still & quiet
             quiet = still
         previous, last = w, checkpoint
-    if not found.guess:
-        return None
+    if not found.present:
+        return kind
     found.quiet_vectors = 0 if quiet is None else int(np.count_nonzero(quiet))
     found.has_master = (
         found.is_half

@@ -10,7 +10,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from normax._core.checks import check_learning_rate, check_positive, check_range
+from normax._core.checks import (
+    check_count,
+    check_learning_rate,
+    check_positive,
+    check_range,
+)
 from normax.theory.moments import Moments
 from normax.theory.prediction import Prediction, Run, as_schedule
 from normax.theory.recurrence import Dimension, Recurrence
@@ -159,11 +164,7 @@ class PredictedRule(Recurrence):
         """Return the checked model of a run."""
         if not callable(weight_decay):
             check_range("weight_decay", weight_decay, low=0)
-        if not isinstance(steps, int) or steps < 1:
-            raise ValueError(
-                f"steps must be a positive integer, got {steps!r}; pass the number of "
-                "steps of the run."
-            )
+        steps = check_count("steps", steps, "pass the number of steps of the run")
         check_positive("initial_norm", initial_norm)
         check_positive("gradient_norm", gradient_norm)
         if jnp.ndim(gradient_norm) and jnp.shape(gradient_norm)[0] != steps:

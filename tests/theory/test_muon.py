@@ -342,13 +342,24 @@ def test_hyperparameters_of_its_adam_change_nothing():
 
 @pytest.mark.slow
 def test_the_table_needs_no_dimension():
-    """The angle of any shape is within a tenth of the one that the table predicts."""
+    """Angles are within a tenth of the table's where the rates are small.
+
+    Here the product of the rates is 0.002, and both sides are 4 at least.
+    """
     params = {"kernel": jnp.ones((8, 16))}
     tx = normax.monitor_weight_dynamics(axes="layer")
     updates = {"kernel": 0.01 * jax.random.normal(jax.random.key(0), (8, 16))}
     _, state = tx.update(updates, tx.init(params), params)
     row = normax.dynamics_table(state, "muon", 0.02, 0.1).arrays[0]
-    for shape in ((8, 8), (64, 64), (512, 64), (64, 512), (2048, 2048), (8, 4096)):
+    for shape in (
+        (4, 4),
+        (8, 8),
+        (64, 64),
+        (512, 64),
+        (64, 512),
+        (2048, 2048),
+        (8, 4096),
+    ):
         exact = MUON.equilibrium_rotation(0.02, 0.1, dimension=shape)
         np.testing.assert_allclose(row.equilibrium_rotation, exact, rtol=0.1)
     assert "too slow" in row.verdict or "too fast" in row.verdict
@@ -356,5 +367,6 @@ def test_the_table_needs_no_dimension():
     absolute = dict(multiply_by_parameter_scale=False)
     row = normax.dynamics_table(state, "adafactor", 0.02, 0.1, **absolute).arrays[0]
     assert np.isfinite(row.steps_left)
-    with pytest.raises(ValueError, match="only with multiply_by_parameter_scale=False"):
-        normax.dynamics_table(state, "adafactor", 0.02, 0.1)
+    row = normax.dynamics_table(state, "adafactor", 0.02, 0.1).arrays[0]
+    assert row.verdict == "adafactor has no equilibrium: steps scale with the norm"
+    assert np.isnan(row.equilibrium_rotation) and np.isnan(row.steps_left)
