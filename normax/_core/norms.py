@@ -40,6 +40,22 @@ def nonzero(norm: jax.Array) -> jax.Array:
     return jnp.where(norm == 0, 1, norm)
 
 
+def square_root(x: jax.Array) -> jax.Array:
+    """Return the root of what is not negative, whose derivative is 0 at 0."""
+    return jnp.where(x > 0, jnp.sqrt(jnp.where(x > 0, x, 1)), 0)
+
+
+def hypotenuse(*parts: jax.typing.ArrayLike) -> jax.Array:
+    r"""Return $(\sum_i x_i^2)^{1/2}$ of a few arrays, where no square leaves the range.
+
+    The derivative is 0 where all of them are.
+    """
+    sizes = [jnp.abs(part) for part in parts]
+    scale = lax.stop_gradient(nonzero(functools.reduce(jnp.maximum, sizes)))
+    squares = [(size / scale) ** 2 for size in sizes]
+    return scale * square_root(functools.reduce(jnp.add, squares))
+
+
 def inner_product(x: jax.Array, y: jax.Array, axes: tuple[int, ...]) -> jax.Array:
     r"""Return $\langle x, y\rangle = \sum_i x_i y_i$ of every pair of vectors."""
     return jnp.sum(x * y, axis=axes, keepdims=True)
