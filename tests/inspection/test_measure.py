@@ -134,6 +134,24 @@ def test_not_finite_and_zero_vectors_are_counted():
     assert np.isnan(found.norm[1])
 
 
+def turned(*angles_of_steps):
+    """Return eight vectors at all steps, which turn by given angles a step."""
+    sums = np.cumsum([np.zeros(8), *angles_of_steps], 0)
+    return [np.stack([np.cos(x), np.sin(x), np.zeros(8)]) for x in sums]
+
+
+@pytest.mark.parametrize(("share", "quiet"), [(0.9e-3, 1), (1.1e-3, 0)])
+def test_a_vector_is_quiet_below_a_thousandth_of_the_median(share, quiet):
+    angle = np.full(8, 0.1)
+    slow = np.array([share, *np.ones(7)]) * angle
+    assert measured(*turned(angle, angle, slow)).quiet_vectors == quiet
+    assert measured(*turned(slow, slow, angle)).quiet_vectors == 0
+    # All of a longer run's second half counts, and a median of 0 has no thousandth.
+    assert measured(*turned(*[angle] * 4, slow)).quiet_vectors == 0
+    assert measured(*turned(*[angle] * 3, slow, slow)).quiet_vectors == quiet
+    assert measured(*turned(angle * 0, angle * 0)).quiet_vectors == 0
+
+
 @pytest.mark.parametrize(("rho", "every"), [(0.0, 1), (0.0, 50), (0.9, 1), (0.9, 40)])
 def test_the_angle_per_step_is_that_of_a_walk_with_momentum(rho, every):
     # Unit vectors of 150 entries, which a moving average of noise pushes.

@@ -149,6 +149,60 @@ def test_a_short_run():
     assert np.mean(np.abs(run.angular_update / angle - 1)) < 0.02
 
 
+# Shape, share of the norm that decays, Nesterov; bounds of the errors of norm and angle.
+SETTLED = [
+    ((4, 4), 0.05, True, 0.015, 0.015),
+    ((8, 8), 0.05, True, 0.015, 0.015),
+    ((4, 16), 0.05, True, 0.015, 0.015),
+    ((24, 16), 0.05, True, 0.015, 0.015),
+    ((4, 4), 0.05, False, 0.025, 0.025),
+    ((8, 8), 0.05, False, 0.025, 0.025),
+    ((4, 4), 0.3, True, 0.035, 0.035),
+    ((8, 8), 0.3, True, 0.035, 0.035),
+    ((4, 4), 0.3, False, 0.035, 0.12),
+    ((8, 8), 0.3, False, 0.035, 0.12),
+    ((24, 16), 0.3, False, 0.035, 0.12),
+    ((2, 8), 0.3, False, 0.025, 0.025),
+    ((3, 12), 0.05, True, 0.025, 0.025),
+    ((3, 3), 0.05, False, 0.05, 0.05),
+    ((3, 3), 0.3, False, 0.05, 0.17),
+    ((2, 2), 0.05, False, 0.13, 0.13),
+    ((2, 2), 0.3, False, 0.13, 0.24),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shape, share, nesterov, norm, angle", SETTLED)
+def test_where_norm_and_angle_settle(shape, share, nesterov, norm, angle):
+    """The accuracy that docs/theory/theory.md states."""
+    eta, decay, options = 0.01, share / 0.01, dict(nesterov=nesterov)
+    settled = (
+        MUON.equilibrium_norm(eta, decay, None, shape, **options),
+        MUON.equilibrium_rotation(eta, decay, None, shape, **options),
+    )
+    found = simulate(
+        newton_schulz, np.full(500, eta), decay, float(settled[0]), shape,
+        matrices=4000 // (shape[0] * shape[1]), **options,
+    )  # fmt: skip
+    measured = [np.sqrt(np.mean(values[200:] ** 2)) for values in found]
+    errors = np.abs(np.array(settled) / measured - 1)
+    assert errors[0] < norm and errors[1] < angle, errors
+
+
+@pytest.mark.slow
+def test_newton_schulz_is_no_constant_times_the_polar_factor():
+    """The ranges that docs/theory/theory.md states."""
+    k = np.unique(np.round(np.geomspace(1, 16384, 120)))[:, None]
+    shape = k, k * np.array([1, 1.5, 2, 4, 8, 16])
+    for law, low, high in (
+        (MUON.equilibrium_norm, 0.69, 1.09),
+        (MUON.equilibrium_rotation, 0.97, 1.08),
+    ):
+        ratio = law(1e-3, 0.1, None, shape) / law(1e-3, 0.1, None, shape, **CONVERGENT)
+        found = np.array([ratio.min(), ratio.max()])
+        np.testing.assert_allclose(found, [low, high], atol=0.01)
+
+
 HYPERS = [
     {},
     dict(nesterov=False, beta=0.9),
