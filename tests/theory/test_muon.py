@@ -149,7 +149,7 @@ def test_a_short_run():
     assert np.mean(np.abs(run.angular_update / angle - 1)) < 0.02
 
 
-# Shape, share of the norm that decays, Nesterov; bounds of the errors of norm and angle.
+# Shape, share of the norm that decays, Nesterov; bounds for errors of norm and angle.
 SETTLED = [
     ((4, 4), 0.05, True, 0.015, 0.015),
     ((8, 8), 0.05, True, 0.015, 0.015),
