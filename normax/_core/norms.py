@@ -41,8 +41,9 @@ def nonzero(norm: jax.Array) -> jax.Array:
 
 
 def square_root(x: jax.Array) -> jax.Array:
-    """Return the root of what is not negative, whose derivative is 0 at 0."""
-    return jnp.where(x > 0, jnp.sqrt(jnp.where(x > 0, x, 1)), 0)
+    """Return the root, and 0 with derivative 0 where rounding left nothing above 0."""
+    # The condition is not x > 0, since that would turn a NaN into 0 and hide it.
+    return jnp.where(x <= 0, 0, jnp.sqrt(jnp.where(x <= 0, 1, x)))
 
 
 def hypotenuse(*parts: jax.typing.ArrayLike) -> jax.Array:
