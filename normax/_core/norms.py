@@ -52,7 +52,12 @@ def hypotenuse(*parts: jax.typing.ArrayLike) -> jax.Array:
     The derivative is 0 where all of them are.
     """
     sizes = [jnp.abs(part) for part in parts]
-    scale = lax.stop_gradient(nonzero(functools.reduce(jnp.maximum, sizes)))
+    largest = lax.stop_gradient(functools.reduce(jnp.maximum, sizes))
+    # Powers of two round nothing: small additions to a large side are kept as well as
+    # in a plain sum of squares.
+    unit = 5 * jnp.finfo(largest.dtype).maxexp // 16
+    scale = jnp.where(largest > 2.0**unit, 4.0**unit, 1.0)
+    scale = jnp.where(largest < 2.0**-unit, 4.0**-unit, scale).astype(largest.dtype)
     squares = [(size / scale) ** 2 for size in sizes]
     return scale * square_root(functools.reduce(jnp.add, squares))
 
