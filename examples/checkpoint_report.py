@@ -48,7 +48,7 @@ class Block(nnx.Module):
 
 
 class Network(nnx.Module):
-    """Four blocks, of which three are sick."""
+    """Four blocks. Three of them are sick."""
 
     def __init__(self, rngs: nnx.Rngs) -> None:
         dtypes = jnp.float32, jnp.bfloat16, jnp.float32, jnp.float32

@@ -271,7 +271,7 @@ task    rule              decay  best rate     loss  ± seeds    error  octaves
             text += (
                 f"{losses.mean():9.3f}{losses.std(ddof=min(1, len(losses) - 1)):9.3f}"
             )
-            text += f"{found.errors[found.best].mean():9.1%}"
+            text += f"{found.errors[found.best].mean(dtype=float):9.1%}"
             text += f"{'>' if found.open else '':>4}{found.octaves:.1f}\n"
     return text
 

@@ -315,7 +315,7 @@ def main(argv: Sequence[str] | None = None) -> Results:
     results = run_trials(options, errors, studies, spaces)
     if missing := len(studies) * options.grid**2 - len(results["trial"]):
         print(
-            f"{missing} trials are run by other processes, the last of which writes "
+            f"{missing} trials are run by other processes, and the last one writes "
             "the results. If there is none, choose another --study."
         )
         return results

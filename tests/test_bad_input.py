@@ -1,8 +1,12 @@
 """What cannot be right raises at once, and names what it is, its value and the fix."""
 
+import pathlib
+import tempfile
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 from flax import nnx
@@ -225,6 +229,25 @@ def bridged():
     return nnx.bridge.ToNNX(Block(), rngs=nnx.Rngs(0)).lazy_init(X)
 
 
+def muon(**given):
+    given = {"dimension": (8, 16)} | given
+    return RULES["muon"].equilibrium_norm(0.1, 0.1, **given)
+
+
+def adamw_run(steps):
+    return RULES["adamw"].predict(0.1, 0.1, steps=steps, initial_norm=1.0, dimension=8)
+
+
+SGD_RUN = {"rule": "sgd", "learning_rate": 0.1, "weight_decay": 0.1}
+
+
+def inspect(**given):
+    """Inspect a run of one checkpoint, which holds one array."""
+    with tempfile.TemporaryDirectory() as folder:
+        np.savez(pathlib.Path(folder) / "0.npz", w=np.ones((3, 2)))
+        return normax.inspection.inspect_run(folder, **given)
+
+
 ARRAY = jnp.ones((3, 2))
 ERRORS = [
     # Complex radii, fractions and axes.
@@ -238,11 +261,43 @@ ERRORS = [
     ),
     (
         lambda: normax.weight_norm(ARRAY, axes=(True,)),
-        r"^axes must be one of .*, got \(True,\); a single axis is written as a tuple",
+        r"^axes must be one of .*, got \(True,\); choose one of these; a single axis",
     ),
     (
         lambda: normax.project_unit_norm({"kernel": (0, True)}),
-        r"axes\['kernel'\] must be one of .*, got \(0, True\); a single axis",
+        r"axes\['kernel'\] must be one of .*, got \(0, True\); choose one",
+    ),
+    # Hyperparameters of Muon, and dimensions.
+    *(
+        (lambda given=given: muon(**given), message)
+        for given, message in (
+            (dict(ns_coeffs=(1, 2)), r"ns_coeffs must be three .*\(1, 2\); pass \(3"),
+            (dict(ns_steps=-1), "ns_steps must be a positive integer, got -1; pass"),
+            (dict(ns_steps=2.5), "ns_steps must be a positive integer, got 2.5; pass"),
+            (dict(dimension=(None, 4)), r"must be a pair, got \(None, 4\); pass"),
+        )
+    ),
+    (
+        lambda: RULES["adamw"].equilibrium_norm(0.1, 0.1, dimension=[3, 4]),  # type: ignore[arg-type]
+        r"number of entries of a weight vector, got \[3, 4\]; pass dimension=rows \*",
+    ),
+    *(
+        (lambda steps=steps: adamw_run(steps), "steps must be a positive integer, got")
+        for steps in (True, 0, 2.0, None)
+    ),
+    # What is said of a run's checkpoints.
+    (lambda: inspect(rule="adamv"), "got 'adamv'; did you mean adam"),
+    (lambda: inspect(rule="sgd"), "of sgd depends on both rates, .*; pass both"),
+    (lambda: inspect(learning_rate=0.1), "rule is None and .*; name one of sgd"),
+    (lambda: inspect(b1=0.9), "rates belong to a rule, but rule is None"),
+    (lambda: inspect(axes="units"), "got 'units'; choose one of these"),
+    (lambda: inspect(axes={"v": [0]}), "no weights at 'v'; its first is 'w'"),
+    (lambda: inspect(axes=(2,)), r"axes must lie within the array's rank"),
+    (lambda: inspect(steps=[7]), r"\[7\] are not; it has 0"),
+    (lambda: inspect(steps=[]), "steps must name a step at least; None reads all"),
+    *(
+        (lambda n=name, x=x: inspect(**SGD_RUN | {n: x}), f"{name} must be .*got {x}")
+        for name, x in (("learning_rate", -1), ("weight_decay", 0), ("momentum", 1))
     ),
     # Updates of another structure, and numbers that were rounded.
     (

@@ -130,7 +130,7 @@ def check_axes(axes: Axes) -> Axes:
             raise ValueError(
                 f"axes{jax.tree_util.keystr(path)} must be one of "
                 f"{', '.join(map(repr, _WORDS))} or a tuple of ints, got {leaf!r}; "
-                "a single axis is written as a tuple, (0,)."
+                "choose one of these; a single axis is written as a tuple, (0,)."
             )
     return axes
 

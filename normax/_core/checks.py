@@ -1,6 +1,7 @@
 """Checks of arguments. Each error says how to put the argument right."""
 
 import difflib
+import operator
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -44,6 +45,17 @@ def nearest(name: Any, known: Iterable[str], otherwise: str) -> str:
     """Return what to do about an unknown name: take the nearest one, if any is near."""
     near = difflib.get_close_matches(str(name).lower(), known, n=1, cutoff=0.5)
     return f"did you mean {near[0]}?" if near else otherwise
+
+
+def check_count(name: str, value: Any, fix: str) -> int:
+    """Return a positive integer of Python's or NumPy's, or raise."""
+    try:
+        count = operator.index(value)
+    except (TypeError, jax.errors.JAXTypeError):
+        count = 0
+    if count < 1 or isinstance(value, bool | np.bool):
+        raise ValueError(f"{name} must be a positive integer, got {value!r}; {fix}.")
+    return count
 
 
 def check_range(name: str, value: Any, low: float, below: float = float("inf")) -> None:

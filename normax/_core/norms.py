@@ -40,6 +40,28 @@ def nonzero(norm: jax.Array) -> jax.Array:
     return jnp.where(norm == 0, 1, norm)
 
 
+def square_root(x: jax.Array) -> jax.Array:
+    """Return the root, and 0 with derivative 0 where rounding left nothing above 0."""
+    # The condition is not x > 0, since that would turn a NaN into 0 and hide it.
+    return jnp.where(x <= 0, 0, jnp.sqrt(jnp.where(x <= 0, 1, x)))
+
+
+def hypotenuse(*parts: jax.typing.ArrayLike) -> jax.Array:
+    r"""Return $(\sum_i x_i^2)^{1/2}$ of a few arrays, where no square leaves the range.
+
+    The derivative is 0 where all of them are.
+    """
+    sizes = [jnp.abs(part) for part in parts]
+    largest = lax.stop_gradient(functools.reduce(jnp.maximum, sizes))
+    # Powers of two round nothing: small additions to a large side are kept as well as
+    # in a plain sum of squares.
+    unit = 5 * jnp.finfo(largest.dtype).maxexp // 16
+    scale = jnp.where(largest > 2.0**unit, 4.0**unit, 1.0)
+    scale = jnp.where(largest < 2.0**-unit, 4.0**-unit, scale).astype(largest.dtype)
+    squares = [(size / scale) ** 2 for size in sizes]
+    return scale * square_root(functools.reduce(jnp.add, squares))
+
+
 def inner_product(x: jax.Array, y: jax.Array, axes: tuple[int, ...]) -> jax.Array:
     r"""Return $\langle x, y\rangle = \sum_i x_i y_i$ of every pair of vectors."""
     return jnp.sum(x * y, axis=axes, keepdims=True)

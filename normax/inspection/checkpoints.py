@@ -96,6 +96,11 @@ def _safetensors_header(file: Path) -> tuple[dict[str, Any], int]:
         if start > file.stat().st_size:
             raise ValueError("it ends before its header does")
         header = json.loads(opened.read(length))
+    if not isinstance(header, dict):
+        raise ValueError(
+            f"its header must be a table of arrays, but is a {type(header).__name__}; "
+            "save the file anew"
+        )
     header.pop("__metadata__", None)
     end = start + max(
         (entry["data_offsets"][1] for entry in header.values()), default=0
@@ -128,7 +133,12 @@ def _safetensors(file: Path) -> Checkpoint:
 
 def _npz_array(file: Path, name: str) -> np.ndarray:
     with file.open("rb") as opened, np.load(opened, allow_pickle=False) as arrays:
-        array = arrays[name]
+        try:
+            array = arrays[name]
+        except ValueError as error:
+            if "'<f1'" not in str(error):
+                raise
+            return np.empty(1, "V1")  # a float8 as NumPy stores it, and does not read
     # NumPy does not know bfloat16, and stores its two bytes as such.
     return array.view(ml_dtypes.bfloat16) if array.dtype == np.dtype("V2") else array
 
@@ -197,14 +207,53 @@ def _checkpoint(path: Path) -> Checkpoint | None:
     return None
 
 
-def _chosen(run: Run, steps: list[int]) -> Run:
-    there = [step for step, _ in run]
-    if missing := [step for step in steps if step not in there]:
+def _without(step: int, read: Callable[[], np.ndarray]) -> np.ndarray:
+    """Return an array, or say how to do without a damaged checkpoint."""
+    try:
+        return read()
+    except UnreadableError as error:
+        raise UnreadableError(
+            f"{error}; to read the others, leave {step} out of the steps (--steps)"
+        ) from error
+
+
+def _children_by_number(folder: Path) -> list[tuple[int, Path]]:
+    children = [*_children(folder)] if folder.is_dir() else []
+    numbered = [(_number(child), child) for child in children]
+    return sorted((number, child) for number, child in numbered if number is not None)
+
+
+def _open_numbered(numbered: list[tuple[int, Path]]) -> Run:
+    """Return the checkpoints among numbered files and folders."""
+    run: Run = []
+    damage: UnreadableError | None = None
+    for number, child in numbered:
+        try:
+            found = _guarded(child, functools.partial(_checkpoint, child)) or {}
+        except UnreadableError as error:
+            damage = damage or error
+            continue
+        guarded: Checkpoint = {
+            name: functools.partial(_without, number, read)
+            for name, read in found.items()
+        }
+        run += [(number, guarded)] if guarded else []
+    if damage:
+        others = ",".join(str(number) for number, _ in run)
+        fix = f"the others can: --steps {others}" if run else "nor can any other"
+        raise UnreadableError(f"{damage}; {fix}") from damage
+    return run
+
+
+def _check_steps(steps: list[int], known: list[int | None]) -> None:
+    if not steps:
+        raise UnreadableError("steps must name a step at least; None reads all of them")
+    if missing := [step for step in steps if step not in known]:
+        numbers = ", ".join(str(step) for step in known if step is not None)
         raise UnreadableError(
             f"steps must be among those of the run, but {missing} are not; it has "
-            f"{', '.join(map(str, there))}"
+            f"{numbers or 'no numbers: leave steps out'}"
         )
-    return [(step, checkpoint) for step, checkpoint in run if step in steps]
 
 
 def open_run(path: Path, steps: list[int] | None = None) -> Run:
@@ -225,17 +274,19 @@ def open_run(path: Path, steps: list[int] | None = None) -> Run:
         managed = (path / _STEP).exists() and not (path / _TREE).exists()
         named = managed or path.name.isdigit()  # a step of a manager
         run: Run = [(_number(path) if named else None, one)]
+        numbered = []
     else:
-        children = [*_children(path)] if path.is_dir() else []
-        numbered = [(_number(child), child) for child in children]
-        run = []
-        for number, child in sorted(pair for pair in numbered if pair[0] is not None):
-            checkpoint = _guarded(child, functools.partial(_checkpoint, child))
-            if checkpoint is not None:
-                run.append((number, checkpoint))
+        numbered = _children_by_number(path)
+        chosen = [pair for pair in numbered if steps is None or pair[0] in steps]
+        run = _open_numbered(chosen)
+    found = {step for step, _ in run}
+    if steps is not None and (found or numbered):
+        # A folder that was opened and is no checkpoint is none of the run's.
+        others = {number for number, _ in numbered if number not in steps}
+        _check_steps(steps, sorted({*found, *others}, key=lambda step: step or 0))
     if not run:
         raise UnreadableError(
             f"{path} holds no checkpoint: expected one of Orbax, or files "
             f"{' or '.join(_SUFFIXES)}; pickles are not opened"
         )
-    return run if steps is None else _chosen(run, steps)
+    return run

@@ -1,7 +1,9 @@
 """The command `normax inspect`."""
 
 import argparse
+import ast
 import json
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,24 +24,59 @@ normax inspect run/checkpoints --config rule=adamw,learning_rate=1e-3,weight_dec
 
 
 def _value(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except ValueError:
-        return text
+    """Return a value as JSON or Python writes it; other words are strings."""
+    for read in json.loads, ast.literal_eval:
+        try:
+            return read(text)
+        except (ValueError, SyntaxError):
+            continue
+    return text
 
 
-def _axes(text: str) -> Any:
-    value = _value(text)
+def _axes(text: str | None) -> Any:
+    value = None if text is None else _value(text)
     return tuple(value) if isinstance(value, list) else value
 
 
-def _steps(text: str) -> list[int]:
+def _steps(text: str | None) -> list[int] | None:
+    if text is None:
+        return None
+    if not re.fullmatch(r"\s*\d+\s*(,\s*\d+\s*)*", text):
+        raise ValueError(
+            f"--steps must be whole numbers with commas between, got {text!r}; write "
+            "--steps 0,1000."
+        )
     return [int(step) for step in text.split(",")]
 
 
+def _pairs(text: str) -> list[str]:
+    """Split at the commas that stand outside of brackets."""
+    depth, pairs = 0, [""]
+    for letter in text:
+        depth += (letter in "([{") - (letter in ")]}")
+        if letter == "," and depth == 0:
+            pairs.append("")
+        else:
+            pairs[-1] += letter
+    return pairs
+
+
 def _config(text: str) -> dict[str, Any]:
-    pairs = [pair.partition("=") for pair in text.split(",")]
-    return {key.strip(): _value(value.strip()) for key, _, value in pairs}
+    config = {}
+    for pair in _pairs(text) if text else []:
+        key, _, value = (part.strip() for part in pair.partition("="))
+        if not key or not value:
+            raise ValueError(
+                f"--config must be pairs name=value with commas between, got {pair!r}; "
+                "write --config rule=adamw,learning_rate=1e-3,weight_decay=0.1."
+            )
+        if key in ("path", "axes", "steps", "progress"):
+            raise ValueError(
+                f"--config takes the rule, its rates and its hyperparameters, got "
+                f"{pair.strip()!r}; DIR, --axes and --steps are written beside it."
+            )
+        config[key] = _value(value)
+    return config
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -60,14 +97,12 @@ def _parser() -> argparse.ArgumentParser:
     add("--html", metavar="FILE", type=Path, help="write the report as a page")
     add(
         "--axes",
-        type=_axes,
         help="unit, layer, none, [0, 1], or JSON of such values by path; else guessed",
     )
-    add("--steps", type=_steps, help="steps to read, such as 0,1000,5000; else all")
+    add("--steps", help="steps to read, such as 0,1000,5000; else all")
     add(
         "--config",
-        type=_config,
-        default={},
+        default="",
         help="rule=adamw,learning_rate=1e-3,weight_decay=0.1 and so on: predicts",
     )
     return parser
@@ -79,10 +114,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         report = inspect_run(
             given.path,
-            given.axes,
-            given.steps,
+            _axes(given.axes),
+            _steps(given.steps),
             progress=sys.stderr.isatty(),
-            **given.config,
+            **_config(given.config),
         )
         if given.json:
             given.json.write_text(json.dumps(report.to_json(), indent=1), "utf8")

@@ -1,5 +1,6 @@
 """What measurements of an array mean: findings, worst first."""
 
+import math
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -11,7 +12,7 @@ SEVERITIES = ("error", "warning", "note")
 
 # Norms that change by more than this factor in the second half of a run still drift.
 _DRIFT = 4.0
-# The same between the only two checkpoints, of which the first may be the start.
+# The same between the only two checkpoints. The first may be the start.
 _DRIFT_OF_TWO = 10.0
 # Above this share of entries that did not change, rounding undoes the steps.
 _LOST = 0.5
@@ -49,16 +50,42 @@ def _count(part: int, whole: int) -> str:
     return f"all {whole}" if part == whole else f"{part} of {whole}"
 
 
+def _at_last(found: Measured) -> str:
+    """Name the last step that holds the array."""
+    return _at(found.steps[found.present[-1]])
+
+
+def _at_the_end(found: Measured) -> str:
+    """Name the last interval between two steps that hold the array."""
+    first, last = found.comparable[-2:]
+    if last - first == 1 and last == len(found.steps) - 1:
+        return "between the last checkpoints"
+    return f"between steps {found.steps[first]} and {found.steps[last]}"
+
+
 def _is_start(found: Measured) -> bool:
     """Return whether nothing was seen but the step before training."""
-    return len(found.steps) == 1 and found.steps[0] == 0
+    return [found.steps[i] for i in found.present] == [0]
+
+
+def _shape_changed(found: Measured) -> Found | None:
+    if found.changed is None:
+        return None
+    before, first = (found.steps[i] for i in (found.changed, found.comparable[0]))
+    return (
+        "note",
+        f"its shape was {found.shapes[found.changed]} {_at(before)} and is "
+        f"{found.shape} from step {first} on",
+        "it is another array from there on: what is said of it concerns the last shape",
+        "if the checkpoints are of different models, inspect those of one (--steps)",
+    )
 
 
 def _not_finite(found: Measured) -> Found | None:
     if not found.not_finite.any():
         return None
     first = int(np.flatnonzero(found.not_finite)[0])
-    count, size = int(found.not_finite[first]), int(np.prod(found.shape))
+    count, size = int(found.not_finite[first]), math.prod(found.shapes[first] or ())
     return (
         "error",
         f"{_count(count, size)} entries are NaN or infinite "
@@ -76,7 +103,7 @@ def _zero_vectors(found: Measured) -> Found | None:
     return (
         "error" if every else "warning",
         f"{_count(found.zero_vectors, found.vectors)} weight vectors are 0 "
-        f"{_at(found.steps[-1])}",
+        f"{_at_last(found)}",
         "their units give nothing but their bias"
         + (", and the layer passes nothing on" if every else ""),
         "look for a gradient of 0, a mask, or a decay that is too large; rows of "
@@ -93,7 +120,7 @@ def _frozen_gain(found: Measured) -> Found | None:
     if found.is_half:
         return (
             "warning",
-            f"{evidence} {_at(found.steps[-1])}; a step below {found.half_unit:.2g} "
+            f"{evidence} {_at_last(found)}; a step below {found.half_unit:.2g} "
             "is rounded away there",
             "the gain has never moved from its initialization",
             "keep the parameters in float32 (param_dtype=jnp.float32) and compute in "
@@ -101,40 +128,51 @@ def _frozen_gain(found: Measured) -> Found | None:
         )
     return (
         "note",
-        f"{evidence} {_at(found.steps[-1])}",
+        f"{evidence} {_at_last(found)}",
         "the gain has never moved from its initialization",
         "if it is to be trained, see that the optimizer gets it and its gradient is "
         "not 0",
     )
 
 
+def _of_last_shape(found: Measured, values: np.ndarray) -> np.ndarray:
+    """Return the known ones of an array's intervals, since it has its last shape."""
+    values = values[found.comparable[0] :]
+    return values[np.isfinite(values)]
+
+
+def _unchanged(found: Measured) -> np.ndarray:
+    return _of_last_shape(found, found.unchanged)
+
+
 def _frozen(found: Measured) -> Found | None:
-    known = found.unchanged[np.isfinite(found.unchanged)]
+    known, held = _unchanged(found), found.comparable
     if not known.size or not (known == 1).all() or found.has_master:
         return None
     if found.only_ones and not found.has_vectors:
         return None  # a frozen gain
-    between = f"steps {found.steps[0]} to {found.steps[-1]}"
+    between = f"steps {found.steps[held[0]]} to {found.steps[held[-1]]}"
+    which = "" if len(held) == len(found.steps) else " that hold it so"
     return (
         "warning",
-        f"every entry is the same in all {len(found.steps)} checkpoints, {between}",
-        "it is as it was in the first checkpoint: no step and no decay has reached it",
+        f"every entry is the same in all {len(held)} checkpoints{which}, {between}",
+        "it is as it was in the first of them: no step and no decay has reached it",
         "see that the optimizer gets this array, and that no mask or stop_gradient "
         "holds it; if it is frozen on purpose, all is well",
     )
 
 
 def _no_gradient(found: Measured) -> Found | None:
-    angles = found.largest_angle[np.isfinite(found.largest_angle)]
-    unchanged = found.unchanged[np.isfinite(found.unchanged)]
-    if not found.has_vectors or not angles.size or (unchanged == 1).all():
+    angles, held = _of_last_shape(found, found.largest_angle), found.comparable
+    if not found.has_vectors or not angles.size or (_unchanged(found) == 1).all():
         return None
-    steps = _steps_between(found.steps) or 1
+    first, last = (found.steps[held[i]] for i in (0, -1))
+    steps = 1 if first is None or last is None else last - first
     # What rounding at every step adds up to, for independent errors.
     noise = 4 * found.half_unit * max(steps, 1) ** 0.5
     if found.is_half or angles.max() > noise:
         return None
-    ratio = found.norm[-1] / found.norm[0]
+    ratio = found.norm[held[-1]] / found.norm[held[0]]
     return (
         "warning",
         f"no vector turned by more than {angles.max():.1g} rad; norms changed by the "
@@ -152,7 +190,7 @@ def _quiet_vectors(found: Measured) -> Found | None:
     return (
         "warning",
         f"{_count(quiet, found.vectors)} weight vectors turned by less than a "
-        f"thousandth of the median between the last checkpoints",
+        f"thousandth of the median {_at_the_end(found)}",
         "no gradient reaches them: units that are dead, or rows that no data use",
         "for units, lower the learning rate or use an activation with a slope on "
         "both sides; rows of tokens that never occur can be left out",
@@ -160,7 +198,7 @@ def _quiet_vectors(found: Measured) -> Found | None:
 
 
 def _rounded_away(found: Measured) -> Found | None:
-    known = found.unchanged[np.isfinite(found.unchanged)]
+    known = _unchanged(found)
     if not found.is_half or found.has_master or not known.size:
         return None
     share = known[-1]
@@ -168,7 +206,7 @@ def _rounded_away(found: Measured) -> Found | None:
         return None
     return (
         "warning",
-        f"{share:.0%} of the entries did not change between the last checkpoints; "
+        f"{share:.0%} of the entries did not change {_at_the_end(found)}; "
         f"half a unit in the last place of {found.dtype} is at least "
         f"{found.half_unit:.2g} of an entry",
         "most steps are rounded away",
@@ -178,15 +216,17 @@ def _rounded_away(found: Measured) -> Found | None:
 
 
 def _drift(found: Measured) -> Found | None:
-    norms = found.norm[np.isfinite(found.norm)]
+    held = found.comparable
+    norms = found.norm[held]
     if not found.has_vectors or norms.size < 2 or norms[-1] == 0:
         return None
-    start = norms[(norms.size - 1) // 2] if norms.size > 2 else norms[0]
+    middle = (norms.size - 1) // 2
+    start = norms[middle]
     limit = _DRIFT if norms.size > 2 else _DRIFT_OF_TWO
     if start == 0 or 1 / limit <= norms[-1] / start <= limit:
         return None
     grows = norms[-1] > start
-    first = found.steps[(len(found.steps) - 1) // 2] if norms.size > 2 else None
+    first = found.steps[held[middle]] if norms.size > 2 else None
     return (
         "warning",
         f"the norm {'grew' if grows else 'shrank'} from {start:.3g} to "
@@ -201,6 +241,7 @@ def _drift(found: Measured) -> Found | None:
 
 _CHECKS: dict[str, Callable[[Measured], Found | None]] = {
     "not_finite": _not_finite,
+    "shape_changed": _shape_changed,
     "zero_vectors": _zero_vectors,
     "frozen_gain": _frozen_gain,
     "frozen": _frozen,
@@ -209,11 +250,6 @@ _CHECKS: dict[str, Callable[[Measured], Found | None]] = {
     "rounded_away": _rounded_away,
     "norm_drift": _drift,
 }
-
-
-def _steps_between(steps: list[int | None]) -> int | None:
-    first, last = steps[0], steps[-1]
-    return None if first is None or last is None else last - first
 
 
 def findings_of(found: Measured) -> Iterator[Finding]:

@@ -22,8 +22,8 @@ from normax.inspection.findings import (
 from normax.inspection.measure import Measured, measure_array
 from normax.inspection.per_step import angle_per_step
 from normax.inspection.report import ArrayReport, EquilibriumReport, RunReport
-from normax.inspection.vectors import AxesByPath, role
-from normax.theory.dynamics import RotationTheory, rule_of
+from normax.inspection.vectors import AxesByPath, has_outputs_first, role
+from normax.theory.rotation_theory import RotationTheory, rule_of, theory_of_adam
 from normax.theory.update_rule import UpdateRule
 
 
@@ -57,6 +57,24 @@ def _angles_per_step(found: Measured, correlation: float) -> tuple[float, ...]:
     )
 
 
+def _theory_of(found: Measured, theory: RotationTheory) -> RotationTheory:
+    """Return the theory of one array.
+
+    That of Muon depends on the shape. All that is no matrix gets its Adam.
+    """
+    rule = theory.rule
+    if rule is None or not rule.of_matrices or theory.reason:
+        return theory
+    given = theory.hyperparameters
+    if len(found.shape) == 2:
+        inputs, outputs = found.shape[:: -1 if has_outputs_first(found.name) else 1]
+        dimension = float(inputs), float(outputs)
+        return RotationTheory(rule, theory.rates, given, 0, dimension)
+    if given.get("muon_weight_dimension_numbers") is not None:
+        return theory.unknown("no matrix without muon_weight_dimension_numbers")
+    return theory_of_adam(rule, theory.rates, given)
+
+
 def _distance(found: Measured, angle: float, theory: RotationTheory) -> float:
     """Return the norm over the norm in equilibrium.
 
@@ -71,7 +89,7 @@ def _distance(found: Measured, angle: float, theory: RotationTheory) -> float:
     if rule.of_matrices:
         # The norm of the whole matrix, from the root mean square over its vectors.
         norm *= math.sqrt(found.vectors)
-        given["dimension"] = found.shape
+        given["dimension"] = theory.others[1]
     return norm / float(rule.equilibrium_norm(*theory.rates, **given))
 
 
@@ -93,10 +111,12 @@ def _beside_theory(
     unknown = EquilibriumReport(theory.rotation, np.nan, False, np.nan, theory.reason)
     if not found.has_vectors:
         return EquilibriumReport(np.nan, np.nan, False, np.nan, "no weight vectors")
-    if theory.rule.of_matrices and len(found.shape) != 2:
-        return unknown._replace(verdict="no matrix")
-    if theory.reason or not found.norm[-1] > 0:
+    if theory.reason:
         return unknown
+    if not found.norm[-1] > 0:
+        state = "all weights are 0" if found.norm[-1] == 0 else "not finite"
+        there = found.present[-1] == len(found.steps) - 1
+        return unknown._replace(verdict=state if there else "not at the last step")
     distance = _distance(found, angle, theory)
     left = theory.steps_left(distance**-theory.power)
     verdict = _verdict(distance, left)
@@ -104,6 +124,7 @@ def _beside_theory(
 
 
 def _report(found: Measured, theory: RotationTheory) -> ArrayReport:
+    theory = _theory_of(found, theory)
     per_step = _angles_per_step(found, theory.correlation)
     last = per_step[-1] if per_step else np.nan
     findings = [*findings_of(found)]
@@ -184,18 +205,22 @@ def inspect_run(
     theory = RotationTheory(known, (learning_rate, weight_decay), hyperparameters, 0)
     run = open_run(Path(path), None if steps is None else list(steps))
     names = _names(run)
-    left_out = Counter(role(name) for name in names)
-    weights = [name for name in names if role(name) == "weight"]
-    if not weights:
-        raise UnreadableError(f"{path} holds no arrays of weights")
-    axes_of = AxesByPath(axes, weights)
-    measured = (measure_array(name, run, axes_of) for name in _shown(weights, progress))
-    arrays = [_report(found, theory) for found in measured if found is not None]
-    del left_out["weight"]
-    if numbers := len(weights) - len(arrays):
-        left_out["other kinds"] = numbers
+    axes_of = AxesByPath(axes, names)
+    weights = [name for name in names if axes_of.is_weight(name)]
+    left_out = Counter(role(name) for name in names if not axes_of.is_weight(name))
+    arrays = []
+    for name in _shown(weights, progress):
+        found = measure_array(name, run, axes_of)
+        if isinstance(found, str):
+            left_out[found] += 1
+        else:
+            arrays.append(_report(found, theory))
     if not arrays:
-        raise UnreadableError(f"{path} holds no arrays of weights")
+        left = ", ".join(f"{count} of {what}" for what, count in left_out.items())
+        raise UnreadableError(
+            f"{path} holds no arrays of weights, but {left or 'nothing'}; "
+            "axes given for a path (--axes) make weights of what stands there"
+        )
     called = None if known is None else known.name
     return RunReport(
         str(path), tuple(s for s, _ in run), tuple(arrays), dict(left_out), called

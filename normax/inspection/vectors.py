@@ -10,6 +10,7 @@ import numpy as np
 from normax._core.axes import VectorAxes, check_axes, resolve_axes
 
 GIVEN = "given"
+_TORCH = "weight: all axes but the first, as in PyTorch"
 
 _OPTIMIZER = frozenset(
     "exp_avg exp_avg_sq hyperparams inner_state momentum mu nu opt opt_state optim "
@@ -24,13 +25,25 @@ def _parts(name: str) -> list[str]:
 
 
 def role(name: str) -> str:
-    """Return what an array is by its path: a weight, or what stands beside weights."""
+    """Return what an array is by its path: a weight, or what stands beside weights.
+
+    The first part that tells decides. What stands below `params` is a weight, whatever
+    it is called.
+    """
     parts = _parts(name)
-    if _OPTIMIZER.intersection(parts):
-        return "optimizer state"
-    if _STATISTICS.intersection(parts) or parts[-1] in _AVERAGES:
-        return "statistics"
-    return "weight"
+    for part in parts:
+        if part == "params":
+            return "weight"
+        if part in _OPTIMIZER:
+            return "optimizer state"
+        if part in _STATISTICS:
+            return "statistics"
+    return "statistics" if parts[-1] in _AVERAGES else "weight"
+
+
+def has_outputs_first(name: str) -> bool:
+    """Return whether the rows of a matrix are its outputs, as in PyTorch."""
+    return guess_axes(name, 2)[1] == _TORCH
 
 
 def guess_axes(name: str, rank: int) -> tuple[VectorAxes, str]:
@@ -49,7 +62,7 @@ def guess_axes(name: str, rank: int) -> tuple[VectorAxes, str]:
     ):
         return (rank - 1,), "rows of an embedding"
     if leaf == "weight":
-        return tuple(range(1, rank)), "weight: all axes but the first, as in PyTorch"
+        return tuple(range(1, rank)), _TORCH
     if owner in ("query", "key", "value", "qkv") and rank >= 3:
         return (rank - 3,), "kernel into heads"
     if owner == "out" and rank >= 3:
@@ -81,6 +94,15 @@ class AxesByPath:
                 f"axes must name arrays of the checkpoint, but it has no weights at "
                 f"{', '.join(map(repr, unused))}; its first is {names[0]!r}."
             )
+
+    def is_weight(self, name: str) -> bool:
+        """Return whether an array is a weight by its path, or by axes given for it.
+
+        Axes of a path that is no weight's by itself mean all that stands below it.
+        """
+        key = self._key(name) or ""
+        named = key != "" and (key == name or role(key) != "weight")
+        return named or role(name) == "weight"
 
     def _key(self, name: str) -> str | None:
         parts = name.split("/")

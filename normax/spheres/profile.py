@@ -12,6 +12,7 @@ import optax
 from jax import lax
 
 from normax._core.axes import Axes, PyTree, map_vectors, match_gradients
+from normax._core.checks import check_count
 from normax._core.norms import finish_polar_parts, vector_norm
 from normax._core.scheduling import unless, wait
 
@@ -156,8 +157,8 @@ def gradient_norm_profile(opt_state: PyTree, steps: int) -> PyTree:
       is a `gradient_norm` of `UpdateRule.predict`. 0 where no gradient came.
 
     Raises:
-      ValueError: `opt_state` holds no profile, several, or one without gradients; or
-        `steps` is no positive integer.
+      ValueError: `opt_state` holds no profile, several, those of several runs, or one
+        without gradients; or `steps` is no positive integer.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -187,13 +188,16 @@ def gradient_norm_profile(opt_state: PyTree, steps: int) -> PyTree:
             f"{len(found)}; pass the state of one monitor_weight_dynamics that has "
             "gradient_blocks."
         )
-    if not isinstance(steps, int) or steps < 1:
-        raise ValueError(
-            f"steps must be a positive integer, got {steps!r}; pass the number of "
-            "steps of the run to be predicted."
-        )
+    fix = "pass the number of steps of the run to be predicted"
+    steps = check_count("steps", steps, fix)
     count, length, joint_norm = found[0]
-    if not isinstance(count, jax.core.Tracer) and jnp.any(count == 0):
+    if count.ndim:
+        raise ValueError(
+            "opt_state must be that of one run, but its counts of gradients have shape "
+            f"{count.shape}; map over the runs: jax.vmap(lambda state: "
+            "gradient_norm_profile(state, steps))(opt_state)."
+        )
+    if not isinstance(count, jax.core.Tracer) and count == 0:
         raise ValueError(
             "opt_state must hold measured gradients, but its monitor has seen no step; "
             "pass the state at the end of a run."

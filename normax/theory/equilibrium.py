@@ -26,6 +26,10 @@ class Equilibrium(NamedTuple):
     decay_rate: jax.Array
 
 
+class NoEquilibriumError(ValueError):
+    """The norm settles nowhere."""
+
+
 class Theory(NamedTuple):
     """Equilibrium of an update rule."""
 
@@ -206,7 +210,7 @@ def _adafactor(
     r"""Adafactor with absolute steps, exact in $\kappa = \lambda$ after a long time."""
     del gradient_norm, min_dim_size_to_factor, decay_rate, eps, factored
     if multiply_by_parameter_scale:
-        raise ValueError(
+        raise NoEquilibriumError(
             "UPDATE_RULES['adafactor'] has an equilibrium only with "
             "multiply_by_parameter_scale=False, but it is "
             f"{multiply_by_parameter_scale}: steps are in proportion to the norm, "

@@ -6,7 +6,9 @@ orthogonal to $w$ and independent of all before. Then a step is linear,
 $$w' = w - \eta\,(u_w w + u_m m + u_g g + e), \qquad m' = f_w w + f_m m + f_g g,$$
 
 with coefficients that are known numbers: what a rule divides by is an average over many
-entries. $e$ is what is independent of all three. Derivation: docs/theory/theory.md.
+entries. $e$ is what is independent of all three. Roots of second moments are kept,
+since squares of small or large gradients leave float32. Derivation:
+docs/theory/theory.md.
 """
 
 import inspect
@@ -16,28 +18,28 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from normax._core.norms import nonzero
+from normax._core.norms import hypotenuse, nonzero, square_root
 from normax.theory.orthogonalization import DEGREE, orthogonalized
 
 Coefficients = tuple[Any, Any, Any]  # of w, of m, of g
 
 
 class Now(NamedTuple):
-    """What a rule knows at a step."""
+    """What a rule knows at a step; lengths are roots of second moments."""
 
     time: jax.Array  # 1 at the first step
     weight_decay: jax.Array
-    norm2: jax.Array  # E |w|^2
+    norm: jax.Array  # of w
     along: jax.Array  # p, where m = p w + t with t orthogonal to w
-    tangent2: jax.Array  # E |t|^2
-    gradient2: jax.Array  # E |g|^2 = G^2 / E |w|^2
+    tangent: jax.Array  # the length of t
+    gradient: jax.Array  # the length of g: G / |w|
     dimension: Any  # a number; for rules on matrices the pair of rows and columns
     past_rate: jax.Array  # the learning rate of the step before
 
     @property
-    def memory2(self) -> jax.Array:
-        """Return E |m|^2."""
-        return self.along**2 * self.norm2 + self.tangent2
+    def memory(self) -> jax.Array:
+        """Return the length of m."""
+        return hypotenuse(self.along * self.norm, self.tangent)
 
 
 class Step(NamedTuple):
@@ -45,7 +47,7 @@ class Step(NamedTuple):
 
     direction: Coefficients
     memory: Coefficients = (0.0, 0.0, 0.0)
-    rest2: Any = 0.0  # E |e|^2
+    rest: Any = 0.0  # the length of e
     # The share of w that the step takes whatever the learning rate is.
     decay: Any = 0.0
 
@@ -53,7 +55,7 @@ class Step(NamedTuple):
 # Adafactor's steps have at least the length of those from weights of this size.
 SMALLEST_SCALE = 1e-3
 
-# What a rule remembers besides m: averages of squares, by name of its own.
+# What a rule remembers besides m: roots of averages of squares, in an order of its own.
 Averages = Any
 
 
@@ -71,6 +73,11 @@ class Moments(NamedTuple):
     # and m' = f_m m - eta (f_w w + f_g g).
     holds_rates: bool = False
     needs_dimension: bool = True
+    # Whether the rule divides the decay too, entry by entry. Without a gradient such
+    # decay is no multiple of w, which turns.
+    divides_decay: bool = False
+    # Whether decay is no part of the learning rate.
+    decays_apart: bool = False
 
     @property
     def hyperparameters(self) -> frozenset[str]:
@@ -95,10 +102,15 @@ def noise_of_root(b1: Any, b2: Any) -> tuple[Any, Any, Any]:
     return diffusion, square, 1 - kept + 3 * variance / 8
 
 
-def _entry2(now: Now, coupled: bool) -> jax.Array:
-    """Return the mean square of an entry of the gradient that the rule sees."""
-    decay2 = now.weight_decay**2 * now.norm2 if coupled else 0.0
-    return (now.gradient2 + decay2) / now.dimension
+def _average(share: Any, old: Any, new: Any) -> jax.Array:
+    """Return the root of the average of squares, with a share of the old one."""
+    return hypotenuse(jnp.sqrt(share) * old, jnp.sqrt(1 - share) * new)
+
+
+def _entry(now: Now, coupled: bool) -> jax.Array:
+    """Return the root mean square of an entry of the gradient that the rule sees."""
+    decay = now.weight_decay * now.norm if coupled else 0.0
+    return hypotenuse(now.gradient, decay) / jnp.sqrt(now.dimension)
 
 
 def _nothing(**hyperparameters: Any) -> Averages:
@@ -118,19 +130,19 @@ def _sgd(averages: Averages, now: Now, *, momentum: Any, nesterov: Any):
 
 def _adagrad_begin(*, initial_accumulator_value: Any, eps: Any) -> Averages:
     del eps
-    return jnp.asarray(initial_accumulator_value, float)
+    return jnp.sqrt(jnp.asarray(initial_accumulator_value, float))
 
 
 def _adagrad(averages: Averages, now: Now, *, initial_accumulator_value: Any, eps: Any):
     del initial_accumulator_value
-    total = averages + _entry2(now, coupled=True)
-    scale = jax.lax.rsqrt(total + eps)
+    total = hypotenuse(averages, _entry(now, coupled=True))
+    scale = 1 / nonzero(hypotenuse(total, jnp.sqrt(eps)))
     return total, Step((scale * now.weight_decay, 0.0, scale))
 
 
 def _rmsprop_begin(*, initial_scale: Any, **hyperparameters: Any) -> Averages:
     del hyperparameters
-    return jnp.asarray(initial_scale, float), jnp.zeros(())
+    return jnp.sqrt(jnp.asarray(initial_scale, float)), jnp.zeros(())
 
 
 def _rmsprop(
@@ -153,13 +165,17 @@ def _rmsprop(
             "the prediction of UPDATE_RULES['rmsprop'] is not known for centered=True "
             f"with momentum={momentum}; leave one of them at its default."
         )
-    square, mean2 = averages
+    square, mean = averages
     # Without the mean, neither decay nor a constant change what the rule divides by.
-    square = decay * square + (1 - decay) * _entry2(now, coupled=not centered)
-    mean2 = decay**2 * mean2 + (1 - decay) ** 2 * _entry2(now, coupled=False)
+    square = _average(decay, square, _entry(now, coupled=not centered))
+    mean = hypotenuse(decay * mean, (1 - decay) * _entry(now, coupled=False))
     kept = 1 - decay**now.time if bias_correction else 1.0
-    spread = square / kept - (mean2 / kept**2 if centered else 0.0)
-    root = jnp.sqrt(spread + eps) if eps_in_sqrt else jnp.sqrt(spread) + eps
+    spread = square / jnp.sqrt(kept)
+    if centered:
+        removed = mean / kept
+        spread = square_root(spread - removed) * jnp.sqrt(spread + removed)
+    root = hypotenuse(spread, jnp.sqrt(eps)) if eps_in_sqrt else spread + eps
+    root = nonzero(root)
     diffusion, _, response = noise_of_root(0.0, decay)
     if centered:
         # Steps follow the mean, since its removal makes their common scale larger.
@@ -167,11 +183,11 @@ def _rmsprop(
         pull = (response + 1 - decay) * now.weight_decay / root
         push = (jnp.sqrt(diffusion) + alike * (1 - decay)) / root
         memory = (0.0, decay, (1 - decay) / root)
-        return (square, mean2), Step((pull, alike * decay, push), memory)
+        return (square, mean), Step((pull, alike * decay, push), memory)
     pull, push = response * now.weight_decay / root, jnp.sqrt(diffusion) / root
     rho, ahead = momentum, 1 + momentum if nesterov else 1.0
     direction = (ahead * pull, rho**2 if nesterov else rho, ahead * push)
-    return (square, mean2), Step(direction, (pull, rho, push))
+    return (square, mean), Step(direction, (pull, rho, push))
 
 
 def settled_steps(rho: Any) -> Any:
@@ -191,14 +207,14 @@ def _adadelta_begin(**hyperparameters: Any) -> Averages:
 
 def _adadelta(averages: Averages, now: Now, *, rho: Any, eps: Any):
     r"""AdaDelta, whose steps settle where $\epsilon$ balances noise of their size."""
-    square, steps2 = averages
-    entry2 = _entry2(now, coupled=True)
-    square = rho * square + (1 - rho) * entry2
-    settled = settled_steps(rho)
-    scale2 = settled / (1 + settled) * (steps2 + eps) / (square + eps)
-    steps2 = rho * steps2 + (1 - rho) * scale2 * entry2
-    scale = jnp.sqrt(scale2)
-    return (square, steps2), Step((scale * now.weight_decay, 0.0, scale))
+    square, length = averages
+    entry = _entry(now, coupled=True)
+    square = _average(rho, square, entry)
+    settled, root = settled_steps(rho), jnp.sqrt(eps)
+    scale = hypotenuse(length, root) / nonzero(hypotenuse(square, root))
+    scale = jnp.sqrt(settled / (1 + settled)) * scale
+    length = _average(rho, length, scale * entry)
+    return (square, length), Step((scale * now.weight_decay, 0.0, scale))
 
 
 def _adam_begin(**hyperparameters: Any) -> Averages:
@@ -217,8 +233,9 @@ def _adam_with(coupled: bool) -> Callable[..., tuple[Averages, Step]]:
         eps_root: Any,
         nesterov: Any,
     ):
-        square = b2 * averages + (1 - b2) * _entry2(now, coupled)
-        root = jnp.sqrt(square / (1 - b2**now.time) + eps_root) + eps
+        square = _average(b2, averages, _entry(now, coupled))
+        root = square / jnp.sqrt(1 - b2**now.time)
+        root = nonzero(hypotenuse(root, jnp.sqrt(eps_root)) + eps)
         diffusion, _, response = noise_of_root(b1, b2)
         push = jnp.sqrt(diffusion)
         pull = response * now.weight_decay if coupled else 0.0
@@ -240,12 +257,12 @@ def _adam_with(coupled: bool) -> Callable[..., tuple[Averages, Step]]:
 
 def _lion(averages: Averages, now: Now, *, b1: Any, b2: Any):
     r"""Lion, where a sign is $\sqrt{2/\pi}\,c / \sigma_c$ and a rest."""
-    length2 = b1**2 * now.memory2 + (1 - b1) ** 2 * now.gradient2
+    length = hypotenuse(b1 * now.memory, (1 - b1) * now.gradient)
     linear2 = 2 / jnp.pi
-    slope = jnp.sqrt(linear2 * now.dimension / length2)
+    slope = jnp.sqrt(linear2 * now.dimension) / nonzero(length)
     direction = (now.weight_decay, slope * b1, slope * (1 - b1))
-    rest2 = now.dimension * (1 - linear2)
-    return averages, Step(direction, (0.0, b2, 1 - b2), rest2=rest2)
+    rest = jnp.sqrt(now.dimension * (1 - linear2)) * (length > 0)
+    return averages, Step(direction, (0.0, b2, 1 - b2), rest=rest)
 
 
 def _adafactor(
@@ -262,24 +279,27 @@ def _adafactor(
 ):
     r"""Adafactor; its velocity holds past rates, and its decay is apart from them."""
     square, noise = averages
-    entry2 = now.gradient2 / now.dimension
-    new = now.time ** -jnp.asarray(decay_rate, entry2.dtype)
-    old = (1 - new) * square
-    square = old + new * (entry2 + eps)
-    own = new * (entry2 + eps) / square
-    noise = (old / square) ** 2 * noise + own**2
+    entry = now.gradient / jnp.sqrt(now.dimension)
+    newest = hypotenuse(entry, jnp.sqrt(eps))
+    new = now.time ** -jnp.asarray(decay_rate, entry.dtype)
+    past = jnp.sqrt(1 - new) * square
+    square = hypotenuse(past, jnp.sqrt(new) * newest)
+    divisor = nonzero(square)
+    own = new * (newest / divisor) ** 2
+    noise = (past / divisor) ** 4 * noise + own**2
     # E g^2 / r for normal entries, to first order, and exact where g^2 is all of r.
     shrinkage = 1 / (1 + 2 * own - 2 * noise)
     if factored:
         # Smaller arrays cannot be factored. Rows and columns average the noise away.
         whole = now.dimension < min_dim_size_to_factor**2
         shrinkage = jnp.where(whole, shrinkage, 1.0)
-    push = jnp.sqrt(shrinkage / square)
+    push = jnp.sqrt(shrinkage) / divisor
     if clipping_threshold is not None:
-        length = push * jnp.sqrt(entry2)
+        length = push * entry
         push = push / jnp.maximum(1.0, length / clipping_threshold)
     if multiply_by_parameter_scale:
-        push = push * jnp.maximum(jnp.sqrt(now.norm2 / now.dimension), SMALLEST_SCALE)
+        scale = now.norm / jnp.sqrt(now.dimension)
+        push = push * jnp.maximum(scale, SMALLEST_SCALE)
     step = (0.0, momentum, (1 - momentum) * push)
     return (square, noise), Step(step, step, decay=now.weight_decay)
 
@@ -311,48 +331,50 @@ def _muon(
     if nesterov:
         after = beta / (1 - beta ** (now.time + 1))
         old, new = beta * after, new + (1 - beta) * after
-    length2 = old**2 * now.memory2 + new**2 * now.gradient2
-    length = jnp.sqrt(length2)
+    remembered, fresh = old * now.memory, new * now.gradient
+    length = nonzero(hypotenuse(remembered, fresh))
     share = length / (length + eps)
     linear2, rest2 = orthogonalized(
         now.dimension, ns_coeffs, ns_steps, consistent_rms, share
     )
-    slope, rest = jnp.sqrt(linear2) / length, jnp.sqrt(nonzero(rest2)) * (rest2 > 0)
-    memory2 = beta**2 * now.memory2 + (1 - beta) ** 2 * now.gradient2
-    both = beta * old * now.memory2 + (1 - beta) * new * now.gradient2
-    pull = rest * alike * (old**2 * now.memory2 / length2) ** (DEGREE / 2)
+    moves = (remembered > 0) | (fresh > 0)
+    memory, gradient = beta * now.memory, (1 - beta) * now.gradient
+    per_length, per_after = 1 / length, 1 / nonzero(hypotenuse(memory, gradient))
+    slope, rest = jnp.sqrt(linear2) * per_length, square_root(rest2) * moves
+    both = memory * per_after * (remembered * per_length)
+    both += gradient * per_after * (fresh * per_length)
+    pull = rest * alike * (remembered * per_length) ** DEGREE
     # The rest is orthogonal to m, but not to w: its parts along w and along t.
-    radial = pull / now.norm2
-    tangential = -now.along * pull / nonzero(now.tangent2)
-    rest2_across = rest2 - radial * pull - tangential**2 * now.tangent2
+    # Compilers make one division of two, by a square that may leave float32.
+    per_norm, per_tangent = 1 / nonzero(now.norm), 1 / nonzero(now.tangent)
+    radial, across = pull * per_norm, -pull * (now.along * per_tangent)
+    rest_across = square_root(rest**2 - radial**2 - across**2)
     averages = (
-        (beta**2 * now.memory2 / memory2) ** (DEGREE / 2) * alike,
-        rest * (both**2 / (memory2 * length2)) ** (DEGREE / 2),
+        (memory * per_after) ** DEGREE * alike,
+        rest * both**DEGREE,
         now.weight_decay,
     )
     direction = (
-        now.weight_decay + radial - tangential * now.along,
-        slope * old + tangential,
+        now.weight_decay + radial * per_norm - across * (now.along * per_tangent),
+        slope * old + across * per_tangent,
         slope * new,
     )
-    return averages, Step(
-        direction, (0.0, beta, 1 - beta), rest2=jnp.maximum(rest2_across, 0.0)
-    )
+    return averages, Step(direction, (0.0, beta, 1 - beta), rest=rest_across)
 
 
 def _newton(averages: Averages, now: Now):
     """Newton's step is proportional to the norm, and so is its noise."""
-    return averages, Step((now.weight_decay, 0.0, now.norm2))
+    return averages, Step((now.weight_decay, 0.0, now.norm**2))
 
 
 SGD = Moments(_nothing, _sgd, needs_dimension=False)
 NORMALIZED_SGD = SGD._replace(projects=True)
-ADAGRAD = Moments(_adagrad_begin, _adagrad)
-RMSPROP = Moments(_rmsprop_begin, _rmsprop, holds_rates=True)
-ADADELTA = Moments(_adadelta_begin, _adadelta)
-ADAM = Moments(_adam_begin, _adam_with(coupled=True))
+ADAGRAD = Moments(_adagrad_begin, _adagrad, divides_decay=True)
+RMSPROP = Moments(_rmsprop_begin, _rmsprop, holds_rates=True, divides_decay=True)
+ADADELTA = Moments(_adadelta_begin, _adadelta, divides_decay=True)
+ADAM = Moments(_adam_begin, _adam_with(coupled=True), divides_decay=True)
 ADAMW = Moments(_adam_begin, _adam_with(coupled=False))
 LION = Moments(_nothing, _lion)
 MUON = Moments(_muon_begin, _muon)
-ADAFACTOR = Moments(_adadelta_begin, _adafactor, holds_rates=True)
+ADAFACTOR = Moments(_adadelta_begin, _adafactor, holds_rates=True, decays_apart=True)
 NEWTON = Moments(_nothing, _newton, needs_dimension=False)

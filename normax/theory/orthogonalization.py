@@ -9,6 +9,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+
+from normax._core.checks import check_count
 
 # The degree of what is not linear: the rests of matrices of correlation c overlap by
 # c^n. Measured for optax's iterations, n is 4 to 7 for all shapes where c < 0.9.
@@ -30,6 +33,13 @@ def _iterate(x: jax.Array, coefficients: Any, steps: int) -> jax.Array:
             "the theory of Muon needs the coefficients of Newton and Schulz, but "
             f"ns_coeffs is {coefficients!r}; pass them as a tuple."
         )
+    shape = np.shape(coefficients)
+    if not 1 <= len(shape) <= 2 or shape[-1] != 3:
+        raise ValueError(
+            "ns_coeffs must be three numbers, or three for each step, got "
+            f"{coefficients!r}; pass (3.4445, -4.7750, 2.0315) for instance."
+        )
+    steps = check_count("ns_steps", steps, "pass the number of iterations, such as 5")
     table = jnp.asarray(coefficients, x.dtype)
     table = table[-steps:] if table.ndim == 2 else jnp.tile(table, (steps, 1))
     for a, b, c in table:

@@ -8,9 +8,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
-from normax._core.checks import check_learning_rate, check_positive, check_range
+from normax._core.checks import (
+    check_count,
+    check_learning_rate,
+    check_positive,
+    check_range,
+)
 from normax.theory.moments import Moments
 from normax.theory.prediction import Prediction, Run, as_schedule
 from normax.theory.recurrence import Dimension, Recurrence
@@ -49,7 +55,8 @@ class PredictedRule(Recurrence):
           steps: Number of steps.
           initial_norm: Norms of the vectors at the start, of any shape.
           gradient_norm: $G = (\mathbb E\,\|\nabla L\|^2)^{1/2}$ at $\|w\| = 1$: a
-            number, or an array of shape (steps,) or (steps, ...) of a run.
+            number, or an array of shape (steps,) or (steps, ...) of a run. Where it is
+            0 all along, as for units that get no gradient, weights only decay.
           dimension: Number $d$ of entries of a vector. May be None where the result
             does not depend on it. For Muon the pair (rows, columns) of a matrix, the
             inputs and outputs of a kernel; its norm is that of the whole matrix.
@@ -60,7 +67,8 @@ class PredictedRule(Recurrence):
 
         Raises:
           TypeError: The rule has no such hyperparameter.
-          ValueError: An argument is missing, out of range or of another shape.
+          ValueError: An argument is missing, out of range or of another shape; or a
+            gradient norm is 0 and the rule divides its decay too, as Adam does.
 
         Examples:
           >>> import normax, optax
@@ -133,6 +141,9 @@ class PredictedRule(Recurrence):
         if not callable(angle):
             check_positive("angle", angle)
             check_range("angle", angle, low=0, below=math.pi / 2)
+        if self.moments.decays_apart and not callable(weight_decay):
+            check_range("weight_decay", weight_decay, low=0, below=1)
+        self._refuse_zero(gradient_norm, "no learning rate turns a vector then")
         run = self._run(
             weight_decay, steps, initial_norm, gradient_norm, dimension, hyperparameters
         )
@@ -153,19 +164,26 @@ class PredictedRule(Recurrence):
             )
         return lambda count: rates[jnp.clip(count, 0, steps - 1)]
 
+    def _refuse_zero(self, gradient_norm: jax.typing.ArrayLike, reason: str) -> None:
+        known = not isinstance(gradient_norm, jax.core.Tracer)
+        if known and np.any(np.asarray(gradient_norm) == 0):
+            raise ValueError(
+                f"gradient_norm must be positive for UPDATE_RULES[{self.name!r}], got "
+                f"0: {reason}; leave out the vectors that get no gradient."
+            )
+
     def _run(
         self, weight_decay, steps, initial_norm, gradient_norm, dimension, given
     ) -> Run:
         """Return the checked model of a run."""
         if not callable(weight_decay):
             check_range("weight_decay", weight_decay, low=0)
-        if not isinstance(steps, int) or steps < 1:
-            raise ValueError(
-                f"steps must be a positive integer, got {steps!r}; pass the number of "
-                "steps of the run."
-            )
+        steps = check_count("steps", steps, "pass the number of steps of the run")
         check_positive("initial_norm", initial_norm)
-        check_positive("gradient_norm", gradient_norm)
+        check_range("gradient_norm", gradient_norm, low=0)
+        if self.moments.divides_decay:
+            reason = "its decay is divided entry by entry, and turns a vector then"
+            self._refuse_zero(gradient_norm, reason)
         if jnp.ndim(gradient_norm) and jnp.shape(gradient_norm)[0] != steps:
             raise ValueError(
                 f"gradient_norm must be a number or have shape (steps, ...), and steps "

@@ -3,8 +3,8 @@ r"""The norm and the angle of scale-invariant weights over a whole run, and the 
 A linear step (`moments`) closes in three second moments of weights and memory,
 $$\mathbb E\,\|w\|^2, \qquad \mathbb E\,\langle w, m\rangle, \qquad
 \mathbb E\,\|m\|^2.$$
-So a scan over three numbers a vector follows any schedule. Derivation and accuracy:
-docs/theory/theory.md.
+So a scan over three numbers a vector follows any schedule. They are kept as lengths,
+whose squares may leave float32. Derivation and accuracy: docs/theory/theory.md.
 """
 
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from normax._core.norms import at_least_float32
+from normax._core.norms import at_least_float32, hypotenuse, nonzero
 from normax.theory.moments import Averages, Coefficients, Moments, Now, Step
 
 Schedule = Callable[[jax.Array], Any]
@@ -43,9 +43,9 @@ def as_schedule(value: Any) -> Schedule:
 class _State(NamedTuple):
     """The memory is m = along w + t, with t orthogonal to w."""
 
-    norm2: jax.Array  # E |w|^2
+    norm: jax.Array  # the root of E |w|^2
     along: jax.Array
-    tangent2: jax.Array  # E |t|^2
+    tangent: jax.Array  # the root of E |t|^2
     past_rate: jax.Array
     averages: Averages
 
@@ -55,32 +55,35 @@ class _Map(NamedTuple):
 
     weights: Coefficients
     memory: Coefficients
-    rest2: Any
+    rest: Any
 
-    def tangent2(self, state: _State, gradient2: jax.Array) -> jax.Array:
-        """Return the mean square of the part of w' that is orthogonal to w."""
+    def across(self, state: _State, gradient: jax.Array) -> jax.Array:
+        """Return the length of the part of w' that is orthogonal to w."""
         _, moved, new = self.weights
-        return moved**2 * state.tangent2 + new**2 * gradient2 + self.rest2
+        return hypotenuse(moved * state.tangent, new * gradient, self.rest)
 
     def advance(
-        self, state: _State, gradient2: jax.Array, eta: Any, averages: Averages
+        self, state: _State, gradient: jax.Array, eta: Any, averages: Averages
     ) -> _State:
         """Return the second moments of w' and m'."""
-        squares = state.norm2, state.tangent2, gradient2
+        lengths = state.norm, state.tangent, gradient
         (a, b, c), (f, g, h) = self.weights, self.memory
-
-        def product(x: Coefficients, y: Coefficients) -> Any:
-            return sum(p * q * z for p, q, z in zip(x, y, squares, strict=True))
-
-        norm2 = product(self.weights, self.weights) + self.rest2
+        parts = [x * length for x, length in zip(self.weights, lengths, strict=True)]
+        kept = [x * length for x, length in zip(self.memory, lengths, strict=True)]
+        norm = hypotenuse(*parts, self.rest)
+        # Compilers make one division of two, by a square that may leave float32.
+        per_norm = 1 / nonzero(norm)
         # Lagrange's identity: |m'|^2 |w'|^2 - <w', m'>^2 without a difference of both.
-        crossed = (
-            (a * g - b * f) ** 2 * state.tangent2 + (a * h - c * f) ** 2 * gradient2
-        ) * (state.norm2 / norm2)
-        crossed += (b * h - c * g) ** 2 * gradient2 * (state.tangent2 / norm2)
-        crossed += product(self.memory, self.memory) * (self.rest2 / norm2)
-        along = product(self.weights, self.memory) / norm2
-        return _State(norm2, along, crossed, eta, averages)
+        share = state.norm * per_norm
+        tangent = hypotenuse(
+            (a * g - b * f) * state.tangent * share,
+            (a * h - c * f) * gradient * share,
+            (b * h - c * g) * gradient * (state.tangent * per_norm),
+            hypotenuse(*kept) * (self.rest * per_norm),
+        )
+        products = zip(parts, kept, strict=True)
+        along = sum(x * per_norm * (y * per_norm) for x, y in products)
+        return _State(norm, along, tangent, eta, averages)
 
 
 def _map(moments: Moments, step: Step, state: _State, eta: Any) -> _Map:
@@ -94,19 +97,19 @@ def _map(moments: Moments, step: Step, state: _State, eta: Any) -> _Map:
     return _Map(
         (1 - step.decay - eta * u_w + moved * state.along, moved, -eta * u_g),
         (f_w + f_m * state.along, f_m, f_g),
-        eta**2 * step.rest2,
+        eta * step.rest,
     )
 
 
-def _rate_of_angle(state: _State, step: Step, gradient2: Any, angle: Any) -> jax.Array:
+def _rate_of_angle(state: _State, step: Step, gradient: Any, angle: Any) -> jax.Array:
     r"""Return the rate at which a step turns w by an angle.
 
     The step is $\eta T$ across w and $-(\delta + \eta q)\|w\|$ along it, so
     $\tan\theta = \eta T / (\|w\| - \delta\|w\| - \eta q \|w\|)$.
     """
     u_w, u_m, u_g = step.direction
-    unit = _Map((u_w, u_m, u_g), step.memory, step.rest2)
-    tangent = jnp.sqrt(unit.tangent2(state, gradient2) / state.norm2)
+    unit = _Map((u_w, u_m, u_g), step.memory, step.rest)
+    tangent = unit.across(state, gradient) / state.norm
     slope = jnp.tan(angle)
     return (1 - step.decay) * slope / (tangent + slope * (u_w + u_m * state.along))
 
@@ -133,19 +136,20 @@ class Run(NamedTuple):
         shape = jnp.broadcast_shapes(norm.shape, profile.shape[1:], *shapes)
         sides = [jnp.broadcast_to(side, shape) for side in sides]
         dimension = jax.tree.unflatten(structure, sides)
-        norm2 = jnp.broadcast_to(norm**2, shape)
+        norm = jnp.broadcast_to(norm, shape)
         profile = jnp.broadcast_to(profile, (self.steps, *profile.shape[1:]))
 
         def step(state, inputs):
             count, gradient_norm = inputs
-            gradient2 = gradient_norm**2 / state.norm2
+            size = nonzero(state.norm)  # decay may end at 0
+            gradient = gradient_norm / size
             now = Now(
                 count + 1,
-                jnp.asarray(weight_decay(count), norm2.dtype),
-                state.norm2,
+                jnp.asarray(weight_decay(count), norm.dtype),
+                state.norm,
                 state.along,
-                state.tangent2,
-                gradient2,
+                state.tangent,
+                gradient,
                 dimension,
                 state.past_rate,
             )
@@ -153,25 +157,26 @@ class Run(NamedTuple):
                 state.averages, now, **self.hyperparameters
             )
             if learning_rate is None:
-                eta = _rate_of_angle(state, step, gradient2, angle(count))
+                eta = _rate_of_angle(state, step, gradient, angle(count))
             else:
-                eta = jnp.asarray(learning_rate(count), norm2.dtype)
+                eta = jnp.asarray(learning_rate(count), norm.dtype)
             step = _map(self.moments, step, state, eta)
-            tangent = jnp.sqrt(step.tangent2(state, gradient2) / state.norm2)
-            turned = jnp.arctan2(tangent, step.weights[0])
-            new = step.advance(state, gradient2, eta, averages)
+            tangent = step.across(state, gradient) / size
+            kept = step.weights[0]
+            # What is left of weights that vanish has no angle, and may be -0.
+            turned = jnp.arctan2(tangent, jnp.where(kept == 0, 0, kept))
+            new = step.advance(state, gradient, eta, averages)
             if self.moments.projects:
-                along = new.along * jnp.sqrt(new.norm2)
-                new = new._replace(norm2=jnp.ones(shape), along=along)
+                new = new._replace(norm=jnp.ones(shape), along=new.along * new.norm)
             new = jax.tree.map(
-                lambda x: jnp.broadcast_to(x, shape).astype(norm2.dtype), new
+                lambda x: jnp.broadcast_to(x, shape).astype(norm.dtype), new
             )
-            return new, (jnp.sqrt(state.norm2), turned, jnp.broadcast_to(eta, shape))
+            return new, (state.norm, turned, jnp.broadcast_to(eta, shape))
 
         begin, zero = self.moments.begin(**self.hyperparameters), jnp.zeros(())
         start = jax.tree.map(
-            lambda x: jnp.broadcast_to(x, shape).astype(norm2.dtype),
-            _State(norm2, zero, zero, zero, begin),
+            lambda x: jnp.broadcast_to(x, shape).astype(norm.dtype),
+            _State(norm, zero, zero, zero, begin),
         )
         counts = jnp.arange(self.steps, dtype=jnp.int32)  # as the counts of optax
         return jax.lax.scan(step, start, (counts, profile))[1]

@@ -29,6 +29,10 @@ Dimension = (
 )
 
 
+def _kind(value: Any) -> Any:
+    return None if value is None else type(value)
+
+
 class Hyperparameter(NamedTuple):
     """One keyword of the optax call that is an update rule."""
 
@@ -165,14 +169,15 @@ class Recurrence:
     def _check_dimension(self, dimension: Any) -> None:
         """Raise unless it is a number, or, for matrices, a pair of numbers."""
         name = f"UPDATE_RULES[{self.name!r}]"
-        pair = isinstance(dimension, tuple | list) and len(dimension) == 2
+        several = isinstance(dimension, tuple | list)
+        pair = several and len(dimension) == 2 and None not in map(_kind, dimension)
         if self.of_matrices and not pair:
             raise ValueError(
                 f"{name} takes a whole matrix, so its dimension must be a pair, got "
                 f"{dimension!r}; pass dimension=(rows, columns), the inputs and the "
                 "outputs of a kernel."
             )
-        if not self.of_matrices and isinstance(dimension, tuple):
+        if not self.of_matrices and several:
             raise ValueError(
                 f"the dimension of {name} must be the number of entries of a weight "
                 f"vector, got {dimension!r}; pass dimension=rows * columns where the "

@@ -36,7 +36,7 @@ from normax.theory.update_rule import UpdateRule
 
 
 def _known(name: str, default: object, below: float | None = 1.0) -> Hyperparameter:
-    """Return a hyperparameter for all values of which the equilibrium is known."""
+    """Return a hyperparameter whose values the equilibrium takes, whatever they are."""
     return Hyperparameter(name, default, below, in_theory=True)
 
 

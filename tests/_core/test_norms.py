@@ -16,7 +16,13 @@ from jax.sharding import PartitionSpec as P
 
 import normax
 from normax._core import norms
-from normax._core.norms import polar_decomposition, unit_vector, vector_norm
+from normax._core.norms import (
+    hypotenuse,
+    polar_decomposition,
+    square_root,
+    unit_vector,
+    vector_norm,
+)
 
 pytestmark = pytest.mark.few_rows(1)
 
@@ -266,3 +272,21 @@ def test_newton_of_tangent_steps_on_an_explicit_mesh():
             jax.device_put(w, jax.NamedSharding(mesh, P(None, "x")))
         )
     np.testing.assert_allclose(jax.device_get(measured), step(w), rtol=1e-5)
+
+
+@pytest.mark.parametrize("size", [1e-34, 1e-20, 1.0, 1e20, 1e36])
+def test_a_hypotenuse_is_in_the_range_of_its_sides(size):
+    sides = [draw((50,), size, seed) for seed in range(4)]
+    expected = np.sqrt(sum(np.asarray(side, float) ** 2 for side in sides))
+    np.testing.assert_allclose(hypotenuse(*sides), expected, rtol=1e-6)
+    # Its derivative by a side is the side over it.
+    slopes = jax.grad(lambda x: hypotenuse(x, *sides[1:]).sum())(sides[0])
+    expected = np.asarray(sides[0], float) / expected
+    np.testing.assert_allclose(slopes, expected, rtol=1e-5, atol=1e-7)
+
+
+def test_a_hypotenuse_of_zeros_has_no_slope_and_nan_is_kept():
+    value, slope = jax.value_and_grad(lambda x: hypotenuse(x, 0.0))(0.0)
+    assert value == slope == 0
+    assert jnp.isnan(hypotenuse(jnp.nan, 1.0))
+    assert jax.grad(square_root)(0.0) == 0 and jnp.isnan(square_root(jnp.nan))

@@ -249,6 +249,7 @@ DAMAGES = {
     "an empty file": truncated(write_safetensors, ".safetensors", 0),
     "an array without a name": one_array,
     "a header that is a list": write_header([1]),
+    "a header that is a number": write_header(1),
     "offsets that do not fit": write_header(
         {"w": {"dtype": "F32", "shape": [3], "data_offsets": [0, 64]}}
     ),
@@ -266,6 +267,46 @@ def test_damage_is_one_line(name, tmp_path):
     assert "\n" not in str(caught.value) and str(tmp_path) in str(caught.value)
 
 
+def test_the_steps_that_are_asked_for_are_read_beside_damaged_ones(tmp_path):
+    w = RNG.standard_normal((4, 3)).astype(np.float32)
+    for step in (0, 50, 100):
+        write_npz(tmp_path / f"{step}.npz", {"w": w})
+    (tmp_path / "50.npz").write_bytes(b"no zip")
+    assert [step for step, _ in open_run(tmp_path, [0, 100])] == [0, 100]
+    assert inspect_run(tmp_path, steps=[100]).steps == (100,)
+    with pytest.raises(
+        UnreadableError, match=r"50\.npz .*; the others can: --steps 0,"
+    ):
+        open_run(tmp_path)
+    with pytest.raises(UnreadableError, match=r"\[7\] are not; it has 0, 50, 100"):
+        open_run(tmp_path, [0, 7])
+    with pytest.raises(UnreadableError, match=r"50\.npz .*; nor can any other"):
+        open_run(tmp_path, [50])
+
+
+def test_an_array_that_is_damaged_says_how_to_do_without_its_step(tmp_path):
+    for step in (0, 50):
+        save_orbax(tmp_path / str(step), {"w": np.ones((4, 3))}, use_ocdbt=False)
+    (tmp_path / "50" / "w" / "0.0").unlink()
+    with pytest.raises(UnreadableError, match=r"leave 50 out of the steps \(--steps\)"):
+        inspect_run(tmp_path)
+    assert inspect_run(tmp_path, steps=[0]).steps == (0,)
+
+
+def test_float8_of_npz_is_said_to_have_no_type(tmp_path):
+    eight = {kind: FLAT["eight"].astype(kind) for kind in NAMES.values() if "8" in kind}
+    write_npz(tmp_path / "model.npz", {"w": np.ones((2, 2)), **eight})
+    ((left, count),) = inspect_run(tmp_path).left_out.items()
+    assert count == len(eight) == 2
+    assert left.endswith("as .npz stores float8: save it as .safetensors")
+
+
+def test_a_header_that_is_no_table_is_said(tmp_path):
+    write_header([1])(tmp_path, {})
+    with pytest.raises(UnreadableError, match="is a list; save the file anew"):
+        inspect_run(tmp_path)
+
+
 def test_what_is_no_checkpoint(tmp_path):
     with pytest.raises(UnreadableError, match="does not exist"):
         inspect_run(tmp_path / "nothing")
@@ -275,12 +316,21 @@ def test_what_is_no_checkpoint(tmp_path):
     with pytest.raises(UnreadableError, match="pickles are not opened"):
         inspect_run(tmp_path)
     write_npz(tmp_path / "model.npz", {"count": np.arange(3), "mu": np.ones(2)})
-    with pytest.raises(UnreadableError, match="holds no arrays of weights"):
+    message = (
+        "holds no arrays of weights, but 1 of optimizer state, 1 of other kinds; "
+        r"axes given for a path \(--axes\) make weights"
+    )
+    with pytest.raises(UnreadableError, match=message):
         inspect_run(tmp_path)
 
 
 def test_roles():
     assert role("params/mean/kernel") == "weight"
+    for name in "mu nu trace velocity momentum mean var cache".split():
+        assert role(f"params/{name}") == role(f"params/{name}/kernel") == "weight"
+        assert role(f"model.params.{name}") == "weight"
+        assert role(name) != "weight"
+    assert role("opt_state/0/mu/params/kernel") == "optimizer state"
     assert role("opt_state/0/mu/Dense_0/kernel") == "optimizer state"
     assert role("batch_stats/BatchNorm_0/mean") == role("bn/var") == "statistics"
     assert role("bn.running_mean") == "statistics"
@@ -307,6 +357,28 @@ def test_roles():
 )
 def test_guesses(name, rank, axes):
     assert guess_axes(name, rank)[0] == axes
+
+
+def test_axes_of_a_path_make_weights_of_what_is_there(tmp_path):
+    names = "trace/kernel", "trace/bias", "bn/kernel", "bn/mean", "mu/w", "nu/w"
+    write_npz(tmp_path / "model.npz", {name: np.ones((3, 2)) for name in names})
+
+    def found(axes):
+        report = inspect_run(tmp_path, axes)
+        return {array.name: array.axes for array in report.arrays}, report.left_out
+
+    assert found(None) == (
+        {"bn/kernel": (0,)},
+        {"optimizer state": 4, "statistics": 1},
+    )
+    arrays, left = found({"trace": [1], "bn": [0], "nu/w": "layer"})
+    assert arrays == {
+        "bn/kernel": (0,),
+        "nu/w": (0, 1),
+        "trace/bias": (1,),
+        "trace/kernel": (1,),
+    }
+    assert left == {"optimizer state": 1, "statistics": 1}
 
 
 def test_given_axes_hold_for_the_nearest_path():

@@ -33,8 +33,9 @@ def healthy():
 
 
 def write(folder, arrays):
+    """Write a file for each step, without the arrays that are None there."""
     for i, step in enumerate(STEPS):
-        present = {name: xs[i] for name, xs in arrays.items()}
+        present = {name: xs[i] for name, xs in arrays.items() if xs[i] is not None}
         np.savez(folder / f"{step}.npz", **present)
     return folder
 
@@ -130,9 +131,15 @@ def collapse(arrays):
     return {("norm_drift", "layer/kernel")}
 
 
+def other_shape(arrays):
+    grown = [x[:, :4] * 100 for x in arrays["head/kernel"][:2]]
+    arrays["head/kernel"] = grown + arrays["head/kernel"][2:]
+    return {("shape_changed", "head/kernel")}
+
+
 PLANTED = [nan, infinite_bias, zero_vector, zero_row, all_zero, frozen, frozen_bias]
 PLANTED += [frozen_gain, gain_that_comes_back, only_decay, dead_units, growth]
-PLANTED += [units_that_died_late, lost_steps, collapse]
+PLANTED += [units_that_died_late, lost_steps, collapse, other_shape]
 
 
 @pytest.mark.parametrize("plant", PLANTED)
@@ -145,6 +152,64 @@ def test_a_planted_fault_is_found_and_nothing_else(plant, tmp_path):
 def test_every_check_has_its_fault():
     found = {plant(healthy()).pop()[0] for plant in PLANTED}
     assert found == set(findings._CHECKS)
+
+
+def evidence(folder, kind):
+    """Return what the one finding of a kind says."""
+    (one,) = [one for one in inspect_run(folder).findings if one.kind == kind]
+    return one.evidence
+
+
+def test_entries_that_are_not_finite_are_counted_in_their_own_shape(tmp_path):
+    arrays = healthy()
+    arrays["head/kernel"][1][:] = np.nan
+    arrays["head/kernel"][3] = np.ones((2, 2))
+    text = evidence(write(tmp_path, arrays), "not_finite")
+    assert text.startswith("all 128 entries are NaN or infinite at step 100,")
+
+
+def test_a_change_of_shape_is_said_and_nothing_is_compared_across_it(tmp_path):
+    arrays = healthy()
+    other_shape(arrays)
+    assert evidence(write(tmp_path, arrays), "shape_changed") == (
+        "its shape was (16, 4) at step 100 and is (16, 8) from step 200 on"
+    )
+
+
+@pytest.mark.parametrize("lost", range(4))
+def test_findings_name_only_steps_that_hold_the_array(lost, tmp_path):
+    held = [step for i, step in enumerate(STEPS) if i != lost]
+    last, texts = held[-1], {}
+    for plant, name in (
+        (zero_vector, "layer/kernel"),
+        (frozen_gain, "norm/scale"),
+        (frozen, "head/kernel"),
+        (dead_units, "layer/kernel"),
+        (lost_steps, "layer/kernel"),
+        (growth, "layer/kernel"),
+    ):
+        arrays = healthy()
+        plant(arrays)
+        if plant is zero_vector:
+            arrays[name][2][:, 4] = 0
+        if plant is growth:  # 1, 6 and 36, whichever three are left
+            for x, factor in zip(arrays[name], (1, 1, 2, 4), strict=True):
+                x *= factor
+        arrays[name][lost] = None
+        folder = tmp_path / plant.__name__
+        folder.mkdir()
+        ((kind, _),) = kinds(write(folder, arrays))
+        texts[kind] = evidence(folder, kind)
+    assert texts["zero_vectors"].endswith(f"at step {last}")
+    assert f"at step {last};" in texts["frozen_gain"]
+    assert texts["frozen"].endswith(
+        f"in all 3 checkpoints that hold it so, steps {held[0]} to {last}"
+    )
+    at_end = f"between steps {held[-2]} and {last}"
+    at_end = "between the last checkpoints" if lost < 2 else at_end
+    assert texts["quiet_vectors"].endswith(at_end)
+    assert at_end in texts["rounded_away"]
+    assert texts["norm_drift"].endswith(f"after step {held[1]}")
 
 
 def grow_from_zero(arrays):

@@ -8,7 +8,7 @@ from normax.inspection import measure
 from normax.inspection.measure import measure_array
 from normax.inspection.per_step import angle_per_step
 from normax.inspection.vectors import AxesByPath
-from normax.theory.dynamics import RotationTheory, rule_of
+from normax.theory.rotation_theory import RotationTheory, rule_of
 
 RNG = np.random.default_rng(0)
 
@@ -70,6 +70,30 @@ def test_small_angles_keep_their_digits(size, scale):
     np.testing.assert_allclose(found.angle, exact, rtol=1e-4)
 
 
+@pytest.mark.parametrize("axes", [(0,), (1,), (0, 1)])
+@pytest.mark.parametrize("scale", [2.0**-1000, 2.0**-540, 2.0**600, 2.0**1000])
+def test_squares_beyond_float64_neither_overflow_nor_vanish(scale, axes):
+    p = RNG.standard_normal((5, 4))
+    w = p + 0.1 * RNG.standard_normal((5, 4))
+    plain = measured(p, w, axes=axes)
+    if len(axes) == 1:  # one vector alone is out of range
+        place = (slice(None), 1) if axes == (0,) else (1,)
+        row = brute_force(w.copy(), axes)
+        p[place], w[place] = p[place] * scale, w[place] * scale
+        kept = np.arange(len(row)) != 1
+        norms = np.linalg.norm(row, axis=1) * np.where(kept, 1, scale)
+    else:
+        norms = np.linalg.norm(w) * scale * np.ones(1)
+        p, w = p * scale, w * scale
+    found = measured(p, w, axes=axes)
+    np.testing.assert_allclose(found.angle, plain.angle, rtol=1e-14)
+    np.testing.assert_allclose(
+        [found.least[1], found.most[1]], [norms.min(), norms.max()], rtol=1e-14
+    )
+    expected = norms.max() * np.sqrt(np.mean((norms / norms.max()) ** 2))
+    np.testing.assert_allclose(found.norm[1], expected, rtol=1e-14)
+
+
 @pytest.mark.parametrize(
     "dtype", [ml_dtypes.bfloat16, np.float16, ml_dtypes.float8_e4m3fn, np.float64]
 )
@@ -85,10 +109,21 @@ def test_what_is_missing_is_not_measured():
     w = RNG.standard_normal((3, 2))
     found = measured(w, None, w[:2], w[:2])
     assert np.isnan(found.norm[1]) and found.shape == (2, 2)
+    assert found.present == [0, 2, 3] and found.comparable == [2, 3]
+    assert found.changed == 0 and np.isnan(found.largest_angle[:2]).all()
     assert np.isnan(found.angle[:2]).all() and found.angle[2] < 1e-7
-    assert measured(np.arange(3)) is None and measured(np.zeros((0, 3))) is None
+    assert measured(np.arange(3)) == measured(np.zeros((0, 3))) == "other kinds"
     scalar = measured(np.array(2.0), np.array(-2.0))
     assert scalar.shape == () and scalar.axes == () and scalar.norm[1] == 2
+
+
+def test_a_step_that_lacks_the_array_is_no_interval():
+    w = RNG.standard_normal((3, 2))
+    found = measured(w, None, -w, -w)
+    assert np.isnan(found.angle[:2]).all() and np.isnan(found.versine[:2]).all()
+    # But what happened meanwhile is known.
+    np.testing.assert_allclose(found.largest_angle[1:], [np.pi, 0], atol=1e-7)
+    np.testing.assert_array_equal(found.unchanged, [np.nan, 0, 1])
 
 
 def test_not_finite_and_zero_vectors_are_counted():
@@ -97,6 +132,24 @@ def test_not_finite_and_zero_vectors_are_counted():
     found = measured(p, w)
     assert found.not_finite.tolist() == [0, 2] and found.zero_vectors == 1
     assert np.isnan(found.norm[1])
+
+
+def turned(*angles_of_steps):
+    """Return eight vectors at all steps, which turn by given angles a step."""
+    sums = np.cumsum([np.zeros(8), *angles_of_steps], 0)
+    return [np.stack([np.cos(x), np.sin(x), np.zeros(8)]) for x in sums]
+
+
+@pytest.mark.parametrize(("share", "quiet"), [(0.9e-3, 1), (1.1e-3, 0)])
+def test_a_vector_is_quiet_below_a_thousandth_of_the_median(share, quiet):
+    angle = np.full(8, 0.1)
+    slow = np.array([share, *np.ones(7)]) * angle
+    assert measured(*turned(angle, angle, slow)).quiet_vectors == quiet
+    assert measured(*turned(slow, slow, angle)).quiet_vectors == 0
+    # All of a longer run's second half counts, and a median of 0 has no thousandth.
+    assert measured(*turned(*[angle] * 4, slow)).quiet_vectors == 0
+    assert measured(*turned(*[angle] * 3, slow, slow)).quiet_vectors == quiet
+    assert measured(*turned(angle * 0, angle * 0)).quiet_vectors == 0
 
 
 @pytest.mark.parametrize(("rho", "every"), [(0.0, 1), (0.0, 50), (0.9, 1), (0.9, 40)])

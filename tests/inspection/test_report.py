@@ -7,13 +7,14 @@ import math
 import subprocess
 import sys
 
+import ml_dtypes
 import numpy as np
 import pytest
 import rich.console
 
 import normax
 from normax.inspection import inspect_run
-from normax.inspection.command_line import main
+from normax.inspection.command_line import _config, main
 
 RNG = np.random.default_rng(0)
 CONFIG = "rule=adamw,learning_rate=1e-2,weight_decay=0.1"
@@ -118,8 +119,78 @@ def test_the_norm_that_counts_is_the_rules(
         *rates, dimension=dimension, initial_norm=1.5 * settled, **hyperparameters
     )
     np.testing.assert_allclose(found.steps_left, float(time), rtol=1e-2)
-    if name == "muon":
-        assert report.arrays[1].equilibrium.verdict == "no matrix"
+    angle = rule.equilibrium_rotation(*rates, None, dimension, **hyperparameters)
+    np.testing.assert_allclose(found.angle_per_step, float(angle), rtol=1e-6)
+
+
+def test_matrices_of_pytorch_have_their_outputs_first(tmp_path):
+    rule, rates = normax.UPDATE_RULES["muon"], (1e-2, 0.1)
+    w = RNG.standard_normal((8, 4))
+    names = {"fc.weight": (4, 8), "fc/kernel": (8, 4), "wte.weight": (8, 4)}
+    np.savez(tmp_path / "0.npz", **dict.fromkeys(names, w))
+    for axes in (None, (0, 1)):
+        for array in inspect_run(tmp_path, axes, None, rule, *rates).arrays:
+            settled = rule.equilibrium_norm(*rates, dimension=names[array.name])
+            found = array.equilibrium.distance
+            expected = np.linalg.norm(w) / float(settled)
+            np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+def test_what_is_no_matrix_gets_the_adam_of_muon(tmp_path):
+    w = RNG.standard_normal((3, 8, 4))
+    for step in (0, 100):
+        turned = w + 1e-3 * step / 100 * RNG.standard_normal(w.shape)
+        np.savez(tmp_path / f"{step}.npz", **{"conv/kernel": turned})
+    rates = {"learning_rate": 1e-2, "weight_decay": 0.1}
+    adam = {"adam_b1": 0.8, "adam_learning_rate": 2e-2, "adam_weight_decay": 0.3}
+    other = {"learning_rate": 2e-2, "weight_decay": 0.3, "b1": 0.8}
+    (found,) = inspect_run(tmp_path, rule="muon", **rates, **adam).arrays
+    (expected,) = inspect_run(tmp_path, rule="adamw", **other).arrays
+    assert found.angle_per_step == expected.angle_per_step
+    assert found.equilibrium == expected.equilibrium
+    # Without decay too its steps are as much alike.
+    (found,) = inspect_run(tmp_path, rule="muon", **rates, adam_b1=0.8).arrays
+    np.testing.assert_allclose(found.angle_per_step, expected.angle_per_step, rtol=2e-3)
+    assert found.equilibrium.verdict.startswith("muon's Adam has no decay")
+    numbers = {"muon_weight_dimension_numbers": lambda params: params}
+    (found,) = inspect_run(tmp_path, rule="muon", **rates, **numbers).arrays
+    assert "without muon_weight_dimension_numbers" in found.equilibrium.verdict
+
+
+def test_decay_of_muon_is_rounded_away_in_matrices_alone(tmp_path):
+    arrays = {"a/kernel": (8, 4), "conv/kernel": (3, 8, 4)}
+    for step in (0, 100):
+        half = {
+            name: RNG.standard_normal(shape).astype(ml_dtypes.bfloat16)
+            for name, shape in arrays.items()
+        }
+        np.savez(tmp_path / f"{step}.npz", **half)
+
+    def lost(**given):
+        rates = {"learning_rate": 1e-3, "weight_decay": 0.1}
+        report = inspect_run(tmp_path, rule="muon", **rates, **given)
+        found = report.findings
+        return {one.array for one in found if one.kind == "decay_rounded_away"}
+
+    assert lost() == {"a/kernel"}
+    assert lost(adam_weight_decay=0.1) == {*arrays}
+
+
+def test_a_report_of_the_defaults_of_adafactor(run):
+    report = inspect_run(run, None, None, "adafactor", 1e-3, 1e-4)
+    found = report.arrays[0].equilibrium
+    assert found.verdict == "adafactor has no equilibrium: steps scale with the norm"
+    assert math.isnan(found.angle_per_step)
+
+
+def test_what_is_not_there_at_last_or_is_zero_has_its_verdict(tmp_path):
+    w = RNG.standard_normal((8, 4))
+    for step in (0, 1):
+        gone = {} if step else {"gone": w}
+        np.savez(tmp_path / f"{step}.npz", zero=w * (1 - step), **gone)
+    report = inspect_run(tmp_path, None, None, "adamw", 1e-3, 0.1)
+    verdicts = {array.name: array.equilibrium.verdict for array in report.arrays}
+    assert verdicts == {"gone": "not at the last step", "zero": "all weights are 0"}
 
 
 @pytest.mark.parametrize(
@@ -196,9 +267,48 @@ def test_exit_codes(run, tmp_path, capsys):
     assert main(["inspect", str(run), "--axes", "layer"]) == 0
 
 
+def test_values_of_config_are_those_of_json_and_python():
+    text = (
+        "rule=muon, nesterov=False,ns_coeffs=((4.1, -6.9,2.9),(4,-6,2)),eps=.1,b=true,"
+        "mask=None,table=[[1,2],[3,4]],mu_dtype=float32,weight_decay=1e-2"
+    )
+    assert _config(text) == {
+        "rule": "muon",
+        "nesterov": False,
+        "ns_coeffs": ((4.1, -6.9, 2.9), (4, -6, 2)),
+        "eps": 0.1,
+        "b": True,
+        "mask": None,
+        "table": [[1, 2], [3, 4]],
+        "mu_dtype": "float32",
+        "weight_decay": 0.01,
+    }
+    assert _config("") == {}
+
+
+def test_a_switch_of_the_command_is_that_of_python(run, tmp_path):
+    file = tmp_path / "report.json"
+    config = "rule=muon,learning_rate=1e-2,weight_decay=.1,nesterov=False"
+    main(["inspect", str(run), "--config", config, "--json", str(file)])
+    kernel = json.loads(file.read_text())["arrays"]["<b>[red]/kernel"]
+    angle = normax.UPDATE_RULES["muon"].equilibrium_rotation(
+        1e-2, 0.1, None, (8, 4), nesterov=False
+    )
+    found = kernel["equilibrium"]["angle_per_step"]
+    np.testing.assert_allclose(found, float(angle), rtol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
+        (["--steps", "a"], "got 'a'; write --steps 0,1000"),
+        (["--steps", "1,,2"], "--steps must be whole numbers with commas between"),
+        (["--axes", "units"], "got 'units'; choose one of these"),
+        (["--config", "rule"], "pairs name=value with commas between, got 'rule'"),
+        *(
+            (["--config", CONFIG + f",{key}=1"], f"got '{key}=1'; DIR, --axes and")
+            for key in ("path", "axes", "steps", "progress")
+        ),
         (["--steps", "7"], "steps must be among those of the run"),
         (["--axes", "[5]"], "axes must lie within the array's rank"),
         (["--axes", '{"nothing": [0]}'], "no weights at 'nothing'"),

@@ -180,7 +180,7 @@ def test_a_healthy_run_gives_no_alarm(name, tmp_path):
 
 
 def with_dead_units():
-    """Return a conv net of which three units give 0 for all inputs."""
+    """Return a conv net with three units that give 0 for all inputs."""
     model = ConvNet(nnx.Rngs(0))
     model.norm1.bias[...] = model.norm1.bias[...].at[:3].set(-50.0)
     return model

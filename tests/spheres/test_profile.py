@@ -281,9 +281,31 @@ def test_what_cannot_be_read_is_said():
         (monitor.init(w), 3, "has seen no step"),
         (state, 0, "steps must be a positive integer, got 0"),
         (state, 2.0, "steps must be a positive integer"),
+        (state, True, "steps must be a positive integer, got True; pass the number"),
     ]:
         with pytest.raises(ValueError, match=message):
             gradient_norm_profile(opt_state, steps)
+    several = gradient_norm_profile(state, np.int64(3))
+    np.testing.assert_array_equal(several, gradient_norm_profile(state, 3))
+
+
+def test_the_runs_of_vmap_have_a_profile_each():
+    monitor = normax.monitor_weight_dynamics(gradient_blocks=2)
+    w, grads = draw(6, 3), draw(4, 6, 3)
+
+    def run(scale):
+        state = monitor.init(w)
+        for g in grads:
+            state = monitor.update(g, state, w, grad=scale * g)[1]
+        return state
+
+    states = jax.vmap(run)(jnp.array([1.0, 3.0]))
+    with pytest.raises(ValueError, match=r"have shape \(2,\); map over the runs: jax"):
+        gradient_norm_profile(states, 5)
+    found = jax.vmap(lambda state: gradient_norm_profile(state, 5))(states)
+    for rows, scale in zip(found, (1.0, 3.0), strict=True):
+        expected = gradient_norm_profile(run(scale), 5)
+        np.testing.assert_allclose(rows, expected, rtol=1e-6)
 
 
 def noisy_loss(w, key):

@@ -535,7 +535,8 @@ def test_in_float32_and_at_any_scale():
         ("adamw", dict(dimension=None), "depends on the dimension"),
         ("adamw", dict(steps=0), "steps must be a positive integer"),
         ("adamw", dict(gradient_norm=np.ones(3)), r"\(steps, ...\), and steps is 10"),
-        ("adamw", dict(gradient_norm=0.0), "gradient_norm must be positive"),
+        ("adam", dict(gradient_norm=0.0), "got 0: its decay is divided .*; leave out"),
+        ("adamw", dict(gradient_norm=-1.0), "gradient_norm must be at least 0 and fin"),
         ("adamw", dict(initial_norm=-1.0), "initial_norm must be positive"),
         ("adamw", dict(mask=True), "not known for mask=True"),
         ("newton", dict(damping=1.0), "not known for damping=1.0"),
@@ -564,3 +565,111 @@ def test_angles_that_no_rate_gives():
     with pytest.raises(ValueError, match="one schedule is for one vector"):
         given["initial_norm"] = jnp.ones(3)
         RULES["adamw"].schedule_for_angle(0.1, 0.1, **given)
+
+
+NO_EPS = dict(eps=0.0)
+# How learning rate, decay, gradient norm, start, and epsilon grow where weights are
+# measured in a smaller unit: the powers of that unit.
+UNITS = {
+    "sgd": (0, 0, 2, 1, 0),
+    "nesterov": (0, 0, 2, 1, 0),
+    "adagrad": (1, 0, 2, 1, 2),
+    "rmsprop": (1, 0, 2, 1, 2),
+    "adadelta": (0, 0, 2, 1, 2),
+    "adam": (1, 0, 2, 1, 1),
+    "adamw": (1, -1, 2, 1, 1),
+    "lion": (1, -1, 2, 1, 0),
+    "muon": (1, -1, 2, 1, 1),
+    "adafactor": (1, 0, 2, 1, 2),
+    "normalized_sgd": (0, 0, 0, 0, 0),
+    "newton": (0, 0, 0, 1, 0),
+}
+ABSOLUTE = {"adafactor": dict(multiply_by_parameter_scale=False)}
+
+
+@pytest.mark.parametrize("unit", [1e-10, 1e10])
+@pytest.mark.parametrize("name", UNITS)
+def test_no_unit_of_the_weights_leaves_float32(name, unit):
+    """Gradients of 1e-20 and 1e20, whose squares float32 does not hold."""
+    rate, decay, gradient, start, epsilon = UNITS[name]
+    hyper = dict(ABSOLUTE.get(name, {}))
+    has_eps = "eps" in [h.name for h in RULES[name].hyperparameters]
+
+    def run(unit):
+        eps = {"eps": 1e-4 * unit**epsilon} if has_eps else {}
+        weight_decay = 1e-3 if name == "adafactor" else 0.3
+        return RULES[name].predict(
+            0.01 * unit**rate, weight_decay * unit**decay, steps=200,
+            initial_norm=unit**start, gradient_norm=0.5 * unit**gradient,
+            dimension=(8, 16) if name == "muon" else 128, **hyper, **eps,
+        )  # fmt: skip
+
+    with jax.enable_x64(False):
+        found, plain = run(unit), run(1.0)
+    assert found.weight_norm.dtype == jnp.float32
+    norms = np.asarray(found.weight_norm, float) / unit**start
+    np.testing.assert_allclose(norms, plain.weight_norm, rtol=1e-4)
+    np.testing.assert_allclose(found.angular_update, plain.angular_update, rtol=2e-4)
+
+
+@pytest.mark.parametrize("gradient_norm", [1e-30, 1e-20, 1e20, 1e30])
+@pytest.mark.parametrize("name", ["adamw", "lion", "muon", "adafactor"])
+def test_decoupled_rules_do_not_see_the_size_of_the_gradient(name, gradient_norm):
+    hyper = dict(ABSOLUTE.get(name, {})) | ({} if name == "lion" else NO_EPS)
+    dimension = (8, 16) if name == "muon" else 128
+    run = functools.partial(
+        RULES[name].predict, 0.01, 1e-3, steps=200, initial_norm=1.0,
+        dimension=dimension, **hyper,
+    )  # fmt: skip
+    with jax.enable_x64(False):
+        found, plain = run(gradient_norm=gradient_norm), run(gradient_norm=1.0)
+    for a, b in zip(found, plain, strict=True):
+        np.testing.assert_allclose(a, b, rtol=2e-4)
+
+
+@pytest.mark.parametrize("eps", [NO_EPS, {}])
+@pytest.mark.parametrize(
+    "name", ["sgd", "momentum", "nesterov", "adamw", "lion", "muon", "adafactor"]
+)
+def test_without_a_gradient_weights_only_decay(name, eps):
+    """As the optimizer does to a unit that gets none."""
+    hyper = eps if "eps" in [h.name for h in RULES[name].hyperparameters] else {}
+    shape, decay = (8, 16), 0.1
+    run = RULES[name].predict(
+        0.02, decay, steps=20, initial_norm=2.0, gradient_norm=0.0,
+        dimension=shape if name == "muon" else 128, **hyper,
+    )  # fmt: skip
+    w = jnp.full(shape, 2 / 128**0.5)
+    tx = RULES[name].make(0.02, decay)
+    state = tx.init(w)
+    for norm in run.weight_norm:
+        np.testing.assert_allclose(norm, jnp.linalg.norm(w), rtol=1e-12)
+        updates, state = tx.update(jnp.zeros(shape), state, w)
+        w = optax.apply_updates(w, updates)
+    np.testing.assert_array_equal(run.angular_update, np.zeros(20))
+
+
+def test_a_dead_unit_of_a_profile_is_predicted_beside_the_others():
+    profile = np.ones((50, 2)) * [1, 0]
+    run = functools.partial(RULES["adamw"].predict, 0.01, 0.1, steps=50, dimension=64)
+    both = run(initial_norm=1.0, gradient_norm=profile)
+    np.testing.assert_allclose(both.weight_norm[:, 1], 0.999 ** np.arange(50))
+    alone = run(initial_norm=1.0, gradient_norm=1.0)
+    np.testing.assert_allclose(both.angular_update[:, 0], alone.angular_update)
+    with pytest.raises(
+        ValueError, match=r"got 0: no learning rate turns .*; leave out"
+    ):
+        RULES["adamw"].schedule_for_angle(
+            0.1, 0.1, steps=3, initial_norm=1.0, gradient_norm=0.0, dimension=64
+        )
+
+
+def test_decay_that_takes_all_of_the_weights():
+    message = "weight_decay must be at least 0 and below 1, got 1.0; choose weight"
+    with pytest.raises(ValueError, match=message):
+        RULES["adafactor"].schedule_for_angle(
+            0.1, 1.0, steps=3, initial_norm=1.0, dimension=64
+        )
+    run = RULES["sgd"].predict(10.0, 0.1, steps=3, initial_norm=1.0, gradient_norm=0.0)
+    np.testing.assert_array_equal(run.weight_norm, [1, 0, 0])
+    np.testing.assert_array_equal(run.angular_update, [0, 0, 0])
