@@ -8,11 +8,14 @@ primitives are interpreted one by one (`lifting`, `primitives`), in an arithmeti
 sums over paths that neither overflows nor underflows (`arithmetic`).
 """
 
+from normax.paths.metric import path_metric, path_metric_bound
 from normax.paths.norm import path_norm, path_scales
 from normax.paths.sgd import ScaleByPathSGDState, path_sgd, scale_by_path_sgd
 
 __all__ = [
     "ScaleByPathSGDState",
+    "path_metric",
+    "path_metric_bound",
     "path_norm",
     "path_scales",
     "path_sgd",
