@@ -10,13 +10,17 @@ sums over paths that neither overflows nor underflows (`arithmetic`).
 
 from normax.paths.metric import path_metric, path_metric_bound
 from normax.paths.norm import path_norm, path_scales
+from normax.paths.pruning import path_mask, path_prune, path_saliency
 from normax.paths.sgd import ScaleByPathSGDState, path_sgd, scale_by_path_sgd
 
 __all__ = [
     "ScaleByPathSGDState",
+    "path_mask",
     "path_metric",
     "path_metric_bound",
     "path_norm",
+    "path_prune",
+    "path_saliency",
     "path_scales",
     "path_sgd",
     "scale_by_path_sgd",
