@@ -138,18 +138,18 @@ CONVOLUTIONAL = {"conv": (2, 2, 2), "last": (2, 2), "c": (2,)} | dict.fromkeys(
 
 
 def stacked(params, x):
-    """Layers stacked by a scan, and a quotient of parameters."""
+    """Centred inputs, layers stacked by a scan, and a quotient of parameters."""
 
     def step(h, layer):
         kernel, bias = layer
         return relu(h @ kernel + bias), None
 
-    h, _ = jax.lax.scan(step, x, (params["kernels"], params["biases"]))
+    h, _ = jax.lax.scan(step, x - 0.5, (params["kernels"], params["biases"]))
     return h * params["gain"] / params["divisor"]
 
 
 def paths_of_stacked(w):
-    h = Paths.inputs(2)
+    h = Paths.inputs(2).affine(np.ones((2, 2)), np.full((2, 2), -0.5)).flushed()
     for i in range(3):
         bias = w["biases"][:, i]
         h = h.dense(w["kernels"][:, i]).affine(ones(bias), bias).flushed()
@@ -365,6 +365,14 @@ def test_pairs_without_order_are_refused_and_nan_if_they_are_traced():
     assert "weights of params['kernel'] are larger" in str(e.value)
     assert "weights of params['bias'] are smaller" in str(e.value)
     assert np.isnan(jax.jit(metric)(params, other, x))
+
+
+def test_weights_within_a_scan_are_compared_at_every_step():
+    kernels = np.abs(RNG.normal(size=(100, 8, 8))).astype(np.float32)
+    other, x = kernels.copy(), np.ones(8, np.float32)
+    other[[20, 70], 3, 5] *= [np.float32(2), np.float32(0.5)]
+    with pytest.raises(ValueError, match=r"weights of params are larger .* smaller"):
+        paths.path_metric(deep, kernels, other, x, log=True)
 
 
 @pytest.mark.slow
