@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -44,14 +45,19 @@ class Comparison(NamedTuple):
     """How the weights of two networks differ, of an array or of several.
 
     Attributes:
-      kinds: The sum of 1 if some weight of the other network is larger, 2 if some is
-        smaller, 4 if some has the opposite sign, and 8 if some differs and is not 0.
+      kinds: Four integers, 1 if some weight of the other network is larger, is smaller,
+        has the opposite sign, or differs where neither is 0.
       extremes: By how much the other's are larger and smaller, the largest weight
         with an opposite one, and the largest difference where neither is 0.
     """
 
     kinds: jax.Array
     extremes: jax.Array
+
+
+# JAX remembers for ever each function that a reduction is given, so there is only one.
+def _largest(a, b):
+    return tuple(map(lax.max, a, b))
 
 
 class _Lane(enum.Enum):
@@ -83,16 +89,17 @@ class Difference(Activation):
 
     Attributes:
       meet: The paths with the smaller weights.
+      differs: Whether weights have differed so far. If not, the difference is 0.
     """
 
     meet: Path = dataclasses.field(kw_only=True)
+    differs: bool = True
 
 
 def meet(w: jax.Array, other: jax.Array) -> jax.Array:
     """Return the smaller weights where signs agree, else 0."""
-    agree = jnp.sign(w) * jnp.sign(other) > 0
-    nan = 0 * (w + other)  # 0, unless one of them is no number
-    return jnp.where(agree, jnp.minimum(jnp.abs(w), jnp.abs(other)), 0) + nan
+    # What is no number is so in the gap.
+    return jnp.where((w > 0) == (other > 0), jnp.minimum(jnp.abs(w), jnp.abs(other)), 0)
 
 
 def join(w: jax.Array, other: jax.Array) -> jax.Array:
@@ -138,7 +145,7 @@ class DifferenceTransform(PathTransform):
         super().__init__(arithmetic)
         self.compared: list[tuple[frozenset[str], Comparison]] = []
         self._other, self._upper = other, upper
-        self._lane, self._multiplied = _Lane.UPPER, False
+        self._lane, self._multiplied, self._added = _Lane.UPPER, False, False
 
     def parameter(self, name: str, leaf: Any) -> Weight:
         """Return a parameter of both networks."""
@@ -150,7 +157,9 @@ class DifferenceTransform(PathTransform):
     def input(self, shape: tuple[int, ...], dtype: Any) -> Activation:
         """Return an input, which does not differ."""
         return Difference(
-            Path(numbers.zeros(shape, dtype)), meet=Path(numbers.ones(shape, dtype))
+            Path(numbers.zeros(shape, dtype)),
+            meet=Path(numbers.ones(shape, dtype)),
+            differs=False,
         )
 
     def evaluate_weights(self, eqn: JaxprEqn, inputs: Sequence[Weight]) -> list[Weight]:
@@ -182,6 +191,7 @@ class DifferenceTransform(PathTransform):
         if constant is None:
             return super().flush(x)
         if isinstance(constant, Changed):
+            self._added = True
             self._compare(constant)
             lane = _Lane.GAP if self._lane is _Lane.UPPER else _Lane.MEET
             edge = Weight(self._edges(constant, lane))
@@ -209,23 +219,24 @@ class DifferenceTransform(PathTransform):
         opposite = jnp.sign(value) * jnp.sign(other) < 0
         partly = (below != 0) & (growth != 0)
         tests = (growth > 0, growth < 0, opposite, partly)
-        # One reduction is one pass over memory. What is reported takes several, and is
-        # computed only if it is asked for.
-        codes = sum(2**i * test.astype(jnp.int32) for i, test in enumerate(tests))
-        kinds = lax.reduce(codes, jnp.int32(0), lax.bitwise_or, range(codes.ndim))
+        # One reduction of all four is one pass over memory. What is reported takes
+        # several, and is computed only if it is asked for.
+        ones = tuple(test.astype(jnp.int32) for test in tests)
+        start = (jnp.int32(0),) * len(ones)
+        kinds = lax.reduce(ones, start, _largest, range(value.ndim))
         sizes = (growth, -growth, join(value, other), jnp.abs(growth))
         extremes = [
             jnp.max(jnp.where(test, size, 0), initial=0)
             for test, size in zip(tests, sizes, strict=True)
         ]
         names = frozenset[str]().union(*(origin.names for origin in w.params))
-        comparison = Comparison(kinds, jnp.stack(extremes))
+        comparison = Comparison(jnp.stack(kinds), jnp.stack(extremes))
         self.compared.append((names, comparison))
 
     def _evaluate(
         self, eqn: JaxprEqn, inputs: Sequence[Any], line: str | None
     ) -> Sequence[Value]:
-        active = any(isinstance(x, Activation) for x in inputs)
+        active = [x for x in inputs if isinstance(x, Activation)]
         if not active or program_in_place(eqn) is not None:
             return super()._evaluate(eqn, inputs, line)
         if eqn.primitive.name == "scan":
@@ -240,26 +251,32 @@ class DifferenceTransform(PathTransform):
         evaluate = super()._evaluate
         self._lane = _Lane.MEET
         meets = evaluate(eqn, smaller, line)
-        self._lane, self._multiplied = _Lane.UPPER, False
+        self._lane, self._multiplied, self._added = _Lane.UPPER, False, False
         results = evaluate(eqn, inputs, line)
-        gaps: Sequence[Any] = results
-        if multiplied := self._multiplied:
+        multiplied, gaps = self._multiplied, results
+        differed = self._added or any(getattr(x, "differs", True) for x in active)
+        if multiplied:
             self._lane = _Lane.GAP
             gaps = evaluate(eqn, smaller, line)
             self._lane = _Lane.UPPER
-        return [
-            self._join(x, below.path, more.path if multiplied else None)
-            if isinstance(x, Activation)
-            else x
-            for x, below, more in zip(results, meets, gaps, strict=True)
-        ]
 
-    def _join(self, x: Activation, below: Path, more: Path | None) -> Difference:
-        """Return an activation whose difference is that of `x` and some more."""
-        path = x.path
-        if more is not None:
-            path = Path(self.arithmetic.add(path.value, more.value))
-        return Difference(path, x.constant, x.source, x.multiple, meet=below)
+        def joined(x: Activation, below: Activation, more: Activation) -> Difference:
+            path = more.path
+            if multiplied and differed:
+                path = Path(self.arithmetic.add(x.path.value, path.value))
+            return Difference(
+                path,
+                x.constant,
+                x.source,
+                x.multiple,
+                meet=below.path,
+                differs=multiplied or differed,
+            )
+
+        return [
+            joined(*both) if isinstance(both[0], Activation) else both[0]
+            for both in zip(results, meets, gaps, strict=True)
+        ]
 
 
 # Scans. Their arrays are those of both networks.
@@ -335,8 +352,8 @@ def _loop(
     final, (stacked, compared) = lax.scan(
         step, arrays[start:stop], arrays[stop:], body.length, body.reverse
     )
-    for name, (kinds, extremes) in zip(names, compared, strict=True):
-        whole = lax.reduce(kinds, jnp.int32(0), lax.bitwise_or, [0])
-        transform.compared.append((name, Comparison(whole, jnp.max(extremes, axis=0))))
+    for name, each in zip(names, compared, strict=True):
+        whole = jax.tree.map(functools.partial(jnp.max, axis=0), each)
+        transform.compared.append((name, whole))
     pairs = zip([*final, *stacked], out_kinds, strict=True)
     return [_unpack(*pair) for pair in pairs]

@@ -95,9 +95,10 @@ def _same_integers(networks: tuple[PyTree, PyTree]) -> jax.Array:
 
 def _is_exact(comparisons: list[Comparison], p: jax.typing.ArrayLike) -> jax.Array:
     """Return whether one network has the larger weights, see `path_metric`."""
-    kinds = functools.reduce(jnp.bitwise_or, (x.kinds for x in comparisons), 0)
-    ordered = (kinds & 3 != 3) & (kinds & 4 == 0)
-    return ordered & ((jnp.asarray(p) == 1) | (kinds & 8 == 0))
+    none = jnp.zeros(4, jnp.int32)
+    kinds = functools.reduce(jnp.maximum, (x.kinds for x in comparisons), none)
+    larger, smaller, opposite, partly = kinds > 0
+    return ~(larger & smaller) & ~opposite & ((jnp.asarray(p) == 1) | ~partly)
 
 
 def _refuse(
