@@ -301,8 +301,12 @@ def table(results: Results) -> str:
         text += f"\n{network:18}scale     sparsity   error  fine-tuned"
         text += "  change of logits  certificate\n"
         for kind, scale, fraction in kinds:
-            labels = {"network": network, "change_of": kind, "scale": scale}
-            mean = functools.partial(mean_of, results, sparsity=fraction, **labels)
+            labels: dict[str, Any] = {"network": network, "change_of": kind}
+            labels |= {"scale": scale, "sparsity": fraction}
+
+            def mean(column: str, labels: Any = labels) -> float:
+                return mean_of(results, column, **labels)
+
             tuned = mean("fine_tuned_error") if fraction else np.nan
             text += f"{kind:18}{scale:10}{fraction:8.0%}{mean('error'):8.1%}"
             text += f"{tuned:12.1%}" if fraction else f"{'':12}"

@@ -74,7 +74,7 @@ def output_change_bound(
       Gonon, Brisebarre, Riccietti, Gribonval, A rescaling-invariant Lipschitz bound
       based on path-metrics, 2025.
     """
-    check_order("output_change_bound", forward)
+    check_order("output_change_bound", forward, "forward, params, other, inputs")
     if any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(inputs)):
         raise ValueError(
             "output_change_bound depends on the largest entry of the inputs, but "

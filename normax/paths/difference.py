@@ -260,7 +260,7 @@ class DifferenceTransform(PathTransform):
             gaps = evaluate(eqn, smaller, line)
             self._lane = _Lane.UPPER
 
-        def joined(x: Activation, below: Activation, more: Activation) -> Difference:
+        def joined(x: Any, below: Any, more: Any) -> Difference:
             path = more.path
             if multiplied and differed:
                 path = Path(self.arithmetic.add(x.path.value, path.value))
@@ -287,7 +287,7 @@ def _pack(body: Body, value: Any, kind: Any, stacked: bool = False) -> Any:
     if isinstance(value, Unsupported):
         return None
     constant = value.constant if isinstance(value, Activation) else value
-    both = None
+    both: tuple[jax.Array, ...] | None = None
     if constant is not None:
         both = (jnp.asarray(constant.value),)
         if kind.names:

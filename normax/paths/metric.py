@@ -8,7 +8,7 @@ how much the outputs of the networks differ.
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +24,8 @@ from normax.paths.network import check_order, check_power, lift, names_of, total
 from normax.paths.norm import with_automatic_sharding
 from normax.paths.numbers import Scaled
 from normax.paths.one_example import Forward
+
+_ORDER = "forward, params, other, inputs"
 
 
 class _Compared(NamedTuple):
@@ -44,7 +46,7 @@ def _common(name: str, params: PyTree, other: PyTree) -> tuple[PyTree, PyTree]:
     """Return both networks' parameters, in common dtypes."""
     refuse_modules(params)
     refuse_modules(other)
-    structures = jax.tree.structure(params), jax.tree.structure(other)
+    structures: Any = jax.tree.structure(params), jax.tree.structure(other)
     if structures[0] != structures[1]:
         raise ValueError(
             f"{name} compares two sets of parameters of one network, but `params` has "
@@ -186,7 +188,7 @@ def path_metric(
       Gonon, Brisebarre, Riccietti, Gribonval, A path-norm toolkit for modern networks,
       2024; A rescaling-invariant Lipschitz bound based on path-metrics, 2025.
     """
-    check_order("path_metric", forward)
+    check_order("path_metric", forward, _ORDER)
     check_power(p)
     networks = _common("path_metric", params, other)
     names: list[frozenset[str]] = []
@@ -275,7 +277,7 @@ def path_metric_bound(
       Gonon, Brisebarre, Riccietti, Gribonval, A rescaling-invariant Lipschitz bound
       based on path-metrics, 2025.
     """
-    check_order("path_metric_bound", forward)
+    check_order("path_metric_bound", forward, _ORDER)
     check_power(p)
     networks = _common("path_metric_bound", params, other)
 

@@ -22,12 +22,14 @@ from normax.paths.one_example import Forward, trace_one_example
 from normax.paths.values import Activation, Path, Unsupported, Weight, weight
 
 
-def check_order(name: str, forward: Any) -> None:
+def check_order(
+    name: str, forward: Any, order: str = "forward, params, inputs"
+) -> None:
     """Raise unless the network comes first."""
     if not callable(forward):
         raise ValueError(
             f"forward must be a function, but {name} got a {type(forward).__name__}; "
-            f"the order is {name}(forward, params, inputs)."
+            f"the order is {name}({order})."
         )
 
 

@@ -33,7 +33,7 @@ _SUMS = PathArithmetic(1)
 def _saliencies(forward: Forward, params: PyTree, inputs: PyTree) -> list[Any]:
     """Return the saliency of each array as a `Scaled`, None for arrays of integers."""
     factors = scale_factors(forward, params, inputs, 1)
-    structure = jax.tree.structure(params)
+    structure: Any = jax.tree.structure(params)
     pairs = zip(jax.tree.leaves(params), structure.flatten_up_to(factors), strict=True)
 
     def of(leaf, product):

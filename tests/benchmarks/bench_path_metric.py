@@ -24,7 +24,11 @@ NETWORKS = {
     "resnet": (bench_path_sgd.ResNet18(), (1, 32, 32, 3)),
 }
 # The largest ratio that is good enough, and what to.
-LIMITS = {"metric": ("forward", 4.5), "bound": ("forward", 9.0), "saliency": ("both", 2)}
+LIMITS = {
+    "metric": ("forward", 4.5),
+    "bound": ("forward", 9.0),
+    "saliency": ("both", 2),
+}
 
 
 def programs(model, shape):
