@@ -126,8 +126,8 @@ def _chosen(params: PyTree, where: PyTree) -> list[bool]:
 def _check_fraction(fraction: Any) -> float:
     if isinstance(fraction, jax.core.Tracer):
         raise ValueError(
-            f"fraction must be a known number, but it is traced: {fraction}; make it a "
-            "static argument of jax.jit."
+            "fraction must be a known number, but it is traced; make it a static "
+            "argument of jax.jit."
         )
     check_range("fraction", fraction, 0)
     if fraction > 1:
@@ -168,8 +168,10 @@ def path_mask(
 ) -> PyTree:
     r"""Which weights to keep if those of least path saliency are pruned.
 
-    Of the $n$ entries of the chosen arrays, $\mathrm{round}(\text{fraction} \cdot n)$
-    are False. These come first: entries that are 0, so that a mask for a larger
+    $$\#\{i : \mathrm{mask}_i = \text{False}\} =
+      \mathrm{round}(\text{fraction} \cdot n)$$
+
+    Here $n$ counts the entries of the chosen arrays. These come first: entries that are 0, so that a mask for a larger
     fraction holds those before; entries on no path; then the least salient. Of equal
     ones, the first in the order of the tree. No rescaling of hidden units changes it,
     but for saliencies that differ by rounding only.
