@@ -171,10 +171,11 @@ def path_mask(
     $$\#\{i : \mathrm{mask}_i = \text{False}\} =
       \mathrm{round}(\text{fraction} \cdot n)$$
 
-    Here $n$ counts the entries of the chosen arrays. These come first: entries that are 0, so that a mask for a larger
-    fraction holds those before; entries on no path; then the least salient. Of equal
-    ones, the first in the order of the tree. No rescaling of hidden units changes it,
-    but for saliencies that differ by rounding only.
+    Here $n$ counts the entries of the chosen arrays. Entries that are 0 come first, so
+    that a mask for a larger fraction holds those before. Then come entries on no path,
+    and the least salient. Of equal ones, the first in the order of the tree. No
+    rescaling of hidden units changes the mask, but for saliencies that differ by
+    rounding only.
 
     Args:
       forward: The network, as in `path_norm`.
