@@ -104,6 +104,9 @@ NUMBERS = [
     (RADIUS, "radius"),
     (given(normax.path_norm, forward, NETWORK, X), "p"),
     (given(normax.path_scales, forward, NETWORK, X), "p"),
+    (given(normax.paths.path_metric, forward, NETWORK, NETWORK, X), "p"),
+    (given(normax.paths.path_metric_bound, forward, NETWORK, NETWORK, X), "p"),
+    (given(normax.paths.path_mask, forward, NETWORK, X), "fraction"),
     (given(RULES["sgd"].effective_learning_rate, weight_norm=1.0), "learning_rate"),
     (equilibrium("adam", "equilibrium_time"), "initial_norm"),
     *(
@@ -350,6 +353,47 @@ ERRORS = [
     (
         lambda: normax.path_sgd(0.1, forward, NETWORK).init(X),
         r"takes the parameters first, .*; swap the two",
+    ),
+    *(
+        (
+            lambda call=call: call(NETWORK, forward, NETWORK, X),
+            rf"the order is {call.__name__}\(forward, params, other, inputs\)",
+        )
+        for call in (normax.paths.path_metric, normax.paths.path_metric_bound)
+    ),
+    # Two networks that are not the same one.
+    (
+        lambda: normax.paths.path_metric(forward, NETWORK, STACK, X),
+        r"two sets of parameters of one network, but .* pass the same tree",
+    ),
+    (
+        lambda: normax.paths.path_metric_bound(
+            forward, NETWORK, NETWORK | {"w": jnp.ones((2, 4))}, X
+        ),
+        r"params\['w'\] has shape \(2, 3\), and \(2, 4\) in `other`; pass the same",
+    ),
+    # Pruning.
+    (
+        lambda: normax.paths.path_prune(forward, NETWORK, X, 1.5),
+        r"fraction must be at most 1, all entries, got 1\.5; choose it in",
+    ),
+    (
+        lambda: jax.jit(lambda f: normax.paths.path_prune(forward, NETWORK, X, f))(0.5),
+        r"fraction must be a known number, but it is traced; make it a static",
+    ),
+    (
+        lambda: normax.paths.path_mask(forward, NETWORK, X, 0.5, per="unit"),
+        r"per must be 'network' or 'layer', .*, got 'unit'; choose one of the two",
+    ),
+    (
+        lambda: normax.paths.path_mask(forward, NETWORK, X, 0.5, where=False),
+        r"needs an array to prune, but none of the 2 arrays .*; choose others by",
+    ),
+    (
+        lambda: normax.paths.path_mask(
+            forward, NETWORK | {"i": jnp.arange(3)}, X, 0.5, where=True
+        ),
+        r"`where` chooses params\['i'\], which holds int32; choose False for it",
     ),
     # Modules of Linen.
     (

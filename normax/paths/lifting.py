@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import Jaxpr, JaxprEqn, Literal
 
-from normax._core.programs import program_in_place
+from normax._core.programs import is_float, program_in_place
 from normax.paths import messages, numbers
 from normax.paths.arithmetic import PathArithmetic
 from normax.paths.numbers import Scaled
@@ -29,6 +29,7 @@ from normax.paths.primitive_spec import SPECS, NotHomogeneous
 from normax.paths.tape import Tape
 from normax.paths.values import (
     Activation,
+    Origin,
     Path,
     Sign,
     Unsupported,
@@ -96,7 +97,7 @@ class PathTransform(Tape):
             return [unsupported] * len(eqn.outvars)
         try:
             if all(isinstance(x, Weight) for x in inputs):
-                return evaluate_weights(self, eqn, inputs)
+                return self.evaluate_weights(eqn, inputs)
             if spec is None:
                 raise NotHomogeneous("no rule says that it is positively homogeneous")
             if not spec.takes_signs and any(isinstance(x, Sign) for x in inputs):
@@ -109,12 +110,31 @@ class PathTransform(Tape):
         """Return what stands for the results of a primitive without paths."""
         return messages.unsupported(name, self.line, reason)
 
+    # What a network starts from.
+
+    def parameter(self, name: str, leaf: Any) -> Weight:
+        """Return a parameter; arrays of integers are constants."""
+        params = [Origin(frozenset([name]))] if is_float(leaf) else []
+        return Weight(jnp.asarray(leaf), frozenset(params))
+
+    def input(self, shape: tuple[int, ...], dtype: Any) -> Activation:
+        """Return an input: a path starts at each entry."""
+        return Activation(Path(numbers.ones(shape, dtype)))
+
     # What the rules are made of.
+
+    def evaluate_weights(self, eqn: JaxprEqn, inputs: Sequence[Weight]) -> list[Weight]:
+        """Evaluate an equation that no activation enters."""
+        return evaluate_weights(self, eqn, inputs)
+
+    def edges(self, w: Weight) -> jax.Array:
+        """Return the weights of the edges that a layer has."""
+        return jnp.asarray(w.value)
 
     def size(self, w: Weight) -> Scaled:
         """Return $|w|^p$."""
         if w.uniform is None:
-            return self.arithmetic.of_weight(jnp.asarray(w.value))
+            return self.arithmetic.of_weight(self.edges(w))
         # XLA regroups products of constants, which can then leave the range of floats.
         # So the power of a known number is computed outside of the program.
         with jax.ensure_compile_time_eval():

@@ -13,115 +13,17 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import AxisType, PartitionSpec
 
-import normax.paths.primitives  # noqa: F401  # enters their specifications
 from normax._core.axes import PyTree
-from normax._core.checks import check_range
 from normax._core.modules import refuse_modules
-from normax._core.norms import at_least_float32
-from normax._core.programs import full_precision, is_float
 from normax.paths import numbers
 from normax.paths.arithmetic import PathArithmetic
 from normax.paths.lifting import PathTransform
+from normax.paths.network import check_order, check_power, lift, total
 from normax.paths.numbers import Scaled
-from normax.paths.one_example import Forward, trace_one_example
-from normax.paths.values import (
-    Activation,
-    Factors,
-    Origin,
-    Path,
-    Unsupported,
-    Weight,
-    weight,
-)
-
-
-def _shapes_only(inputs: PyTree) -> PyTree:
-    """Return the shapes of inputs, but integers and random keys as they are."""
-    return jax.tree.map(
-        lambda x: (
-            jax.ShapeDtypeStruct(np.shape(x), jnp.result_type(x)) if is_float(x) else x
-        ),
-        inputs,
-    )
-
-
-@full_precision()
-def _lift(
-    forward: Forward,
-    params: PyTree,
-    inputs: PyTree,
-    p: jax.typing.ArrayLike,
-    args: tuple[PyTree, ...] = (),
-    direct: bool = False,
-) -> tuple[PathTransform, list[Path], list[Weight]]:
-    """Interpret a network; `args` are what it takes besides, such as statistics.
-
-    Returns:
-      The interpreter, the paths to its outputs, and the nodes of the parameters.
-    """
-    check_range("p", p, 1, 32)
-    if np.ndim(p):
-        raise ValueError(
-            f"p must be one number, but it has shape {np.shape(p)}; use jax.vmap for "
-            "several."
-        )
-    flat = jax.tree_util.tree_leaves_with_path(params)
-    names = [f"params{jax.tree_util.keystr(path)}" for path, _ in flat]
-    for name, (_, leaf) in zip(names, flat, strict=True):
-        if jnp.iscomplexobj(leaf):
-            raise ValueError(
-                f"the weights of a path norm must be real, but {name} is complex; hold "
-                "real and imaginary parts as two arrays."
-            )
-    if any(map(jnp.iscomplexobj, jax.tree.leaves(inputs))):
-        raise ValueError(
-            "the inputs of a path norm must be real, but `inputs` holds complex "
-            "numbers; pass real and imaginary parts as two arrays."
-        )
-    inputs, closed = trace_one_example(forward, params, _shapes_only(inputs), args)
-    arithmetic = PathArithmetic(p, direct)
-    transform = PathTransform(arithmetic)
-    weights = [
-        Weight(
-            jnp.asarray(leaf),
-            frozenset([Origin(frozenset([name]))] if is_float(leaf) else []),
-        )
-        for name, (_, leaf) in zip(names, flat, strict=True)
-    ]
-    floats = [jnp.asarray(leaf) for _, leaf in flat if is_float(leaf)]
-    (dtype,) = {array.dtype for array in at_least_float32(jnp.float32(0), *floats)}
-    activations = [
-        Activation(Path(numbers.ones(np.shape(leaf), dtype)))
-        if is_float(leaf)
-        else Weight(leaf)
-        for leaf in jax.tree.leaves(inputs)
-    ]
-    if any(
-        isinstance(getattr(x, "value", 0), jax.ShapeDtypeStruct) for x in activations
-    ):
-        raise ValueError(
-            "integers among the inputs are constants of the network, so their values "
-            "matter, but `inputs` holds only the shape of some; pass them as arrays."
-        )
-    constants = [weight(leaf) for leaf in jax.tree.leaves(args)]
-    arguments = [*weights, *activations, *constants]
-    outputs = transform.interpret(closed.jaxpr, closed.consts, arguments)
-    reached: list[Any] = []
-    for output, variable in zip(outputs, closed.jaxpr.outvars, strict=True):
-        if isinstance(output, Unsupported):
-            raise ValueError(output.message)
-        floating = jnp.issubdtype(variable.aval.dtype, jnp.inexact)
-        if floating and isinstance(output, Activation | Weight):
-            reached.append(output)
-    if not any(isinstance(output, Activation) for output in reached):
-        raise ValueError(
-            "paths lead from the inputs to the outputs, but no output of `forward` "
-            "depends on a floating-point input; pass `inputs` as an array of floats."
-        )
-    return transform, [transform.flush(output) for output in reached], weights
+from normax.paths.one_example import Forward
+from normax.paths.values import Factors
 
 
 def with_automatic_sharding(fn: Callable[[PyTree], Any]) -> Callable[[PyTree], Any]:
@@ -137,14 +39,6 @@ def with_automatic_sharding(fn: Callable[[PyTree], Any]) -> Callable[[PyTree], A
     return call
 
 
-def _check_order(name: str, forward: Any) -> None:
-    if not callable(forward):
-        raise ValueError(
-            f"forward must be a function, but {name} got a {type(forward).__name__}; "
-            f"the order is {name}(forward, params, inputs)."
-        )
-
-
 def _of_total(
     result: Callable[[PathArithmetic, Scaled], jax.Array],
     forward: Forward,
@@ -154,17 +48,14 @@ def _of_total(
 ) -> jax.Array:
     """Return a function of the sum over all paths."""
     refuse_modules(params)
+    check_power(p)
 
     # A cache keyed by `forward` would keep what `forward` closed over at its first
     # call. So the program is compiled anew.
     def evaluate(params):
-        transform, outputs, _ = _lift(forward, params, inputs, p)
-        arithmetic = transform.arithmetic
-        sums = (
-            arithmetic.sum(path.value, tuple(range(len(path.shape))))
-            for path in outputs
-        )
-        return result(arithmetic, functools.reduce(arithmetic.add, sums))
+        transform = PathTransform(PathArithmetic(p))
+        outputs, _ = lift(transform, forward, params, inputs)
+        return result(transform.arithmetic, total(transform.arithmetic, outputs))
 
     return jax.jit(with_automatic_sharding(evaluate))(params)
 
@@ -181,7 +72,9 @@ def scale_factors(
 
     If `direct`, some are NaN where one pass over the weights did not do.
     """
-    transform, outputs, weights = _lift(forward, params, inputs, p, args, direct)
+    check_power(p)
+    transform = PathTransform(PathArithmetic(p, direct))
+    outputs, weights = lift(transform, forward, params, inputs, args)
     dtype = outputs[0].value.root.dtype
     for path in outputs:
         transform.accumulate(path, (numbers.ones(path.shape, dtype),))
@@ -271,7 +164,7 @@ def path_norm(
       Neyshabur, Salakhutdinov, Srebro, Path-SGD: Path-Normalized Optimization in Deep
       Neural Networks, 2015, equation (5).
     """
-    _check_order("path_norm", forward)
+    check_order("path_norm", forward)
 
     def result(arithmetic, total):
         return arithmetic.log(total) / p if log else arithmetic.pth_root(total)
@@ -327,7 +220,7 @@ def path_scales(
       Neyshabur, Salakhutdinov, Srebro, Path-SGD: Path-Normalized Optimization in Deep
       Neural Networks, 2015, equation (9).
     """
-    _check_order("path_scales", forward)
+    check_order("path_scales", forward)
     refuse_modules(params)
 
     def evaluate(params):

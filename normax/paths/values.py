@@ -24,6 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from normax._core.norms import at_least_float32
 from normax.paths.numbers import Scaled
 
 _SMALL = 2**14  # entries of a constant that may be looked at
@@ -80,6 +81,11 @@ class Weight:
     def shape(self) -> tuple[int, ...]:
         """Shape of the array."""
         return np.shape(self.value)
+
+    def inverse(self) -> Weight:
+        """Return one over the weight."""
+        uniform = 1 / self.uniform if self.uniform else None
+        return Weight(1 / at_least_float32(self.value)[0], self.params, uniform)
 
     def overlaps(self, other: Weight) -> bool:
         """Return whether both may hold the same entries of parameters."""

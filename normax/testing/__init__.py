@@ -14,6 +14,7 @@ from normax.testing.invariance import (
     assert_scale_invariant,
     assert_unit_norm,
 )
+from normax.testing.outputs import assert_outputs_near
 from normax.testing.trajectories import (
     assert_equivalent_trajectories,
     assert_rescaling_equivalent,
@@ -24,6 +25,7 @@ __all__ = [
     "assert_equivalent_trajectories",
     "assert_inverse_gradient_scaling",
     "assert_orthogonal_gradient",
+    "assert_outputs_near",
     "assert_rescaling_equivalent",
     "assert_rescaling_invariant",
     "assert_scale_invariant",

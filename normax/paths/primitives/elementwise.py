@@ -28,7 +28,6 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from normax._core.norms import at_least_float32
 from normax.paths import numbers
 from normax.paths.lifting import PathTransform
 from normax.paths.numbers import Scaled
@@ -195,8 +194,7 @@ def _div(transform, eqn, inputs):
 
 def _reciprocal(transform: PathTransform, w: Weight) -> Weight:
     """Return one over a weight. `path_scales` refuses parameters that divide."""
-    uniform = 1 / w.uniform if w.uniform else None
-    inverse = Weight(1 / at_least_float32(w.value)[0], w.params, uniform)
+    inverse = w.inverse()
     if w.params:  # a divisor is no edge weight
         refuse(transform, [inverse], "div")
     return inverse

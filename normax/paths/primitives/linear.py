@@ -158,7 +158,7 @@ def _flip(fn):
 
 def _matmul(transform: PathTransform, layer: _Layer, path: Path, w: Weight, shape):
     """Apply a dense layer to one position: vectors times weights, no products."""
-    arithmetic = transform.arithmetic
+    arithmetic, weights = transform.arithmetic, transform.edges(w)
     inputs, outputs = layer.inputs, layer.outputs
 
     def lay(value: Scaled, units: _Units) -> Scaled:
@@ -168,7 +168,7 @@ def _matmul(transform: PathTransform, layer: _Layer, path: Path, w: Weight, shap
         others = tuple(
             i for i in range(len(units.kernel)) if i not in target.axes.values()
         )
-        total = contract(arithmetic, jnp.asarray(w.value), lay(value, units), others)
+        total = contract(arithmetic, weights, lay(value, units), others)
         root = jnp.reshape(target.to_activation(total.root), shape)
         return Scaled(root, of_rank(total.exponent, len(shape)))
 
@@ -184,7 +184,7 @@ def _matmul(transform: PathTransform, layer: _Layer, path: Path, w: Weight, shap
 
 def _positions(transform: PathTransform, layer: _Layer, path: Path, w: Weight, shape):
     """Apply a layer to many positions."""
-    kernel = numbers.cast(w.value, path.value)
+    kernel = numbers.cast(transform.edges(w), path.value)
 
     def pull(factors):
         cotangent = numbers.broadcast(factors, shape)

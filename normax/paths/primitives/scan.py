@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -58,6 +58,26 @@ def _accumulate(transform: PathTransform, nodes: Any, cotangents: Any) -> None:
     takes_unsupported=True,
 )
 def _scan(transform: PathTransform, eqn, inputs: Sequence[Any]) -> Sequence[Value]:
+    return scan_with(_loop, transform, eqn, inputs)
+
+
+def scan_with(
+    loop: Callable[..., Sequence[Value]],
+    transform: PathTransform,
+    eqn,
+    inputs: Sequence[Any],
+) -> Sequence[Value]:
+    """Interpret a scan by a loop, once all of its steps mean the same.
+
+    Args:
+      loop: Interprets `(transform, eqn, body, settled, kinds of the results)`.
+      transform: The interpreter.
+      eqn: The scan.
+      inputs: Its arguments.
+
+    Returns:
+      Its results.
+    """
     _, consts, carries, length, _ = scan_of(eqn)
     if length == 0:
         stacked = (Weight(zeros(variable)) for variable in eqn.outvars[carries:])
@@ -70,7 +90,7 @@ def _scan(transform: PathTransform, eqn, inputs: Sequence[Any]) -> Sequence[Valu
     body = Body(transform, eqn, inputs)
     settled = settle(body, transform, inputs)
     if settled.results is not None:
-        return _loop(transform, eqn, body, settled, settled.results)
+        return loop(transform, eqn, body, settled, settled.results)
     program = in_groups(eqn, settled.first, settled.group)
     return transform.interpret(program.jaxpr, program.consts, settled.values)
 

@@ -28,7 +28,6 @@ from normax.paths.lifting import PathTransform
 from normax.paths.numbers import Scaled, of_rank, where_live
 from normax.paths.primitive_spec import SPECS, Entries, NotHomogeneous, primitive
 from normax.paths.values import Activation, Path, Sign, Weight, zeros
-from normax.paths.weights import evaluate_weights
 
 
 def evaluate_constants(
@@ -47,7 +46,7 @@ def evaluate_constants(
         Weight(zeros(atom)) if constant is None else constant
         for constant, atom in zip(constants, eqn.invars, strict=True)
     ]
-    return evaluate_weights(transform, eqn, filled)
+    return transform.evaluate_weights(eqn, filled)
 
 
 _RENAMING = (

@@ -1,0 +1,359 @@
+r"""Differences of path sums: two networks, interpreted at once.
+
+Rounding changes weights by $10^{-3}$ and less, and sums over paths in float32 have
+seven digits. So the difference of two sums is never taken. Let $w$ and $w'$ be the
+weights of one edge. Their meet $m$ is the smaller of the two where their signs agree,
+else 0; let $u$ be a number at least as large, for instance the larger of the two. The
+transform carries, for each activation, the sum $x$ over its paths with $|m|^p$, and the
+difference $d$ between the sum with $|u|^p$ and that sum. A layer takes them to
+
+$$x_j = \sum_i |m_{ij}|^p x_i, \qquad
+  d_j = \sum_i |u_{ij}|^p d_i + \big(|u_{ij}|^p - |m_{ij}|^p\big)\, x_i .$$
+
+Nothing is subtracted but the weights of an edge. So each rule of the path transform is
+evaluated up to three times, for $m$, $u$ and the gap between the two. Constants that
+affine operations add are kept for both networks, and become an edge as in each.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.extend.core import JaxprEqn
+
+from normax._core.norms import at_least_float32, nonzero
+from normax._core.programs import bind, program_in_place
+from normax.paths import numbers
+from normax.paths.arithmetic import PathArithmetic
+from normax.paths.lifting import PathTransform
+from normax.paths.primitives.carries import Body
+from normax.paths.primitives.scan import scan_with
+from normax.paths.primitives.steps import Settled
+from normax.paths.values import Activation, Origin, Path, Unsupported, Value, Weight
+
+Upper = Callable[[jax.Array, jax.Array], jax.Array]
+
+
+class Comparison(NamedTuple):
+    """How the weights of two networks differ, of an array or of several.
+
+    Attributes:
+      kinds: Four integers, 1 if some weight of the other network is larger, is smaller,
+        has the opposite sign, or differs where neither is 0.
+      extremes: By how much the other's are larger and smaller, the largest weight
+        with an opposite one, and the largest difference where neither is 0.
+    """
+
+    kinds: jax.Array
+    extremes: jax.Array
+
+
+# JAX remembers for ever each function that a reduction is given, so there is only one.
+def _largest(a, b):
+    return tuple(map(lax.max, a, b))
+
+
+class _Lane(enum.Enum):
+    MEET, UPPER, GAP = range(3)
+
+
+@dataclasses.dataclass(eq=False)
+class Changed(Weight):
+    """A weight of both networks.
+
+    Attributes:
+      other: The array of the other network.
+      compared: Whether the two have been compared.
+    """
+
+    other: Any = dataclasses.field(kw_only=True)
+    compared: bool = False
+
+    def inverse(self) -> Weight:
+        """Return one over the weights."""
+        inverse = super().inverse()
+        (other,) = at_least_float32(self.other)
+        return Changed(inverse.value, inverse.params, other=1 / other)
+
+
+@dataclasses.dataclass(eq=False)
+class Difference(Activation):
+    """An activation of both networks: its path is the difference, its constant both.
+
+    Attributes:
+      meet: The paths with the smaller weights.
+      differs: Whether weights have differed so far. If not, the difference is 0.
+    """
+
+    meet: Path = dataclasses.field(kw_only=True)
+    differs: bool = True
+
+
+def meet(w: jax.Array, other: jax.Array) -> jax.Array:
+    """Return the smaller weights where signs agree, else 0."""
+    # What is no number is so in the gap.
+    return jnp.where((w > 0) == (other > 0), jnp.minimum(jnp.abs(w), jnp.abs(other)), 0)
+
+
+def join(w: jax.Array, other: jax.Array) -> jax.Array:
+    """Return the larger of both sizes."""
+    return jnp.maximum(jnp.abs(w), jnp.abs(other))
+
+
+def first(w: jax.Array, other: jax.Array) -> jax.Array:
+    """Return the size of the first network's weights."""
+    del other
+    return jnp.abs(w)
+
+
+def gap(u: jax.Array, m: jax.Array, p: jax.typing.ArrayLike) -> jax.Array:
+    r"""Return $g$ with $g^p = u^p - m^p$, of numbers $u \ge m \ge 0$."""
+    if isinstance(p, int) and p == 1:
+        return u - m
+    # log1p and expm1 lose no digits where the two are close, and give 1 where m is 0.
+    logarithm = jnp.log1p(-(u - m) / nonzero(u))
+    return u * numbers.where_live(
+        lambda x: jnp.power(x, jnp.asarray(1 / p, u.dtype)), -jnp.expm1(p * logarithm)
+    )
+
+
+class DifferenceTransform(PathTransform):
+    """Two networks, whose sums over paths differ by the sums over `Difference.path`.
+
+    Attributes:
+      compared: The weights of edges that have been compared: the names of the
+        parameters they are made of, and how they differ.
+    """
+
+    def __init__(
+        self, arithmetic: PathArithmetic, other: Mapping[str, Any], upper: Upper
+    ):
+        """Interpret two networks.
+
+        Args:
+          arithmetic: Arithmetic of path values.
+          other: The parameters of the second network by name.
+          upper: Takes weights of both networks to $u$.
+        """
+        super().__init__(arithmetic)
+        self.compared: list[tuple[frozenset[str], Comparison]] = []
+        self._other, self._upper = other, upper
+        self._lane, self._multiplied, self._added = _Lane.UPPER, False, False
+
+    def parameter(self, name: str, leaf: Any) -> Weight:
+        """Return a parameter of both networks."""
+        w = super().parameter(name, leaf)
+        if not w.params:
+            return w
+        return Changed(w.value, w.params, other=jnp.asarray(self._other[name]))
+
+    def input(self, shape: tuple[int, ...], dtype: Any) -> Activation:
+        """Return an input, which does not differ."""
+        return Difference(
+            Path(numbers.zeros(shape, dtype)),
+            meet=Path(numbers.ones(shape, dtype)),
+            differs=False,
+        )
+
+    def evaluate_weights(self, eqn: JaxprEqn, inputs: Sequence[Weight]) -> list[Weight]:
+        """Evaluate an equation that no activation enters, in both networks."""
+        results = super().evaluate_weights(eqn, inputs)
+        if not any(isinstance(x, Changed) for x in inputs):
+            return results
+        others = bind(
+            eqn, *(x.other if isinstance(x, Changed) else x.value for x in inputs)
+        )
+        if not eqn.primitive.multiple_results:
+            others = [others]
+        return [
+            Changed(w.value, w.params, None, w.repeats, other=other) if w.params else w
+            for w, other in zip(results, others, strict=True)
+        ]
+
+    def edges(self, w: Weight) -> jax.Array:
+        """Return the weights of the edges of this lane."""
+        if not isinstance(w, Changed):
+            return super().edges(w)
+        self._multiplied = True
+        self._compare(w)
+        return self._edges(w, self._lane)
+
+    def flush(self, x: Activation | Weight) -> Path:
+        """Turn the constant of an activation into an edge of this lane."""
+        constant = x if isinstance(x, Weight) else x.constant
+        if constant is None:
+            return super().flush(x)
+        if isinstance(constant, Changed):
+            self._added = True
+            self._compare(constant)
+            lane = _Lane.GAP if self._lane is _Lane.UPPER else _Lane.MEET
+            edge = Weight(self._edges(constant, lane))
+        elif self._lane is _Lane.UPPER:  # an edge of both networks makes no difference
+            edge = Weight(jnp.zeros_like(constant.value), uniform=0.0)
+        else:
+            edge = constant
+        if isinstance(x, Weight):
+            return super().flush(edge)
+        return x.path if edge.uniform == 0 else super().flush(Activation(x.path, edge))
+
+    def _edges(self, w: Changed, lane: _Lane) -> jax.Array:
+        value, other = at_least_float32(w.value, w.other)
+        below, above = meet(value, other), self._upper(value, other)
+        if lane is _Lane.MEET:
+            return below
+        return above if lane is _Lane.UPPER else gap(above, below, self.arithmetic.p)
+
+    def _compare(self, w: Changed) -> None:
+        if w.compared:
+            return
+        w.compared = True
+        value, other = at_least_float32(w.value, w.other)
+        growth, below = jnp.abs(other) - jnp.abs(value), meet(value, other)
+        opposite = jnp.sign(value) * jnp.sign(other) < 0
+        partly = (below != 0) & (growth != 0)
+        tests = (growth > 0, growth < 0, opposite, partly)
+        # One reduction of all four is one pass over memory. What is reported takes
+        # several, and is computed only if it is asked for.
+        ones = tuple(test.astype(jnp.int32) for test in tests)
+        start = (jnp.int32(0),) * len(ones)
+        kinds = lax.reduce(ones, start, _largest, range(value.ndim))
+        sizes = (growth, -growth, join(value, other), jnp.abs(growth))
+        extremes = [
+            jnp.max(jnp.where(test, size, 0), initial=0)
+            for test, size in zip(tests, sizes, strict=True)
+        ]
+        names = frozenset[str]().union(*(origin.names for origin in w.params))
+        comparison = Comparison(jnp.stack(kinds), jnp.stack(extremes))
+        self.compared.append((names, comparison))
+
+    def _evaluate(
+        self, eqn: JaxprEqn, inputs: Sequence[Any], line: str | None
+    ) -> Sequence[Value]:
+        active = [x for x in inputs if isinstance(x, Activation)]
+        if not active or program_in_place(eqn) is not None:
+            return super()._evaluate(eqn, inputs, line)
+        if eqn.primitive.name == "scan":
+            self.line = line
+            return scan_with(_loop, self, eqn, inputs)
+        smaller = [
+            Activation(x.meet, x.constant, x.source, x.multiple)
+            if isinstance(x, Difference)
+            else x
+            for x in inputs
+        ]
+        evaluate = super()._evaluate
+        self._lane = _Lane.MEET
+        meets = evaluate(eqn, smaller, line)
+        self._lane, self._multiplied, self._added = _Lane.UPPER, False, False
+        results = evaluate(eqn, inputs, line)
+        multiplied, gaps = self._multiplied, results
+        differed = self._added or any(getattr(x, "differs", True) for x in active)
+        if multiplied:
+            self._lane = _Lane.GAP
+            gaps = evaluate(eqn, smaller, line)
+            self._lane = _Lane.UPPER
+
+        def joined(x: Any, below: Any, more: Any) -> Difference:
+            path = more.path
+            if multiplied and differed:
+                path = Path(self.arithmetic.add(x.path.value, path.value))
+            return Difference(
+                path,
+                x.constant,
+                x.source,
+                x.multiple,
+                meet=below.path,
+                differs=multiplied or differed,
+            )
+
+        return [
+            joined(*both) if isinstance(both[0], Activation) else both[0]
+            for both in zip(results, meets, gaps, strict=True)
+        ]
+
+
+# Scans. Their arrays are those of both networks.
+
+
+def _pack(body: Body, value: Any, kind: Any, stacked: bool = False) -> Any:
+    """Return the arrays of a value of this kind: all of both networks, or of one."""
+    if isinstance(value, Unsupported):
+        return None
+    constant = value.constant if isinstance(value, Activation) else value
+    both: tuple[jax.Array, ...] | None = None
+    if constant is not None:
+        both = (jnp.asarray(constant.value),)
+        if kind.names:
+            other = constant.other if isinstance(constant, Changed) else constant.value
+            both = (*both, jnp.asarray(other))
+    if isinstance(value, Weight):
+        return both
+    below = value.meet if isinstance(value, Difference) else value.path
+    return body.fix(value.path.value, stacked), body.fix(below.value, stacked), both
+
+
+def _unpack(arrays: Any, kind: Any) -> Value:
+    """Return the value of this kind that has these arrays."""
+    if isinstance(kind, Unsupported):
+        return kind
+
+    def weight(arrays):
+        value, *other = arrays
+        params = frozenset(Origin(frozenset([name])) for name in kind.names)
+        if other:
+            return Changed(value, params, repeats=kind.repeats, other=other[0])
+        return Weight(value, params, None if kind.active else kind.uniform)
+
+    if not kind.active:
+        return weight(arrays)
+    path, below, both = arrays
+    constant = weight(both) if kind.constant else None
+    return Difference(Path(path), constant, meet=Path(below))
+
+
+def _loop(
+    transform: DifferenceTransform,
+    eqn: JaxprEqn,
+    body: Body,
+    settled: Settled,
+    out_kinds: Sequence[Any],
+) -> Sequence[Value]:
+    """Interpret a scan whose steps all mean the same."""
+    del eqn
+    start, stop = body.carries.start, body.carries.stop
+    count, names = stop - start, list[frozenset[str]]()
+    arrays = [
+        _pack(body, value, kind, i >= stop)
+        for i, (value, kind) in enumerate(zip(settled.values, body.kinds, strict=True))
+    ]
+    always = [
+        *settled.always,
+        *(k if isinstance(k, Unsupported) else None for k in out_kinds[count:]),
+    ]
+
+    def step(carry, slices):
+        inner = DifferenceTransform(transform.arithmetic, {}, transform._upper)
+        operands = [*arrays[:start], *carry, *slices]
+        pairs = zip(operands, body.kinds, strict=True)
+        values = [_unpack(*pair) for pair in pairs]
+        found = inner.interpret(body.closed.jaxpr, body.closed.consts, values)
+        held = zip(body.hold(found, always), out_kinds, strict=True)
+        packed = [_pack(body, *pair) for pair in held]
+        names[:] = [name for name, _ in inner.compared]
+        return packed[:count], (packed[count:], [x for _, x in inner.compared])
+
+    final, (stacked, compared) = lax.scan(
+        step, arrays[start:stop], arrays[stop:], body.length, body.reverse
+    )
+    for name, each in zip(names, compared, strict=True):
+        whole = jax.tree.map(functools.partial(jnp.max, axis=0), each)
+        transform.compared.append((name, whole))
+    pairs = zip([*final, *stacked], out_kinds, strict=True)
+    return [_unpack(*pair) for pair in pairs]

@@ -1,0 +1,97 @@
+"""Time of path metrics and saliencies beside passes over the paths.
+
+    python -m pytest --noconftest tests/benchmarks/bench_path_metric.py -s
+
+A pass forward is `path_norm` with p = 1, and its gradient a pass forward and backward.
+All run in one process, in alternation; reported are ratios of medians. Large arrays
+are made anew at each call: glibc gives them back to the system each time, unless
+MALLOC_MMAP_THRESHOLD_ and MALLOC_TRIM_THRESHOLD_ are above their size.
+"""
+
+import functools
+import statistics
+import time
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import normax
+from normax import paths
+
+ROUNDS = 21
+
+
+def dense(kernels, x):
+    """Dense layers with ReLUs."""
+    for kernel in kernels:
+        x = jax.nn.relu(x @ kernel)
+    return x
+
+
+def convolutional(kernels, x):
+    """Convolutions of stride 2 with ReLUs, a mean, a dense layer."""
+    convolve = functools.partial(
+        jax.lax.conv_general_dilated,
+        window_strides=(2, 2),
+        padding="SAME",
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    )
+    for kernel in kernels[:-1]:
+        x = jax.nn.relu(convolve(x, kernel))
+    return x.mean((1, 2)) @ kernels[-1]
+
+
+# Networks, shapes, and the largest ratio that is good enough.
+WIDE = [(784, 2000), (2000, 2000), (2000, 10)]
+NARROW = [(64, 256), (256, 256), (256, 10)]
+KERNELS = [(3, 3, 3, 64), (3, 3, 64, 128), (3, 3, 128, 256), (256, 10)]
+NETWORKS = {
+    "wide": (dense, WIDE, (1, 784), {"metric": 12, "bound": 45, "saliency": 1.2}),
+    "narrow": (dense, NARROW, (1, 64), {"metric": 4, "bound": 6, "saliency": 2}),
+    "convolutional": (
+        convolutional,
+        KERNELS,
+        (1, 32, 32, 3),
+        {"metric": 4, "bound": 9, "saliency": 2},
+    ),
+}
+UNITS = {"metric": "forward", "bound": "forward", "saliency": "both"}
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def test_time(network):
+    forward, shapes, shape, limits = NETWORKS[network]
+    keys = jax.random.split(jax.random.key(0), len(shapes))
+    params = [
+        0.05 * jax.random.normal(*pair) for pair in zip(keys, shapes, strict=True)
+    ]
+    other = [w * (jnp.abs(w) > 0.02) for w in params]
+    x = jnp.ones(shape)
+
+    def norm(w, v):
+        del v
+        return normax.path_norm(forward, w, x, 1, log=True)
+
+    measured = {
+        "forward": norm,
+        "both": jax.value_and_grad(norm),
+        "metric": lambda w, v: paths.path_metric(forward, w, v, x, log=True),
+        "bound": lambda w, v: paths.path_metric_bound(forward, w, v, x, log=True),
+        "saliency": lambda w, v: paths.path_saliency(forward, w, x, log=True),
+    }
+    compiled = {
+        name: jax.jit(fn).lower(params, other).compile()
+        for name, fn in measured.items()
+    }
+    times = {name: [] for name in compiled}
+    for _ in range(ROUNDS):
+        for name, program in compiled.items():
+            start = time.perf_counter()
+            jax.block_until_ready(program(params, other))
+            times[name].append(time.perf_counter() - start)
+    seconds = {name: statistics.median(taken) for name, taken in times.items()}
+    for name, limit in limits.items():
+        ratio = seconds[name] / seconds[UNITS[name]]
+        print(f"{network}, {name}: {ratio:.2f} x {UNITS[name]}")
+        assert ratio < limit
