@@ -1,0 +1,214 @@
+r"""Rates of one training run from those of another, by the angles of its weights.
+
+Let $\theta(x)$ be the angle per step at the fraction $x$ of the run, $c^2$ that of the
+rule, $T$ the number of steps and $B$ the batch. The target's angles are
+$f\,\theta(x)$, with
+
+$$f = 1, \qquad f = \frac{c'}{c}\sqrt{\frac{B'}{B}}, \qquad
+f = \frac{c'}{c}\sqrt{\frac{T}{T'}}$$
+
+where the angle is kept, the number of examples over which weights are forgotten, or the
+fraction of the run. The learning rates follow by the inverse of the whole run. Weight
+decay only moves the norm. So it is chosen such that the norm takes the source's course.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Literal, NamedTuple, get_args
+
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from normax._core.checks import nearest
+from normax.theory.rules import UPDATE_RULES
+from normax.theory.settings import ROTATIONAL, Setting, sample
+
+Keep = Literal["run", "examples", "angle"]
+
+
+class Transfer(NamedTuple):
+    r"""Result of `transfer`.
+
+    Attributes:
+      learning_rate: Schedule of the target.
+      weight_decay: Its weight decay, a number or a schedule; None for hyperball.
+      angles: Angles of its steps in radians, of shape (steps,).
+      timescale: Steps $1/\kappa = c^2/\theta^2$ in which weights forget their
+        direction, of shape (steps,); infinite where the angle is 0.
+      statements: What is kept, and what cannot be.
+    """
+
+    learning_rate: optax.Schedule
+    weight_decay: optax.ScalarOrSchedule | None
+    angles: np.ndarray
+    timescale: np.ndarray
+    statements: tuple[str, ...]
+
+
+def transfer(source: Setting, target: Setting, keep: Keep = "run") -> Transfer:
+    r"""Rates of the target whose weights turn and forget as those of the source.
+
+    $$\theta'(x) = f\,\theta(x), \qquad \kappa'(x) = \Big(\frac{f c}{c'}\Big)^2\kappa(x)$$
+
+    at the fraction $x$ of the run, with $\theta^2 = c^2\kappa$ in equilibrium. One rule
+    keeps angle and forgetting together, two rules only where their $c$ agree. It is not
+    for traced numbers. Derivation and measured accuracy: docs/which_rate.md.
+
+    Args:
+      source: Setting whose rates are known.
+      target: Setting without a learning rate. Weight decay may be given; it changes
+        the norms alone.
+      keep: `"run"`: the fraction of the run in which weights are forgotten, so that
+        the batch rule is that of the square root. `"examples"`: the number of examples
+        in which they are. `"angle"`: the angle per step.
+
+    Returns:
+      A `Transfer`.
+
+    Raises:
+      ValueError: The source has no rates or the target has one, a rule forgets nothing
+        or at no known pace, or no rate of the target turns weights so far.
+
+    Examples:
+      >>> import normax
+      >>> Setting, sizes = normax.theory.Setting, dict(initial_norm=1.0, dimension=64)
+      >>> source = Setting(
+      ...     rule="adamw", steps=400, learning_rate=0.01, weight_decay=0.1, **sizes
+      ... )
+      >>> target = Setting(rule="adamw", steps=100, batch_size=4, **sizes)
+      >>> found = normax.theory.transfer(source, target)
+      >>> [f"{found.learning_rate(50):.4f}", f"{found.weight_decay:.4f}"]
+      ['0.0198', '0.2000']
+      >>> print(found.statements[0])
+      kept: the fraction of the run in which weights forget
+
+    References:
+      Wang, Aitchison, How to set AdamW's weight decay as you scale model and dataset
+      size, 2024, arXiv:2405.13698.
+    """
+    if keep not in get_args(Keep):
+        names = ", ".join(map(repr, get_args(Keep)))
+        raise ValueError(
+            f"keep must be one of {names}, got {keep!r}; "
+            f"{nearest(keep, get_args(Keep), 'choose one of these.')}"
+        )
+    if target.learning_rate is not None:
+        raise ValueError(
+            "the learning rate of the target is what transfer finds, but it is "
+            f"{target.learning_rate!r}; leave it out, or exchange the two settings."
+        )
+    noise = np.sqrt(source.batch_size / target.batch_size)
+    if target.gradient_norm is None:
+        profile = 1.0 if source.gradient_norm is None else source.gradient_norm
+        if np.ndim(profile):
+            profile = _stretched(profile, target.steps)
+        target = dataclasses.replace(target, gradient_norm=noise * profile)
+    spreads = source.spread(), target.spread()
+    ratio = {
+        "angle": 1.0,
+        "examples": spreads[1] / spreads[0] * target.batch_size / source.batch_size,
+        "run": spreads[1] / spreads[0] * source.steps / target.steps,
+    }[keep]
+    turned = source.angles()
+    angles = np.sqrt(ratio) * _stretched(turned, target.steps)
+    share = np.max(turned) ** 2 / spreads[0]
+    if target.rule != "hyperball" and target.weight_decay is None:
+        decay = _weight_decay(source, target, share, ratio * spreads[0] / spreads[1])
+        target = dataclasses.replace(target, weight_decay=decay)
+    rates = target.rates(angles)
+    with np.errstate(divide="ignore"):
+        timescale = spreads[1] / angles**2
+    return Transfer(
+        _schedule(rates),
+        target.weight_decay,
+        angles,
+        timescale,
+        _statements(source, target, keep, spreads, ratio),
+    )
+
+
+def _schedule(values: np.ndarray) -> optax.Schedule:
+    """Return the values as a schedule that keeps the last."""
+    table = jnp.asarray(values)
+    return lambda count: table[jnp.clip(count, 0, len(table) - 1)]
+
+
+def _stretched(values: Any, steps: int) -> np.ndarray:
+    """Return the values at the same fractions of a run of other length."""
+    values = np.asarray(values)
+    places = [(np.arange(n) + 0.5) / n for n in (steps, len(values))]
+    return np.interp(*places, values).astype(values.dtype)
+
+
+def _weight_decay(
+    source: Setting, target: Setting, share: float, faster: float
+) -> optax.ScalarOrSchedule:
+    r"""Return the decay under which the norm takes the course of the source's.
+
+    Norm over initial norm and $\kappa$ in equilibrium are those of the source, the
+    latter times `faster`. A source on a sphere settles where it starts, and forgets the
+    `share` $\kappa$ at its largest angle.
+    """
+    norm, decays = source.initial_norm, np.zeros(0)
+    if source.rule != "hyperball":
+        decays = sample(source.decay(), source.steps)
+    if target.rule in ROTATIONAL:
+        if not decays.any():
+            raise ValueError(
+                f"{target.rule} turns by its weight_decay, and the source has none to "
+                "take over; pass weight_decay in the target."
+            )
+        return float(np.max(decays))
+    if source.rule in UPDATE_RULES:
+        if not decays.any():
+            return 0.0
+        rates = sample(source.rate(), source.steps)
+        norm, share = source.powers().settled(np.max(rates), np.max(decays))
+    norm = norm / source.initial_norm * target.initial_norm
+    found = float(target.powers().rates(norm, share * faster)[1])
+    if not callable(source.weight_decay) or source.rule in ROTATIONAL:
+        return found
+    curve = _stretched(decays, target.steps) * (found / np.max(decays))
+    return _schedule(curve)
+
+
+def _statements(
+    source: Setting,
+    target: Setting,
+    keep: str,
+    spreads: tuple[float, float],
+    ratio: float,
+) -> tuple[str, ...]:
+    """Return what is kept and what is not."""
+    angle, steps = ratio**0.5, spreads[1] / (spreads[0] * ratio)
+    amounts = {
+        "angle": ("angle per step", angle),
+        "run": (
+            "fraction of the run in which weights forget",
+            steps * source.steps / target.steps,
+        ),
+        "examples": (
+            "number of examples in which weights forget",
+            steps * target.batch_size / source.batch_size,
+        ),
+    }
+    lines = [f"kept: the {amounts.pop(keep)[0]}"]
+    for name, amount in amounts.values():
+        if abs(amount - 1) < 5e-3:
+            lines.append(f"kept: the {name}")
+        else:
+            lines.append(f"not kept: the {name} is {amount:.2f} times the source's")
+    if abs(spreads[0] / spreads[1] - 1) > 0.01:
+        lines.append(
+            f"{source.rule} turns by {spreads[0] ** 0.5:.3f} times the root of the "
+            f"share that it forgets per step, {target.rule} by {spreads[1] ** 0.5:.3f} "
+            "times, so angle and forgetting cannot both be kept"
+        )
+    if target.rule in UPDATE_RULES and UPDATE_RULES[target.rule].norm_power == 2:
+        lines.append(
+            f"the rates of {target.rule} are for the gradient norm {target.norm():.3g}: "
+            "measure it, since arrays with another turn by other angles"
+        )
+    return tuple(lines)
