@@ -50,7 +50,7 @@ class Transfer(NamedTuple):
 def transfer(source: Setting, target: Setting, keep: Keep = "run") -> Transfer:
     r"""Rates of the target whose weights turn and forget as those of the source.
 
-    $$\theta'(x) = f\,\theta(x), \qquad \kappa'(x) = \Big(\frac{f c}{c'}\Big)^2\kappa(x)$$
+    $$\theta'(x) = f\,\theta(x), \qquad \kappa'(x) = (fc/c')^2\,\kappa(x)$$
 
     at the fraction $x$ of the run, with $\theta^2 = c^2\kappa$ in equilibrium. One rule
     keeps angle and forgetting together, two rules only where their $c$ agree. It is not
@@ -208,7 +208,7 @@ def _statements(
         )
     if target.rule in UPDATE_RULES and UPDATE_RULES[target.rule].norm_power == 2:
         lines.append(
-            f"the rates of {target.rule} are for the gradient norm {target.norm():.3g}: "
-            "measure it, since arrays with another turn by other angles"
+            f"the rates of {target.rule} are for a gradient norm of "
+            f"{target.norm():.3g}: arrays with another one turn by other angles"
         )
     return tuple(lines)
