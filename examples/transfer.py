@@ -13,7 +13,7 @@ grid are used in three ways:
   the decay; for Muon Moonlight's root mean square 0.2; for hyperball the root of rate
   times decay,
 - by `normax.theory.transfer`, which keeps the fraction of the run in which weights
-  forget; and for other optimizers, by the angle per step too.
+  forget.
 
 The base is AdamW with a decay of 1, so that weights forget within the run. The drift is
 the factor, in octaves, between the rate of the base that is best in the base and the
@@ -73,7 +73,6 @@ COLOURS = {
     "as it is": "tab:grey",
     "usual rule": "tab:orange",
     "transfer": "tab:blue",
-    "transfer, angle": "tab:cyan",
 }
 GRID = 2.0 ** np.arange(-8, -3)
 
@@ -211,17 +210,14 @@ def ways(base: Place, place: Place, rate: float) -> Iterator[tuple[str, Any, flo
     source = dataclasses.replace(
         known, learning_rate=curve(rate, known.steps), weight_decay=DECAY
     )
-    modes: Any = {"run": "transfer", "angle": "transfer, angle"}
-    for keep, name in modes.items():
-        if keep == "run" or place.setting.rule in ("lion", "muon"):
-            try:
-                found = transfer(source, place.setting, keep)
-            except ValueError as error:
-                # Memory of past steps bounds the angle, and so the largest rates.
-                print(f"  {name}, {rate:.2g}: {error}")
-            else:
-                decay: Any = found.weight_decay or 0.0
-                yield name, jax.vmap(found.learning_rate)(counts), decay
+    try:
+        found = transfer(source, place.setting)
+    except ValueError as error:
+        # Memory of past steps bounds the angle, and so the largest rates.
+        print(f"  transfer of {rate:.2g}: {error}")
+    else:
+        decay: Any = found.weight_decay or 0.0
+        yield "transfer", jax.vmap(found.learning_rate)(counts), decay
 
 
 def train_all(
@@ -263,13 +259,13 @@ def text_places(options: Any) -> Iterator[Place]:
     place = Place("base", task(width, batch), base)
     yield place
     yield large_batch(task(width, FACTOR * batch), base)
-    yield longer(place)
     for wide in options.widths:
         k = wide // width
         setting = dataclasses.replace(base, dimension=wide)
         usual = 1 / k, float(k)
         yield Place(f"width {wide}", task(wide, batch), setting, usual, head=1 / k)
     yield from other_rules(place, width)
+    yield longer(place)
 
 
 def image_places(data: Any, setting: Any) -> Iterator[Place]:

@@ -2,12 +2,13 @@ r"""A training run, as far as the angles of its weights depend on it, and its in
 
 Weights that turn by $\theta$ per step forget their direction. Under noise
 
-$$\mathbb E\,\langle\hat w_t, \hat w_{t+n}\rangle \approx (1 - \kappa)^n, \qquad
+$$\mathbb E\,\langle\hat w_t, \hat w_{t+n}\rangle \propto (1 - \kappa)^n, \qquad
 \theta^2 = c^2\kappa,$$
 
 where $c^2$ belongs to the rule: memory makes successive steps alike, so that small
 steps lead far. In equilibrium $\kappa$ is the share of the norm that weight decay takes
-per step, so $c^2$ follows from `UpdateRule`. On a sphere it follows from the memory.
+per step, so $c^2$ follows from `UpdateRule`; it depends on $\kappa$ where that is no
+longer small beside the decay of the memory. On a sphere it follows from the memory.
 """
 
 from __future__ import annotations
@@ -190,17 +191,36 @@ class Setting:
             )
         return self.weight_decay
 
-    def spread(self) -> float:
-        r"""Return $c^2 = \theta^2 / \kappa$ of the rule at small angles."""
-        given = self._given()
-        if self.rule == "hyperball":
-            rho = given.get("momentum", 0.9)
-            return 2 * (1 - rho) / (1 + rho)
+    def shares(self, angles: np.ndarray) -> np.ndarray:
+        r"""Return the shares $\kappa$ that are forgotten at given angles per step."""
+        turned, spread = self._forgetting()
+        logs = np.log(np.maximum(angles, np.finfo(np.float64).tiny))
+        return angles**2 / np.interp(logs, np.log(turned), spread)
+
+    def turns(self, shares: np.ndarray) -> np.ndarray:
+        r"""Return the angles per step at which given shares $\kappa$ are forgotten."""
+        turned, spread = self._forgetting()
+        logs = np.log(np.maximum(shares, np.finfo(np.float64).tiny))
+        known = np.interp(logs, np.log(turned**2 / spread), spread)
+        return np.sqrt(shares * known)
+
+    def _forgetting(self) -> tuple[np.ndarray, np.ndarray]:
+        r"""Return angles that rise, and the rule's $c^2 = \theta^2 / \kappa$ there."""
+        given, share = self._given(), np.geomspace(1e-8, 0.3, 500)
         if self.rule in ROTATIONAL:
             base = ROTATIONAL[self.rule][1]
-            return dataclasses.replace(self, rule=base).spread()
-        settled = self._settle("rotation_needs", _SMALL, _SMALL)
-        return float(settled.rotation**2 / settled.decay_rate)
+            return dataclasses.replace(self, rule=base)._forgetting()
+        if self.rule == "hyperball":
+            # As decoupled decay in equilibrium, whose steps on the sphere are the same.
+            rho = given.get("momentum", 0.9)
+            versine = share * (1 - rho) / (1 + (1 - share) * rho)
+            angle = 2 * np.arcsin(np.sqrt(versine / 2))
+        else:
+            settled = self._settle("rotation_needs", 1.0, share)
+            share = np.asarray(settled.decay_rate, np.float64)
+            angle = np.asarray(settled.rotation, np.float64)
+            angle, share = angle[share < 0.5], share[share < 0.5]
+        return angle, angle**2 / share
 
     def powers(self) -> Powers:
         r"""Return how norm and $\kappa$ in equilibrium depend on the rates."""

@@ -1,13 +1,12 @@
 r"""Rates of one training run from those of another, by the angles of its weights.
 
-Let $\theta(x)$ be the angle per step at the fraction $x$ of the run, $c^2$ that of the
-rule, $T$ the number of steps and $B$ the batch. The target's angles are
-$f\,\theta(x)$, with
+Let $\theta(x)$ be the angle per step at the fraction $x$ of the run, $\kappa$ the share
+that weights forget at it, $T$ the number of steps and $B$ the batch. The target has
 
-$$f = 1, \qquad f = \frac{c'}{c}\sqrt{\frac{B'}{B}}, \qquad
-f = \frac{c'}{c}\sqrt{\frac{T}{T'}}$$
+$$\theta'(x) = \theta(x), \qquad \kappa'(x) = \frac{B'}{B}\,\kappa(x), \qquad
+\kappa'(x) = \frac{T}{T'}\,\kappa(x)$$
 
-where the angle is kept, the number of examples over which weights are forgotten, or the
+where the angle is kept, the number of examples in which weights are forgotten, or the
 fraction of the run. The learning rates follow by the inverse of the whole run. Weight
 decay only moves the norm. So it is chosen such that the norm takes the source's course.
 """
@@ -35,7 +34,7 @@ class Transfer(NamedTuple):
       learning_rate: Schedule of the target.
       weight_decay: Its weight decay, a number or a schedule; None for hyperball.
       angles: Angles of its steps in radians, of shape (steps,).
-      timescale: Steps $1/\kappa = c^2/\theta^2$ in which weights forget their
+      timescale: Steps $1/\kappa$ in which weights forget their
         direction, of shape (steps,); infinite where the angle is 0.
       statements: What is kept, and what cannot be.
     """
@@ -50,11 +49,12 @@ class Transfer(NamedTuple):
 def transfer(source: Setting, target: Setting, keep: Keep = "run") -> Transfer:
     r"""Rates of the target whose weights turn and forget as those of the source.
 
-    $$\theta'(x) = f\,\theta(x), \qquad \kappa'(x) = (fc/c')^2\,\kappa(x)$$
+    $$\kappa'(x)\,T' = \kappa(x)\,T, \qquad \theta^2 = c^2\kappa$$
 
-    at the fraction $x$ of the run, with $\theta^2 = c^2\kappa$ in equilibrium. One rule
-    keeps angle and forgetting together, two rules only where their $c$ agree. It is not
-    for traced numbers. Derivation and measured accuracy: docs/which_rate.md.
+    at the fraction $x$ of the run, with the share $\kappa = 1/\tau$ of their direction
+    that weights forget per step. Two rules keep it and the angle $\theta$ together only
+    where their $c$ agree. Numbers may not be traced. Derivation and measured accuracy:
+    docs/which_rate.md.
 
     Args:
       source: Setting whose rates are known.
@@ -105,28 +105,40 @@ def transfer(source: Setting, target: Setting, keep: Keep = "run") -> Transfer:
         if np.ndim(profile):
             profile = _stretched(profile, target.steps)
         target = dataclasses.replace(target, gradient_norm=noise * profile)
-    spreads = source.spread(), target.spread()
-    ratio = {
-        "angle": 1.0,
-        "examples": spreads[1] / spreads[0] * target.batch_size / source.batch_size,
-        "run": spreads[1] / spreads[0] * source.steps / target.steps,
-    }[keep]
     turned = source.angles()
-    angles = np.sqrt(ratio) * _stretched(turned, target.steps)
-    share = np.max(turned) ** 2 / spreads[0]
+    shares = source.shares(turned)
+    if keep == "angle":
+        angles = _stretched(turned, target.steps)
+    else:
+        faster = source.steps / target.steps
+        if keep == "examples":
+            faster = target.batch_size / source.batch_size
+        angles = target.turns(faster * _stretched(shares, target.steps))
+    forgotten = target.shares(angles)
+    peaks = Peaks(*(float(np.max(x)) for x in (turned, angles, shares, forgotten)))
     if target.rule != "hyperball" and target.weight_decay is None:
-        decay = _weight_decay(source, target, share, ratio * spreads[0] / spreads[1])
-        target = dataclasses.replace(target, weight_decay=decay)
+        target = dataclasses.replace(
+            target, weight_decay=_weight_decay(source, target, peaks)
+        )
     rates = target.rates(angles)
     with np.errstate(divide="ignore"):
-        timescale = spreads[1] / angles**2
+        timescale = 1 / forgotten
     return Transfer(
         _schedule(rates),
         target.weight_decay,
         angles,
         timescale,
-        _statements(source, target, keep, spreads, ratio),
+        _statements(source, target, keep, peaks),
     )
+
+
+class Peaks(NamedTuple):
+    """Largest angles, and largest shares that are forgotten per step."""
+
+    angle: float
+    target_angle: float
+    share: float
+    target_share: float
 
 
 def _schedule(values: np.ndarray) -> optax.Schedule:
@@ -143,15 +155,14 @@ def _stretched(values: Any, steps: int) -> np.ndarray:
 
 
 def _weight_decay(
-    source: Setting, target: Setting, share: float, faster: float
+    source: Setting, target: Setting, peaks: Peaks
 ) -> optax.ScalarOrSchedule:
     r"""Return the decay under which the norm takes the course of the source's.
 
-    Norm over initial norm and $\kappa$ in equilibrium are those of the source, the
-    latter times `faster`. A source on a sphere settles where it starts, and forgets the
-    `share` $\kappa$ at its largest angle.
+    Norm over initial norm in equilibrium is that of the source, and $\kappa$ changes
+    as at the largest angles. A source on a sphere settles where it starts.
     """
-    norm, decays = source.initial_norm, np.zeros(0)
+    norm, share, decays = source.initial_norm, peaks.share, np.zeros(0)
     if source.rule != "hyperball":
         decays = sample(source.decay(), source.steps)
     if target.rule in ROTATIONAL:
@@ -167,7 +178,8 @@ def _weight_decay(
         rates = sample(source.rate(), source.steps)
         norm, share = source.powers().settled(np.max(rates), np.max(decays))
     norm = norm / source.initial_norm * target.initial_norm
-    found = float(target.powers().rates(norm, share * faster)[1])
+    share = share * peaks.target_share / peaks.share
+    found = float(target.powers().rates(norm, share)[1])
     if not callable(source.weight_decay) or source.rule in ROTATIONAL:
         return found
     curve = _stretched(decays, target.steps) * (found / np.max(decays))
@@ -175,16 +187,12 @@ def _weight_decay(
 
 
 def _statements(
-    source: Setting,
-    target: Setting,
-    keep: str,
-    spreads: tuple[float, float],
-    ratio: float,
+    source: Setting, target: Setting, keep: str, peaks: Peaks
 ) -> tuple[str, ...]:
     """Return what is kept and what is not."""
-    angle, steps = ratio**0.5, spreads[1] / (spreads[0] * ratio)
+    steps = peaks.share / peaks.target_share
     amounts = {
-        "angle": ("angle per step", angle),
+        "angle": ("angle per step", peaks.target_angle / peaks.angle),
         "run": (
             "fraction of the run in which weights forget",
             steps * source.steps / target.steps,
@@ -200,11 +208,11 @@ def _statements(
             lines.append(f"kept: the {name}")
         else:
             lines.append(f"not kept: the {name} is {amount:.2f} times the source's")
-    if abs(spreads[0] / spreads[1] - 1) > 0.01:
+    same = float(target.turns(np.asarray(peaks.share)))
+    if abs(same / peaks.angle - 1) > 5e-3:
         lines.append(
-            f"{source.rule} turns by {spreads[0] ** 0.5:.3f} times the root of the "
-            f"share that it forgets per step, {target.rule} by {spreads[1] ** 0.5:.3f} "
-            "times, so angle and forgetting cannot both be kept"
+            f"to forget as fast as {source.rule} at {peaks.angle:.3g} radians per "
+            f"step, {target.rule} turns by {same:.3g}: only one of both can be kept"
         )
     if target.rule in UPDATE_RULES and UPDATE_RULES[target.rule].norm_power == 2:
         lines.append(
