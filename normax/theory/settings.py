@@ -193,19 +193,14 @@ class Setting:
 
     def shares(self, angles: np.ndarray) -> np.ndarray:
         r"""Return the shares $\kappa$ that are forgotten at given angles per step."""
-        turned, spread = self._forgetting()
-        logs = np.log(np.maximum(angles, np.finfo(np.float64).tiny))
-        return angles**2 / np.interp(logs, np.log(turned), spread)
+        return _between(angles, *self._forgetting())
 
     def turns(self, shares: np.ndarray) -> np.ndarray:
         r"""Return the angles per step at which given shares $\kappa$ are forgotten."""
-        turned, spread = self._forgetting()
-        logs = np.log(np.maximum(shares, np.finfo(np.float64).tiny))
-        known = np.interp(logs, np.log(turned**2 / spread), spread)
-        return np.sqrt(shares * known)
+        return _between(shares, *self._forgetting()[::-1])
 
     def _forgetting(self) -> tuple[np.ndarray, np.ndarray]:
-        r"""Return angles that rise, and the rule's $c^2 = \theta^2 / \kappa$ there."""
+        r"""Return logarithms of $\theta$ and of $\kappa$ in equilibrium, which rise."""
         given, share = self._given(), np.geomspace(1e-8, 0.3, 500)
         if self.rule in ROTATIONAL:
             base = ROTATIONAL[self.rule][1]
@@ -220,7 +215,13 @@ class Setting:
             share = np.asarray(settled.decay_rate, np.float64)
             angle = np.asarray(settled.rotation, np.float64)
             angle, share = angle[share < 0.5], share[share < 0.5]
-        return angle, angle**2 / share
+        # Beyond the table the angle goes with the root of the share.
+        far = np.array([-2000.0, 20.0])
+        logs = []
+        for known, slope in ((np.log(angle), 0.5), (np.log(share), 1.0)):
+            low, high = known[[0, -1]] + slope * far
+            logs.append(np.concatenate([[low], known, [high]]))
+        return logs[0], logs[1]
 
     def powers(self) -> Powers:
         r"""Return how norm and $\kappa$ in equilibrium depend on the rates."""
@@ -238,7 +239,8 @@ class Setting:
         rule = UPDATE_RULES[self.rule]
         given = learning_rate, weight_decay, self.norm(), self.dimension
         settled = rule._settle(getattr(rule._theory(), needs), given, self._given())
-        if not (np.isfinite(settled.norm) & np.isfinite(settled.decay_rate)).all():
+        found = np.array([settled.norm, settled.decay_rate])
+        if not ((found > 0) & np.isfinite(found)).all():
             raise ValueError(
                 f"UPDATE_RULES[{self.rule!r}] has no equilibrium of noise and decay, "
                 "so that nothing says how fast it forgets; choose another rule."
@@ -285,6 +287,12 @@ class Powers(NamedTuple):
         r"""Return rate and decay with which norm and $\kappa$ are these."""
         logs = np.log([norm, share]) - self.offset
         return _SMALL * np.exp(np.linalg.solve(self.matrix, logs))
+
+
+def _between(x: np.ndarray, known: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+    """Return values between known ones, on straight lines of logarithms; 0 at 0."""
+    logs = np.log(np.maximum(x, np.finfo(np.float64).tiny))
+    return np.where(x > 0, np.exp(np.interp(logs, known, wanted)), 0.0)
 
 
 def sample(value: optax.ScalarOrSchedule, steps: int) -> np.ndarray:

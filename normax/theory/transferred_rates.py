@@ -106,23 +106,25 @@ def transfer(source: Setting, target: Setting, keep: Keep = "run") -> Transfer:
             profile = _stretched(profile, target.steps)
         target = dataclasses.replace(target, gradient_norm=noise * profile)
     turned = source.angles()
-    shares = source.shares(turned)
+    peak = np.max(turned)
     if keep == "angle":
         angles = _stretched(turned, target.steps)
+        peaks = Peaks(peak, source.shares(peak), peak, target.shares(peak))
     else:
         faster = source.steps / target.steps
         if keep == "examples":
             faster = target.batch_size / source.batch_size
-        angles = target.turns(faster * _stretched(shares, target.steps))
-    forgotten = target.shares(angles)
-    peaks = Peaks(*(float(np.max(x)) for x in (turned, angles, shares, forgotten)))
+        shares = faster * source.shares(turned)
+        angles = target.turns(_stretched(shares, target.steps))
+        most = np.max(shares)
+        peaks = Peaks(peak, most / faster, target.turns(most), most)
     if target.rule != "hyperball" and target.weight_decay is None:
         target = dataclasses.replace(
             target, weight_decay=_weight_decay(source, target, peaks)
         )
     rates = target.rates(angles)
     with np.errstate(divide="ignore"):
-        timescale = 1 / forgotten
+        timescale = 1 / target.shares(angles)
     return Transfer(
         _schedule(rates),
         target.weight_decay,
@@ -133,11 +135,11 @@ def transfer(source: Setting, target: Setting, keep: Keep = "run") -> Transfer:
 
 
 class Peaks(NamedTuple):
-    """Largest angles, and largest shares that are forgotten per step."""
+    """The largest angle of the source, what is forgotten at it, and the target's."""
 
     angle: float
-    target_angle: float
     share: float
+    target_angle: float
     target_share: float
 
 

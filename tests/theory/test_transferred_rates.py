@@ -15,7 +15,7 @@ import normax
 from normax.theory import Setting, transfer
 
 RULES = normax.UPDATE_RULES
-VECTORS, DIMENSION, STEPS, START = 32, 128, 600, 1.0
+VECTORS, DIMENSION, STEPS, START = 32, 128, 400, 1.0
 
 
 @pytest.fixture(autouse=True)
@@ -146,22 +146,22 @@ def target(rule="adamw", **changed):
 CONVERSIONS = [
     ("adamw", "lion", "run", {}),
     ("adamw", "momentum", "run", {}),
-    ("adamw", "adamw", "run", dict(steps=150, batch_size=64)),
+    ("adamw", "adamw", "run", dict(steps=100, batch_size=64)),
     ("adamw", "hyperball", "angle", {}),
     ("adamw", "muon", "run", {}),
     ("adamw", "rotational_adamw", "run", {}),
     ("lion", "adamw", "run", {}),
     ("lion", "adamw", "angle", {}),
     ("momentum", "adamw", "run", {}),
-    ("momentum", "momentum", "run", dict(steps=150, batch_size=64)),
+    ("momentum", "momentum", "run", dict(steps=100, batch_size=64)),
     ("hyperball", "adamw", "run", {}),
     ("hyperball", "lion", "run", {}),
     ("rotational_adamw", "momentum", "run", {}),
-    ("adamw", "adamw", "examples", dict(steps=1200)),
-    ("adamw", "adamw", "run", dict(steps=1200)),
+    ("adamw", "adamw", "examples", dict(steps=800)),
+    ("adamw", "adamw", "run", dict(steps=800)),
     ("adamw", "adamw", "run", dict(hyperparameters=dict(b1=0.5))),
     ("adamw", "muon", "angle", {}),
-    ("lion", "momentum", "examples", dict(steps=300, batch_size=32)),
+    ("lion", "momentum", "examples", dict(steps=200, batch_size=32)),
 ]
 
 
@@ -173,19 +173,43 @@ def test_the_target_turns_as_the_source_does(rule, other, keep, changed):
     b = dataclasses.replace(b, gradient_norm=(a.batch_size / b.batch_size) ** 0.5)
     theirs, _ = simulate(a, a.learning_rate, a.weight_decay)
     ours, _ = simulate(b, found.learning_rate, found.weight_decay, seed=1)
-    factor = found.angles.max() / a.angles().max()
-    late = slice(50, None)
-    expected = factor * stretched(theirs, b.steps)
-    assert np.mean(np.abs(ours / expected - 1)[late]) < 0.03
-    # By hand: what the factor is.
-    squares = 0,0
-    ratio = squares[0][-1] / squares[1]
-    of = {
-        "angle": 1.0,
-        "run": ratio * a.steps / b.steps,
-        "examples": ratio * b.batch_size / a.batch_size,
-    }
-    assert factor == pytest.approx(of[keep] ** 0.5, rel=2e-3)
+    planned = found.angles / stretched(a.angles(), b.steps)
+    expected = planned * stretched(theirs, b.steps)
+    assert np.mean(np.abs(ours / expected - 1)[50:]) < 0.03
+    if keep == "angle":
+        np.testing.assert_allclose(planned, 1, rtol=1e-6)
+
+
+# Constant rates in equilibrium, and the share of the norm that decay takes.
+SETTLED = {
+    "adamw": (0.01, 0.2, 2e-3),
+    "lion": (1e-3, 0.5, 5e-4),
+    "momentum": (0.02, 0.01, 2e-3),
+    "muon": (0.01, 0.2, 2e-3),
+    "nesterov": (0.02, 0.01, 2e-3),
+    "adam": (1e-3, 0.03, None),
+}
+
+
+@pytest.mark.few_rows(2)
+@pytest.mark.parametrize("other", ["lion", "momentum", "adamw", "muon", "nesterov"])
+@pytest.mark.parametrize("rule", ["adamw", "lion", "momentum", "muon"])
+def test_settled_weights_forget_what_decay_takes(rule, other):
+    """The product of both rates says it, where neither model of forgetting is used."""
+    eta, decay, share = SETTLED[rule]
+    given = [target(name, steps=steps) for name, steps in ((rule, 3000), (other, 6000))]
+    a = dataclasses.replace(given[0], learning_rate=eta, weight_decay=decay)
+    start = [
+        RULES[x.rule].equilibrium_norm(*SETTLED[x.rule][:2], 1.0, x.dimension)
+        for x in given
+    ]
+    a = dataclasses.replace(a, initial_norm=float(start[0]))
+    b = dataclasses.replace(given[1], initial_norm=float(start[1]))
+    found = transfer(a, dataclasses.replace(b, gradient_norm=1.0))
+    product = float(found.learning_rate(5900)) * found.weight_decay
+    if other in ("momentum", "nesterov"):
+        product /= 1 - 0.9
+    assert product == pytest.approx(share / 2, rel=0.02)
 
 
 @pytest.mark.few_rows(3)
@@ -202,7 +226,8 @@ def test_weights_forget_in_the_timescale(rule):
     alike = [np.mean(np.sum(kept[n:] * kept[:-n], -1)) for n in lags]
     # The slope leaves out the first steps, which memory makes more alike.
     slope = np.polyfit(lags, np.log(alike), 1)[0]
-    assert -slope * setting.spread() / angle**2 == pytest.approx(1, rel=0.06)
+    share = setting.shares(np.array([angle]))[0]
+    assert -slope == pytest.approx(share, rel=0.08)
 
 
 def test_forgetting_is_kept_between_rules_and_the_angle_is_not():
@@ -213,20 +238,20 @@ def test_forgetting_is_kept_between_rules_and_the_angle_is_not():
     def alike(directions):
         return np.mean(np.sum(directions[100 + lag :] * directions[100:-lag], -1))
 
+    # The memory of Lion's default, 100 steps, is as long as that of these weights.
+    b = target("lion", hyperparameters=dict(b2=0.9))
     found = {
         keep: simulate(b, moved.learning_rate, moved.weight_decay, seed=1)[1]
         for keep in ("run", "angle")
-        for b in [target("lion")]
         for moved in [transfer(a, b, keep)]
     }
     logs = {keep: np.log(alike(d)) / np.log(alike(ours)) for keep, d in found.items()}
     assert logs["run"] == pytest.approx(1, rel=0.05)
     # c^2 of AdamW is 2 (1 - b1) / (1 + b1), that of Lion pi times the mean square.
-    ratio = 0.2 / 1.9 / (np.pi * (0.01 + 0.81 * 0.01 / 1.99))
+    ratio = 0.2 / 1.9 / (np.pi * (0.01 + 0.81 * 0.1 / 1.9))
     assert logs["angle"] == pytest.approx(ratio, rel=0.08)
-    assert "0.42 times the source's" in "".join(
-        transfer(a, target("lion"), "angle").statements
-    )
+    text = "".join(transfer(a, b, "angle").statements)
+    assert "fraction of the run in which weights forget is 1.5" in text
 
 
 @pytest.mark.parametrize("rule", ["adamw", "lion", "hyperball", "rotational_adamw"])
@@ -238,7 +263,9 @@ def test_the_same_setting_gives_the_same_rates(rule):
     )
     if rule != "hyperball":
         assert found.weight_decay == pytest.approx(a.weight_decay, rel=1e-6)
-    assert found.statements[0] == "kept: the fraction of the run in which weights forget"
+    assert (
+        found.statements[0] == "kept: the fraction of the run in which weights forget"
+    )
     assert all(line.startswith("kept") for line in found.statements)
 
 
@@ -249,7 +276,9 @@ def test_there_and_back(other, keep):
     a = source()
     there = transfer(a, target(other), keep)
     b = dataclasses.replace(
-        target(other), learning_rate=there.learning_rate, weight_decay=there.weight_decay
+        target(other),
+        learning_rate=there.learning_rate,
+        weight_decay=there.weight_decay,
     )
     # Hyperball forgets the decay, which moves norms alone.
     decay = a.weight_decay if other == "hyperball" else None
@@ -267,14 +296,13 @@ def test_there_and_back(other, keep):
 
 
 def test_weight_decay_moves_norms_alone():
-    a, b = source(), target("lion")
+    a, b = source("momentum"), target()
     curves = []
-    for decay in (0.3, 5.0):
+    for decay in (0.1, 2.0):
         given = dataclasses.replace(b, weight_decay=decay)
         found = transfer(a, given)
         assert found.weight_decay == decay
         curves.append(simulate(given, found.learning_rate, decay)[0])
-    np.testing.assert_allclose(*(c[50:] for c in curves), rtol=0.1)
     assert np.mean(np.abs(curves[0] / curves[1] - 1)[50:]) < 0.02
 
 
@@ -289,8 +317,8 @@ def test_width_scales_rate_and_decay_by_its_root():
     assert found.weight_decay == pytest.approx(2 * a.weight_decay, rel=1e-5)
     # A start twice as long takes it back.
     found = transfer(a, target(dimension=4 * DIMENSION, initial_norm=2 * START))
-    assert float(found.learning_rate(300)) == pytest.approx(
-        float(a.learning_rate(300)), rel=1e-5
+    assert float(found.learning_rate(200)) == pytest.approx(
+        float(a.learning_rate(200)), rel=1e-5
     )
 
 
@@ -318,10 +346,10 @@ def test_the_batch_rules_are_the_root_and_the_linear_one():
 def test_the_timescale_in_epochs_is_kept():
     """Wang and Aitchison's B / (rate decay D), where rates are constant and small."""
     a = source(learning_rate=0.01, weight_decay=0.2)
-    b = target(steps=2400, batch_size=4)  # as many examples
+    b = target(steps=1600, batch_size=4)  # as many examples
     for keep in ("run", "examples"):
         found = transfer(a, b, keep)
-        share = float(found.learning_rate(2000)) * found.weight_decay
+        share = float(found.learning_rate(1500)) * found.weight_decay
         assert 4 / share == pytest.approx(16 / (0.01 * 0.2), rel=0.03)
         assert sum(line.startswith("kept") for line in found.statements) == 2
 
@@ -329,20 +357,23 @@ def test_the_timescale_in_epochs_is_kept():
 def test_schedules_of_the_decay_keep_their_course():
     steps = np.linspace(1, 0, STEPS) * 0.5
     a = source(weight_decay=lambda count: jnp.asarray(steps)[count])
-    found = transfer(a, target(steps=300, dimension=4 * DIMENSION))
+    found = transfer(a, target(steps=200, dimension=4 * DIMENSION))
     assert callable(found.weight_decay)
-    ratio = values(found.weight_decay, 300) / stretched(steps, 300)
+    ratio = values(found.weight_decay, 200) / stretched(steps, 200)
     np.testing.assert_allclose(ratio, 2 * 2**0.5, rtol=1e-4)
     none = transfer(source(weight_decay=0.0), target("lion"))
     assert none.weight_decay == 0.0
 
 
 BAD = [
-    (lambda: source(rule="adamv"), r"^rule must be one of .*mean adamw\?"),
+    (lambda: source(rule="adamv"), r"^rule must be one of .*mean adam\?"),
     (lambda: target(steps=0), r"^steps must be a positive integer, got 0"),
     (lambda: target(steps=1.5), r"^steps must be a positive integer, got 1.5"),
     (lambda: target("hyperball", weight_decay=0.1), r"^hyperball keeps norms .*0.1;"),
-    (lambda: transfer(target(weight_decay=0.1), target()), r"learning_rate, but .*None"),
+    (
+        lambda: transfer(target(weight_decay=0.1), target()),
+        r"learning_rate, but .*None",
+    ),
     (lambda: transfer(source(weight_decay=None), target()), r"needs a weight_decay"),
     (lambda: transfer(source(), source()), r"^the learning rate of the target"),
     (lambda: transfer(source(), target(), "angles"), r"'angles'; did you mean angle\?"),
