@@ -229,7 +229,7 @@ def train_all(
         rows = [row for row in rows if row[1] == "as it is"]
     base_rates, methods, rates, decays = zip(*rows, strict=True)
     found = normax.sweeps.grid_sweep(
-        make_train(place, np.float32(rates), np.float32(decays)),
+        make_train(place, np.array(rates, np.float32), np.array(decays, np.float32)),
         {"row": np.arange(len(rows)), "seed": np.arange(seeds)},
         progress=True,
         batch_size=1,

@@ -162,16 +162,17 @@ class Setting:
                 curve, self.decay(), **self._vector(), **given
             )
             found = jax.vmap(schedule)(jnp.arange(self.steps))
-        found = np.asarray(found)
+        rates = np.asarray(found)
         # The model has no rate for a larger angle, and then gives one below 0.
-        if not (np.isfinite(found) & (found >= 0)).all():
-            step = int(np.argmin(np.isfinite(found) & (found >= 0)))
+        possible = np.isfinite(rates) & (rates >= 0)
+        if not possible.all():
+            step = int(np.argmin(possible))
             raise ValueError(
                 f"no learning rate of {self.rule} turns weights by {angles[step]:.3g} "
                 f"radians at step {step}, since its memory holds earlier steps; keep "
                 "smaller angles, or take a smaller momentum."
             )
-        return found
+        return rates
 
     def rate(self) -> optax.ScalarOrSchedule:
         """Return the learning rate, or raise where there is none."""
@@ -191,11 +192,11 @@ class Setting:
             )
         return self.weight_decay
 
-    def shares(self, angles: np.ndarray) -> np.ndarray:
+    def shares(self, angles: Any) -> np.ndarray:
         r"""Return the shares $\kappa$ that are forgotten at given angles per step."""
         return _between(angles, *self._forgetting())
 
-    def turns(self, shares: np.ndarray) -> np.ndarray:
+    def turns(self, shares: Any) -> np.ndarray:
         r"""Return the angles per step at which given shares $\kappa$ are forgotten."""
         return _between(shares, *self._forgetting()[::-1])
 
@@ -225,9 +226,9 @@ class Setting:
 
     def powers(self) -> Powers:
         r"""Return how norm and $\kappa$ in equilibrium depend on the rates."""
-        rates = np.float32([_SMALL, np.e * _SMALL, _SMALL])
+        rates = np.array([_SMALL, np.e * _SMALL, _SMALL])
         settled = self._settle("norm_needs", rates, rates[[0, 2, 1]])
-        logs = np.log(np.float64([settled.norm, settled.decay_rate]))
+        logs = np.log(np.array([settled.norm, settled.decay_rate], np.float64))
         return Powers(logs[:, 0], logs[:, 1:] - logs[:, :1])
 
     def norm(self) -> float:
@@ -289,7 +290,7 @@ class Powers(NamedTuple):
         return _SMALL * np.exp(np.linalg.solve(self.matrix, logs))
 
 
-def _between(x: np.ndarray, known: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+def _between(x: Any, known: np.ndarray, wanted: np.ndarray) -> np.ndarray:
     """Return values between known ones, on straight lines of logarithms; 0 at 0."""
     logs = np.log(np.maximum(x, np.finfo(np.float64).tiny))
     return np.where(x > 0, np.exp(np.interp(logs, known, wanted)), 0.0)

@@ -106,18 +106,20 @@ def transfer(source: Setting, target: Setting, keep: Keep = "run") -> Transfer:
             profile = _stretched(profile, target.steps)
         target = dataclasses.replace(target, gradient_norm=noise * profile)
     turned = source.angles()
-    peak = np.max(turned)
+    peak = float(np.max(turned))
     if keep == "angle":
         angles = _stretched(turned, target.steps)
-        peaks = Peaks(peak, source.shares(peak), peak, target.shares(peak))
+        peaks = Peaks(
+            peak, float(source.shares(peak)), peak, float(target.shares(peak))
+        )
     else:
         faster = source.steps / target.steps
         if keep == "examples":
             faster = target.batch_size / source.batch_size
         shares = faster * source.shares(turned)
         angles = target.turns(_stretched(shares, target.steps))
-        most = np.max(shares)
-        peaks = Peaks(peak, most / faster, target.turns(most), most)
+        most = float(np.max(shares))
+        peaks = Peaks(peak, most / faster, float(target.turns(most)), most)
     if target.rule != "hyperball" and target.weight_decay is None:
         target = dataclasses.replace(
             target, weight_decay=_weight_decay(source, target, peaks)
@@ -152,8 +154,8 @@ def _schedule(values: np.ndarray) -> optax.Schedule:
 def _stretched(values: Any, steps: int) -> np.ndarray:
     """Return the values at the same fractions of a run of other length."""
     values = np.asarray(values)
-    places = [(np.arange(n) + 0.5) / n for n in (steps, len(values))]
-    return np.interp(*places, values).astype(values.dtype)
+    new, old = ((np.arange(n) + 0.5) / n for n in (steps, len(values)))
+    return np.interp(new, old, values).astype(values.dtype)
 
 
 def _weight_decay(
@@ -210,7 +212,7 @@ def _statements(
             lines.append(f"kept: the {name}")
         else:
             lines.append(f"not kept: the {name} is {amount:.2f} times the source's")
-    same = float(target.turns(np.asarray(peaks.share)))
+    same = float(target.turns(peaks.share))
     if abs(same / peaks.angle - 1) > 5e-3:
         lines.append(
             f"to forget as fast as {source.rule} at {peaks.angle:.3g} radians per "
