@@ -91,8 +91,8 @@ class Setting:
       >>> setting = normax.theory.Setting(
       ...     rule="hyperball", steps=100, learning_rate=0.01
       ... )
-      >>> float(setting.angles()[-1].round(5))
-      0.00996
+      >>> print(f"{setting.angles()[-1]:.5f}")
+      0.00995
 
     References:
       Kosson, Messmer, Jaggi, Rotational Equilibrium, 2024, arXiv:2305.17212.

@@ -75,12 +75,12 @@ def transfer(source: Setting, target: Setting, keep: Keep = "run") -> Transfer:
       >>> import normax
       >>> Setting, sizes = normax.theory.Setting, dict(initial_norm=1.0, dimension=64)
       >>> source = Setting(
-      ...     rule="adamw", steps=400, learning_rate=0.01, weight_decay=0.1, **sizes
+      ...     rule="adamw", steps=4000, learning_rate=0.01, weight_decay=0.1, **sizes
       ... )
-      >>> target = Setting(rule="adamw", steps=100, batch_size=4, **sizes)
+      >>> target = Setting(rule="adamw", steps=1000, batch_size=4, **sizes)
       >>> found = normax.theory.transfer(source, target)
-      >>> [f"{found.learning_rate(50):.4f}", f"{found.weight_decay:.4f}"]
-      ['0.0198', '0.2000']
+      >>> [f"{found.learning_rate(500):.4f}", f"{found.weight_decay:.4f}"]
+      ['0.0201', '0.2000']
       >>> print(found.statements[0])
       kept: the fraction of the run in which weights forget
 

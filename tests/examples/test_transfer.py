@@ -73,6 +73,7 @@ def test_a_parabola_is_lowest_near_the_lowest_loss():
     assert example.lowest(x, losses) == pytest.approx(-5.3, abs=0.8)
 
 
+@pytest.mark.slow
 def test_the_usual_rules_and_the_transferred_rates():
     base = normax.theory.Setting(rule="adamw", steps=400, dimension=32, batch_size=4)
     task: Any = None
