@@ -398,42 +398,40 @@ def table(results: Results) -> str:
 
 
 def picture(results: Results) -> Figure:
-    """Draw the losses of all ways over the rate that is best in the base."""
-    tasks = list(dict.fromkeys(results["task"]))
+    """Draw the losses of all ways over the rate of the base."""
+    task = str(results["task"][0])
     changes = [c for c in dict.fromkeys(results["change"]) if c != "base"]
-    figure = Figure(
-        figsize=(2.4 * len(changes), 2.9 * len(tasks)), layout="constrained"
-    )
-    panels: Any = figure.subplots(len(tasks), len(changes), squeeze=False)
-    for task, row in zip(tasks, panels, strict=True):
-        base = curve_of(results, task, "base", "as it is")
-        known = results["task"] == task
-        low = np.nanmin(results["loss"][known])
-        for change, axes in zip(changes, row, strict=True):
-            here = known & (results["change"] == change)
-            axes.set_title(change)
-            if not here.any():
-                axes.set_axis_off()
-                continue
-            axes.plot(2**base.octaves, base.losses.mean(1), "k--", lw=1, label="base")
-            axes.axvline(2 ** base.resampled()[0], color="black", lw=0.5)
-            for method in dict.fromkeys(results["method"][here]):
-                found = curve_of(results, task, change, method)
-                colour = COLOURS[method]
-                style: Any = {"color": colour, "ms": 3, "lw": 1.2, "label": method}
-                axes.plot(2**found.octaves, found.losses.mean(1), "o-", **style)
-            axes.set_xscale("log", base=2)
-            axes.set_ylim(0.97 * low, 1.35 * low)
-            axes.grid(alpha=0.3)
-            axes.set_xlabel("rate in the base")
-        row[0].set_ylabel(f"{task}: held-out loss (nats)")
-    handles = {
-        label: handle
-        for axes in panels.flat
-        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
-    }
+    rows = -(-len(changes) // 4)
+    figure = Figure(figsize=(11, 0.6 + 2.7 * rows), layout="constrained")
+    panels: Any = figure.subplots(rows, 4, squeeze=False)
+    best = 2 ** curve_of(results, task, "base", "as it is").resampled()[0]
+    handles: dict[str, Any] = {}
+    for axes in panels.flat[len(changes) :]:
+        axes.set_axis_off()
+    for change, axes in zip(changes, panels.flat, strict=False):
+        lowest = []
+        handles["best rate of the base"] = axes.axvline(best, color="black", lw=0.8)
+        for method in dict.fromkeys(results["method"][results["change"] == change]):
+            found = curve_of(results, task, change, method)
+            means, style = found.losses.mean(1), {"ms": 3.0, "lw": 1.2}
+            lowest.append(np.nanmin(means))
+            (line,) = axes.plot(
+                2**found.octaves, means, "o-", color=COLOURS[method], **style
+            )
+            spread = found.losses.min(1), found.losses.max(1)
+            axes.fill_between(
+                2**found.octaves, *spread, color=COLOURS[method], alpha=0.15, lw=0
+            )
+            handles[method] = line
+        axes.set_xscale("log", base=2)
+        axes.set_ylim(0.985 * min(lowest), 1.1 * min(lowest))
+        axes.set(title=change, xlabel="learning rate in the base")
+        axes.grid(alpha=0.3)
+    for row in panels:
+        row[0].set_ylabel("held-out loss (nats)")
+    figure.suptitle(f"{task}: the same rates of AdamW, carried over in three ways")
     figure.legend(
-        handles.values(), handles, loc="outside lower center", ncols=5, frameon=False
+        handles.values(), handles, loc="outside lower center", ncols=4, frameon=False
     )
     return figure
 
