@@ -119,6 +119,10 @@ NUMBERS = [
     (given(normax.theory.hyperball_angle, 0.1), "correlation"),
     (given(normax.theory.hyperball_correlation, momentum=0.9), "learning_rate"),
     (given(normax.theory.hyperball_learning_rate, momentum=0.9), "angle"),
+    *(
+        (given(normax.theory.Setting, rule="adamw", steps=9), name)
+        for name in ("batch_size", "initial_norm", "gradient_norm")
+    ),
     (given(normax.hyperball, optax.identity(), 0.1), "radius"),
     (given(normax.rescaling.rescale_units, STACK), "factors"),
     *(
@@ -154,6 +158,7 @@ LEARNING_RATES = [
     given(normax.rotational_adamw, weight_decay=0.1),
     given(normax.rotational_lion, weight_decay=0.1),
     given(normax.hyperball, optax.identity()),
+    given(normax.theory.Setting, rule="adamw", steps=9),
     given(normax.second_order.newton),
     given(normax.second_order.hessian_free),
     *(given(rule.make) for rule in RULES.values()),

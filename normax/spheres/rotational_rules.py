@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,22 @@ import optax
 from normax._core.axes import Axes, Mask, check_mask, resolve_axes, resolve_mask
 from normax._core.checks import check_number, check_range, requiring_params
 from normax.spheres.rotation import rotate_by_angle
+
+
+def sgd_angle(decay: Any, momentum: Any = 0.9) -> jax.Array:
+    r"""Return the angle of `rotational_sgd`, where `decay` is $\eta\lambda$."""
+    return jnp.sqrt(2 * decay / (1 + momentum))
+
+
+def adamw_angle(decay: Any, b1: Any = 0.9) -> jax.Array:
+    r"""Return the angle of `rotational_adamw`, where `decay` is $\eta\lambda$."""
+    return jnp.sqrt(2 * decay * (1 - b1) / (1 + b1))
+
+
+def lion_angle(decay: Any, b1: Any = 0.9, b2: Any = 0.99) -> jax.Array:
+    r"""Return the angle of `rotational_lion`, where `decay` is $\eta\lambda$."""
+    length2 = (1 - b1) ** 2 + b1**2 * (1 - b2) / (1 + b2)
+    return jnp.sqrt(math.pi * decay * length2)
 
 
 def _rotational(
@@ -115,7 +132,7 @@ def rotational_sgd(
             optax.add_decayed_weights(weight_decay),
             optax.sgd(learning_rate, momentum),
         ),
-        lambda eta: jnp.sqrt(2 * eta * weight_decay / (1 + momentum)),
+        lambda eta: sgd_angle(eta * weight_decay, momentum),
         learning_rate,
         weight_decay,
         decay,
@@ -176,7 +193,7 @@ def rotational_adamw(
         "rotational_adamw",
         optax.scale_by_adam(b1, b2, eps),
         optax.adamw(learning_rate, b1, b2, eps, weight_decay=weight_decay),
-        lambda eta: jnp.sqrt(2 * eta * weight_decay * (1 - b1) / (1 + b1)),
+        lambda eta: adamw_angle(eta * weight_decay, b1),
         learning_rate,
         weight_decay,
         decay,
@@ -233,16 +250,11 @@ def rotational_lion(
     """
     check_range("b1", b1, low=0, below=1)
     check_range("b2", b2, low=0, below=1)
-
-    def angle(eta):
-        variance = (1 - b1) ** 2 + b1**2 * (1 - b2) / (1 + b2)
-        return jnp.sqrt(math.pi * eta * weight_decay * variance)
-
     return _rotational(
         "rotational_lion",
         optax.scale_by_lion(b1, b2),
         optax.lion(learning_rate, b1, b2, weight_decay=weight_decay),
-        angle,
+        lambda eta: lion_angle(eta * weight_decay, b1, b2),
         learning_rate,
         weight_decay,
         decay,

@@ -23,6 +23,8 @@ from normax.theory.schedules import (
     harmonic_schedule,
     optimal_momentum,
 )
+from normax.theory.settings import Setting
+from normax.theory.transferred_rates import Transfer, transfer
 from normax.theory.update_rule import UpdateRule
 
 __all__ = [
@@ -30,6 +32,8 @@ __all__ = [
     "ArrayDynamics",
     "DynamicsTable",
     "Prediction",
+    "Setting",
+    "Transfer",
     "UpdateRule",
     "dynamics_scalars",
     "dynamics_table",
@@ -39,4 +43,5 @@ __all__ = [
     "hyperball_correlation",
     "hyperball_learning_rate",
     "optimal_momentum",
+    "transfer",
 ]
