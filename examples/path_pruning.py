@@ -360,11 +360,12 @@ def picture(results: Results) -> Figure:
             row[2].plot(positions, get("change"), "o:", color=colour, ms=4)
         for axes in row[:2]:
             axes.set_ylabel("test error")
-            axes.yaxis.set_major_formatter(PercentFormatter(1, 0))
+            axes.yaxis.set_major_formatter(PercentFormatter(1))
         row[2].set(yscale="log", ylabel="change of logits, summed over classes")
         row[2].plot([], [], "o:", color="black", ms=4, label="measured, largest")
         row[2].legend(frameon=False, fontsize=7)
-    panels[0][0].legend(frameon=False, fontsize=7)
+    lines, labels = panels[0][0].get_legend_handles_labels()
+    figure.legend(lines, labels, loc="outside lower center", ncols=4, frameon=False)
     return figure
 
 
