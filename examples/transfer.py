@@ -449,7 +449,7 @@ def main(argv: Sequence[str] | None = None) -> Results:
     add("--batch-size", type=int, default=16, help="of the transformer")
     for name, default in Size(32, 2, 2, 32)._asdict().items():
         add(f"--{name}", type=int, default=default, help="of the transformer")
-    add("--widths", type=int, nargs="*", default=[64], help="multiples of --width")
+    add("--widths", type=int, nargs="*", default=[64, 128], help="multiples of --width")
     add("--checkpoints", type=Path, help="folder of finished runs, to continue from")
     options = parser.parse_args(argv)
     rates = sorted(set(options.rates))
