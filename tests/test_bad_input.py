@@ -387,6 +387,24 @@ ERRORS = [
         r"fraction must be a known number, but it is traced; make it a static",
     ),
     (
+        lambda: normax.paths.path_prune(forward, NETWORK, X, np.array([0.5, 0.2])),
+        r"fraction must be one number, but it has shape \(2,\); pass one at a time",
+    ),
+    (
+        lambda: normax.paths.path_mask(forward, NETWORK, X, 0.5, where=["w"]),
+        r"where must be a prefix of `params`, .* give each array or group",
+    ),
+    (
+        lambda: normax.paths.path_mask(forward, NETWORK, X, 0.5, where="w"),
+        r"where must hold booleans, got 'w'; pass True for the arrays to prune",
+    ),
+    (
+        lambda: normax.paths.output_change_bound(
+            forward, NETWORK, NETWORK, (X, np.arange(3))
+        ),
+        r"integers have no such size, but `inputs` holds int.*; let `forward` close",
+    ),
+    (
         lambda: normax.paths.path_mask(forward, NETWORK, X, 0.5, per="unit"),
         r"per must be 'network' or 'layer', .*, got 'unit'; choose one of the two",
     ),

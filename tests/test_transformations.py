@@ -32,7 +32,7 @@ class Row:
     factory: Any
     kwargs: dict[str, Any] = dataclasses.field(default_factory=dict)
     coupled: bool = False  # whether the update of an array depends on the others
-    network: bool = False  # whether the arrays are layers, none of which may be masked
+    network: bool = False  # whether the arrays are layers, and none may be masked
     static: tuple[str, ...] = ()  # keywords that optax takes as Python numbers alone
 
     @property

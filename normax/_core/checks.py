@@ -35,6 +35,16 @@ def check_number(name: str, value: Any) -> None:
         pass
 
 
+def check_scalar(name: str, value: Any) -> None:
+    """Raise unless a value is one real number, which may be traced."""
+    check_number(name, value)
+    if np.ndim(value):
+        raise ValueError(
+            f"{name} must be one number, but it has shape {np.shape(value)}; pass one "
+            "at a time."
+        )
+
+
 def check_learning_rate(value: Any) -> None:
     """Raise unless a learning rate is a number or a schedule."""
     if not callable(value):

@@ -55,7 +55,8 @@ def output_change_bound(
       all outputs of one example.
 
     Raises:
-      ValueError: As `path_metric_bound`; or `inputs` holds shapes without values.
+      ValueError: As `path_metric_bound`; or `inputs` holds shapes without values, or
+        integers.
 
     Examples:
       >>> import jax
@@ -75,12 +76,19 @@ def output_change_bound(
       based on path-metrics, 2025.
     """
     check_order("output_change_bound", forward, "forward, params, other, inputs")
-    if any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(inputs)):
+    leaves = jax.tree.leaves(inputs)
+    if any(isinstance(x, jax.ShapeDtypeStruct) for x in leaves):
         raise ValueError(
             "output_change_bound depends on the largest entry of the inputs, but "
             "`inputs` holds shapes without values; pass arrays."
         )
-    floats = [x for x in jax.tree.leaves(inputs) if is_float(x) and np.size(x)]
+    if others := [str(jnp.result_type(x)) for x in leaves if not is_float(x)]:
+        raise ValueError(
+            "output_change_bound holds for all inputs that are no larger, and integers "
+            f"have no such size, but `inputs` holds {', '.join(others)}; let `forward` "
+            "close over them, one example at a time."
+        )
+    floats = [x for x in leaves if np.size(x)]
     sizes = [jnp.max(jnp.abs(at_least_float32(x)[0])) for x in floats]
     bound = path_metric_bound(forward, params, other, inputs)
     return functools.reduce(jnp.maximum, sizes, jnp.ones((), bound.dtype)) * bound

@@ -29,7 +29,7 @@ from jax import lax
 from jax.extend.core import JaxprEqn
 
 from normax._core.norms import at_least_float32, nonzero
-from normax._core.programs import bind, program_in_place
+from normax._core.programs import bind, is_float, program_in_place
 from normax.paths import numbers
 from normax.paths.arithmetic import PathArithmetic
 from normax.paths.lifting import PathTransform
@@ -45,8 +45,9 @@ class Comparison(NamedTuple):
     """How the weights of two networks differ, of an array or of several.
 
     Attributes:
-      kinds: Four integers, 1 if some weight of the other network is larger, is smaller,
-        has the opposite sign, or differs where neither is 0.
+      kinds: Five integers, 1 if some weight of the other network is larger, is smaller,
+        has the opposite sign, or differs where neither is 0; or if a condition or an
+        index that is computed from weights is another one.
       extremes: By how much the other's are larger and smaller, the largest weight
         with an opposite one, and the largest difference where neither is 0.
     """
@@ -117,11 +118,13 @@ def gap(u: jax.Array, m: jax.Array, p: jax.typing.ArrayLike) -> jax.Array:
     r"""Return $g$ with $g^p = u^p - m^p$, of numbers $u \ge m \ge 0$."""
     if isinstance(p, int) and p == 1:
         return u - m
-    # log1p and expm1 lose no digits where the two are close, and give 1 where m is 0.
-    logarithm = jnp.log1p(-(u - m) / nonzero(u))
-    return u * numbers.where_live(
+    # log1p and expm1 lose no digits where the two are close.
+    # The logarithm of 0 has no derivative, so that is left out.
+    logarithm = jnp.log1p(jnp.where(m == 0, 0, -(u - m) / nonzero(u)))
+    part = numbers.where_live(
         lambda x: jnp.power(x, jnp.asarray(1 / p, u.dtype)), -jnp.expm1(p * logarithm)
     )
+    return u * jnp.where(m == 0, 1, part)
 
 
 class DifferenceTransform(PathTransform):
@@ -217,7 +220,7 @@ class DifferenceTransform(PathTransform):
         value, other = at_least_float32(w.value, w.other)
         growth, below = jnp.abs(other) - jnp.abs(value), meet(value, other)
         opposite = jnp.sign(value) * jnp.sign(other) < 0
-        partly = (below != 0) & (growth != 0)
+        partly = (below > 0) & (jnp.abs(growth) > 0)
         tests = (growth > 0, growth < 0, opposite, partly)
         # One reduction of all four is one pass over memory. What is reported takes
         # several, and is computed only if it is asked for.
@@ -230,8 +233,16 @@ class DifferenceTransform(PathTransform):
             for test, size in zip(tests, sizes, strict=True)
         ]
         names = frozenset[str]().union(*(origin.names for origin in w.params))
-        comparison = Comparison(jnp.stack(kinds), jnp.stack(extremes))
-        self.compared.append((names, comparison))
+        kinds = jnp.stack([*kinds, jnp.int32(0)])
+        self.compared.append((names, Comparison(kinds, jnp.stack(extremes))))
+
+    def _compare_choice(self, w: Changed) -> None:
+        """Compare conditions or indices. They say which paths there are."""
+        w.compared = True
+        another = jnp.any(w.value != w.other).astype(jnp.int32)
+        kinds = jnp.zeros(5, jnp.int32).at[4].set(another)
+        names = frozenset[str]().union(*(origin.names for origin in w.params))
+        self.compared.append((names, Comparison(kinds, jnp.zeros(4))))
 
     def _evaluate(
         self, eqn: JaxprEqn, inputs: Sequence[Any], line: str | None
@@ -242,6 +253,9 @@ class DifferenceTransform(PathTransform):
         if eqn.primitive.name == "scan":
             self.line = line
             return scan_with(_loop, self, eqn, inputs)
+        for x in inputs:
+            if isinstance(x, Changed) and not (x.compared or is_float(x.value)):
+                self._compare_choice(x)
         smaller = [
             Activation(x.meet, x.constant, x.source, x.multiple)
             if isinstance(x, Difference)

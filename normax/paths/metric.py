@@ -88,18 +88,24 @@ def _compare(
     return _Compared(difference, [x for _, x in transform.compared], names)
 
 
-def _same_integers(networks: tuple[PyTree, PyTree]) -> jax.Array:
-    """Return whether arrays of integers, which have no paths, agree."""
+def _kinds(comparisons: list[Comparison]) -> jax.Array:
+    """Return which of the kinds of differences there are."""
+    none = jnp.zeros(5, jnp.int32)
+    return functools.reduce(jnp.maximum, (x.kinds for x in comparisons), none) > 0
+
+
+def _same_choices(
+    networks: tuple[PyTree, PyTree], comparisons: list[Comparison]
+) -> jax.Array:
+    """Return whether integers, and conditions made of weights, agree."""
     pairs = zip(*map(jax.tree.leaves, networks), strict=True)
     same = [jnp.all(jnp.equal(a, b)) for a, b in pairs if not is_float(a)]
-    return jnp.all(jnp.array([True, *same]))
+    return jnp.all(jnp.array([~_kinds(comparisons)[4], *same]))
 
 
 def _is_exact(comparisons: list[Comparison], p: jax.typing.ArrayLike) -> jax.Array:
     """Return whether one network has the larger weights, see `path_metric`."""
-    none = jnp.zeros(4, jnp.int32)
-    kinds = functools.reduce(jnp.maximum, (x.kinds for x in comparisons), none)
-    larger, smaller, opposite, partly = kinds > 0
+    larger, smaller, opposite, partly, _ = _kinds(comparisons)
     return ~(larger & smaller) & ~opposite & ((jnp.asarray(p) == 1) | ~partly)
 
 
@@ -123,7 +129,7 @@ def _refuse(
     how = (
         "has all weights of edges at least as large as the other, with the same signs"
         if p == 1
-        else "is the other with some weights of edges set to 0, or for p = 1"
+        else "is the other with some weights of edges set to 0, since p is not 1"
     )
     raise ValueError(
         f"path_metric is exact where one network {how}, but {'; '.join(lines)}. Use "
@@ -144,8 +150,8 @@ def path_metric(
     $$\|\Phi(\theta) - \Phi(\theta')\|_p = \Big(\sum_{\text{paths}} \Big|
       \prod_{e \in \text{path}} w_e - \prod_{e \in \text{path}} w'_e\Big|^p\Big)^{1/p}$$
 
-    It is exact for two kinds of pairs. For p = 1, the weights of one network have the
-    signs of those of the other, or are 0, and are at most as large. Rounding towards
+    It is exact for two kinds of pairs. For p = 1, the weights of one network are at
+    most as large as those of the other, and have their signs or are 0. Rounding towards
     zero, shrinkage and pruning give such pairs. Then the metric is the difference of
     two sums over paths. It is computed without cancellation, to the digits of a path
     norm, however close the two are. For other p, one network is the other with some
@@ -201,7 +207,7 @@ def path_metric(
             distance = arithmetic.log(difference) / p
         else:
             distance = arithmetic.pth_root(difference)
-        same = _same_integers(networks)
+        same = _same_choices(networks, compared.comparisons)
         return distance, same, _is_exact(compared.comparisons, p), compared.comparisons
 
     def measure(networks):
@@ -210,7 +216,7 @@ def path_metric(
     distance, same, exact = jax.jit(with_automatic_sharding(measure))(networks)
     if isinstance(exact, jax.core.Tracer):
         return jnp.where(same & exact, distance, jnp.nan)
-    _check_integers("path_metric", same)
+    _check_choices("path_metric", same)
     if not exact:
         comparisons = jax.jit(with_automatic_sharding(lambda n: evaluate(n)[3]))(
             networks
@@ -219,12 +225,13 @@ def path_metric(
     return distance
 
 
-def _check_integers(name: str, same: jax.Array) -> None:
+def _check_choices(name: str, same: jax.Array) -> None:
     if not same:
         raise ValueError(
-            f"{name} compares weights, and integers among the parameters are constants "
-            "of the network, but `params` and `other` hold different ones; pass the "
-            "same."
+            f"{name} compares the weights of one network. Integers among the "
+            "parameters, and conditions and indices that are computed from weights, "
+            "say which paths it has, but `params` and `other` hold different ones; "
+            "pass the same."
         )
 
 
@@ -244,7 +251,7 @@ def path_metric_bound(
 
     The meet $\mu$ of the two has the smaller weight of each edge where signs agree,
     else 0. This is the triangle inequality through $\mu$. It is `path_metric` where
-    that is exact, and takes twice as long.
+    that is exact.
 
     Args:
       forward: The network, as in `path_norm`.
@@ -283,11 +290,12 @@ def path_metric_bound(
 
     def measure(networks):
         arithmetic = PathArithmetic(p)
-        parts = [
-            _compare(forward, pair, inputs, p, first).difference
+        both = [
+            _compare(forward, pair, inputs, p, first)
             for pair in (networks, networks[::-1])
         ]
-        same = _same_integers(networks)
+        parts = [compared.difference for compared in both]
+        same = _same_choices(networks, both[0].comparisons)
         if log:
             return jnp.logaddexp(*(arithmetic.log(part) / p for part in parts)), same
         return sum(map(arithmetic.pth_root, parts)), same
@@ -295,5 +303,5 @@ def path_metric_bound(
     bound, same = jax.jit(with_automatic_sharding(measure))(networks)
     if isinstance(same, jax.core.Tracer):
         return jnp.where(same, bound, jnp.nan)
-    _check_integers("path_metric_bound", same)
+    _check_choices("path_metric_bound", same)
     return bound

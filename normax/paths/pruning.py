@@ -15,7 +15,7 @@ import numpy as np
 from jax import lax
 
 from normax._core.axes import PyTree
-from normax._core.checks import check_range
+from normax._core.checks import check_range, check_scalar
 from normax._core.modules import refuse_modules
 from normax._core.norms import nonzero
 from normax._core.powers_of_two import exp2, exponent_of
@@ -98,16 +98,39 @@ def path_saliency(
     return jax.jit(with_automatic_sharding(evaluate))(params)
 
 
+def _check_finite(params: PyTree) -> None:
+    """Raise where paths are no numbers, unless the weights are traced."""
+    for name, leaf in zip(names_of(params), jax.tree.leaves(params), strict=True):
+        if is_float(leaf) and not isinstance(leaf, jax.core.Tracer):
+            count = int(jnp.sum(~jnp.isfinite(leaf)))
+            if count:
+                raise ValueError(
+                    f"saliencies are sums of finite weights, but {name} holds {count} "
+                    "that are NaN or infinite; mend them before pruning."
+                )
+
+
 def _chosen(params: PyTree, where: PyTree) -> list[bool]:
     """Return which arrays are pruned."""
     leaves, names = jax.tree.leaves(params), names_of(params)
     if where is None:
         chosen = [is_float(leaf) and np.ndim(leaf) >= 2 for leaf in leaves]
     else:
-        spread = jax.tree.map(
-            lambda choice, tree: jax.tree.map(lambda _: choice, tree), where, params
-        )
-        chosen = [bool(choice) for choice in jax.tree.leaves(spread)]
+        try:
+            spread = jax.tree.map(
+                lambda choice, tree: jax.tree.map(lambda _: choice, tree), where, params
+            )
+        except ValueError as error:
+            raise ValueError(
+                f"where must be a prefix of `params`, which has {', '.join(names)}, "
+                f"but it is {where!r}; give each array or group of arrays a boolean."
+            ) from error
+        chosen = jax.tree.leaves(spread)
+        if wrong := [x for x in chosen if not isinstance(x, bool | np.bool)]:
+            raise ValueError(
+                f"where must hold booleans, got {wrong[0]!r}; pass True for the "
+                "arrays to prune and False for others."
+            )
     for name, leaf, choice in zip(names, leaves, chosen, strict=True):
         if choice and not is_float(leaf):
             raise ValueError(
@@ -129,6 +152,7 @@ def _check_fraction(fraction: Any) -> float:
             "fraction must be a known number, but it is traced; make it a static "
             "argument of jax.jit."
         )
+    check_scalar("fraction", fraction)
     check_range("fraction", fraction, 0)
     if fraction > 1:
         raise ValueError(
@@ -191,10 +215,11 @@ def path_mask(
 
     Returns:
       Pytree like `params` of boolean arrays, True everywhere in arrays not chosen.
+      Where the parameters are traced and hold a NaN or infinity, all are True.
 
     Raises:
-      ValueError: As `path_scales`; `fraction` or `per` is out of range; or `where`
-        chooses integers, or nothing.
+      ValueError: As `path_scales`; `fraction` or `per` is out of range; `where` chooses
+        integers, or nothing; or a weight is NaN or infinite.
 
     Examples:
       >>> import jax
@@ -221,10 +246,14 @@ def path_mask(
             f"{per!r}; choose one of the two."
         )
     chosen = _chosen(params, where)
+    _check_finite(params)
 
     def evaluate(params):
         leaves, structure = jax.tree.flatten(params)
         saliencies = _saliencies(forward, params, inputs)
+        # Where the order is unknown, nothing is pruned, so that no NaN is hidden.
+        floats = [jnp.asarray(leaf) for leaf in leaves if is_float(leaf)]
+        finite = jnp.all(jnp.array([jnp.all(jnp.isfinite(leaf)) for leaf in floats]))
         keep = [jnp.ones(jnp.shape(leaf), bool) for leaf in leaves]
         indices = [i for i, choice in enumerate(chosen) if choice]
         groups = [indices] if per == "network" else [[i] for i in indices]
@@ -232,7 +261,7 @@ def path_mask(
             flat = _keep([_keys(saliencies[i], leaves[i]) for i in group], fraction)
             ends = np.cumsum([keep[i].size for i in group])
             for i, part in zip(group, jnp.split(flat, ends[:-1]), strict=True):
-                keep[i] = jnp.reshape(part, keep[i].shape)
+                keep[i] = jnp.reshape(part, keep[i].shape) | ~finite
         return jax.tree.unflatten(structure, keep)
 
     return jax.jit(with_automatic_sharding(evaluate))(params)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from normax._core.axes import PyTree
-from normax._core.checks import check_range
+from normax._core.checks import check_range, check_scalar
 from normax._core.comparisons import largest
 from normax._core.programs import compiled, full_precision
 from normax.paths import output_change_bound
@@ -28,10 +28,11 @@ def assert_outputs_near(
     $$\|f_\theta(x) - f_{\theta'}(x)\|_1 \le \text{atol} \qquad
       \text{for all } \|x\|_\infty \le B$$
 
-    It passes only if this is proven, by `normax.paths.output_change_bound`; $B$ is the
-    largest entry of `inputs`. The bound of a deep network is far above what
-    can be measured. So a failure does not mean that the outputs are far apart: the
-    message says what was measured at `inputs`.
+    It passes only if this is proven by `normax.paths.output_change_bound`, up to the
+    rounding of the bound; $B$ is the largest entry of `inputs`. The bound of a deep
+    network is far above what can be measured. So a failure does not mean that the
+    outputs are far apart. The message says by how much a single output differs at
+    `inputs`, which is at most the sum over outputs.
 
     Args:
       forward: The network, as in `normax.path_norm`.
@@ -61,6 +62,7 @@ def assert_outputs_near(
       Gonon, Brisebarre, Riccietti, Gribonval, A rescaling-invariant Lipschitz bound
       based on path-metrics, 2025.
     """
+    check_scalar("atol", atol)
     check_range("atol", atol, 0)
     bound = output_change_bound(forward, params, other, inputs)
     if isinstance(bound, jax.core.Tracer):
@@ -78,6 +80,6 @@ def assert_outputs_near(
     raise AssertionError(
         "[normax] assert_outputs_near: the outputs of two networks must be proven to "
         f"differ by at most atol = {atol:.6g}, but the proven bound is "
-        f"{float(bound):.6g}; at these inputs no output differs by more "
-        f"than {measured:.6g}{custom}"
+        f"{float(bound):.6g} for the sum over outputs; at these inputs no single "
+        f"output differs by more than {measured:.6g}{custom}"
     )

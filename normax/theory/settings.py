@@ -28,6 +28,7 @@ from normax._core.checks import (
     check_learning_rate,
     check_positive,
     check_range,
+    check_scalar,
     nearest,
 )
 from normax._core.norms import hypotenuse
@@ -113,17 +114,24 @@ class Setting:
         if self.rule not in RULES:
             raise ValueError(
                 f"rule must be one of {', '.join(RULES)}, got {self.rule!r}; "
-                f"{nearest(self.rule, RULES, 'choose one of these.')}"
+                f"{nearest(self.rule or '', RULES, 'choose one of these.')}"
             )
         check_count("steps", self.steps, "pass the number of steps of the run")
-        check_positive("batch_size", self.batch_size)
-        check_positive("initial_norm", self.initial_norm)
+        for name in ("batch_size", "initial_norm"):
+            check_scalar(name, getattr(self, name))
+            check_positive(name, getattr(self, name))
         if self.learning_rate is not None:
             check_learning_rate(self.learning_rate)
         if self.weight_decay is not None and not callable(self.weight_decay):
             check_range("weight_decay", self.weight_decay, low=0)
         if self.gradient_norm is not None:
             check_positive("gradient_norm", self.gradient_norm)
+            if np.shape(self.gradient_norm) not in ((), (self.steps,)):
+                raise ValueError(
+                    "gradient_norm must be a number or have shape (steps,) = "
+                    f"({self.steps},), got {np.shape(self.gradient_norm)}; transfer "
+                    "one vector at a time."
+                )
         if self.rule == "hyperball" and self.weight_decay is not None:
             raise ValueError(
                 "hyperball keeps norms and has no weight decay, got weight_decay="
@@ -148,7 +156,7 @@ class Setting:
         given = self._given()
         if self.rule in ROTATIONAL:
             decay = sample(self.decay(), self.steps)
-            check_positive("weight_decay", decay)
+            check_positive("weight_decay", decay.min())
             square = np.asarray(ROTATIONAL[self.rule][0](1.0, **given)) ** 2
             return angles**2 / (square * decay)
         curve = lambda count: jnp.asarray(angles)[count]  # noqa: E731
@@ -255,7 +263,9 @@ class Setting:
             known = list(inspect.signature(ROTATIONAL[self.rule][0]).parameters)[1:]
         for name, value in given.items():
             if name not in known:
-                raise TypeError(f"{self.rule} has {', '.join(known)}, got {name}.")
+                raise TypeError(
+                    f"{self.rule} has {', '.join(known)}, got {name}; leave {name} out."
+                )
             check_range(name, value, low=0, below=1)
         return given
 

@@ -106,6 +106,12 @@ def transfer(source: Setting, target: Setting, keep: Keep = "run") -> Transfer:
             profile = _stretched(profile, target.steps)
         target = dataclasses.replace(target, gradient_norm=noise * profile)
     turned = source.angles()
+    if not (np.isfinite(turned).all() and turned.any()):
+        raise ValueError(
+            "the source must turn weights by finite angles, but its largest one is "
+            f"{np.max(turned):.3g}, at learning_rate={source.learning_rate!r}; pass a "
+            "positive rate, or a schedule of finite rates."
+        )
     peak = float(np.max(turned))
     if keep == "angle":
         angles = _stretched(turned, target.steps)

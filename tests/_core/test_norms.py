@@ -169,7 +169,7 @@ def test_polar_decomposition_is_finite_at_zero(w_scale, u_scale):
 
 
 def usual_and(unusual):
-    """Weights and updates of four arrays, the second of which may be unusual."""
+    """Weights and updates of four arrays; the second may be unusual."""
     shapes = (80, 3), (80, 3), (80, 3), (40, 6)
     ws = [draw(shape, 1.0, seed) for seed, shape in enumerate(shapes)]
     us = [draw(shape, 1e-3, seed) for seed, shape in enumerate(shapes, 4)]

@@ -41,7 +41,7 @@ def side_by_side(p):
 
 
 def product(p):
-    """Queries and keys, of which only the product counts."""
+    """Queries and keys: only their product counts."""
     scores = (X @ p["query"]) @ (X @ p["key"]).T
     return squares(jax.nn.softmax(scores) @ jnp.sin(X @ p["value"]))
 

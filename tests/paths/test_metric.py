@@ -419,3 +419,62 @@ def test_integers_among_the_parameters_must_agree():
         with pytest.raises(ValueError, match="hold different ones; pass the same"):
             call(chosen, params, other, x)
         assert np.isnan(jax.jit(functools.partial(call, chosen))(params, other, x))
+
+
+def gated(params, x):
+    return jnp.where(params["gate"] > 0, x @ params["kernel"], 0)
+
+
+def ordered(params, x):
+    return (x @ params["kernel"])[jnp.argsort(params["gate"])[:2]]
+
+
+def gated_in_a_scan(params, x):
+    def layer(h, gate):
+        return jax.nn.relu(jnp.where(gate > 0, h @ params["kernel"], 0)), None
+
+    gates = jnp.broadcast_to(params["gate"], (2, 3))
+    return jax.lax.scan(layer, x, gates)[0]
+
+
+@pytest.mark.parametrize(
+    "network",
+    [
+        gated,
+        pytest.param(ordered, marks=pytest.mark.slow),
+        pytest.param(gated_in_a_scan, marks=pytest.mark.slow),
+    ],
+)
+def test_conditions_and_indices_made_of_weights_must_agree(network):
+    x, kernel = np.ones(3, np.float32), np.ones((3, 3), np.float32)
+    gates = [np.float32(gate) for gate in ([1, 2, 3], [2, 3, 4], [3, 2, -1])]
+    params, same, other = ({"kernel": kernel, "gate": gate} for gate in gates)
+    for call in (paths.path_metric, paths.path_metric_bound):
+        assert call(network, params, same, x) == 0
+        with pytest.raises(ValueError, match="hold different ones; pass the same"):
+            call(network, params, other, x)
+        assert np.isnan(jax.jit(functools.partial(call, network))(params, other, x))
+
+
+@pytest.mark.parametrize("p", [2, pytest.param(3.0, marks=pytest.mark.slow)])
+def test_derivatives_at_pruned_weights_are_finite(p):
+    w = {"first": np.float32([[1, 2], [3, 4]]), "last": np.float32([[1], [-2]])}
+    zero = {"first": np.float32([[0, 2], [3, 4]]), "last": np.float32([[1], [-2]])}
+
+    def network(params, x):
+        return jax.nn.relu(x @ params["first"]) @ params["last"]
+
+    measure = functools.partial(paths.path_metric, network, inputs=np.ones(2), p=p)
+    of_larger = jax.grad(measure)(w, zero)
+    # The distance is the one path through the pruned weight, 1 * 1.
+    np.testing.assert_allclose(of_larger["first"], [[1, 0], [0, 0]], atol=1e-6)
+    of_smaller = jax.grad(measure, argnums=1)(w, zero)
+    for derivative in jax.tree.leaves((of_larger, of_smaller)):
+        assert np.isfinite(derivative).all()
+
+
+def test_what_is_no_number_is_at_no_distance():
+    kernel = np.float32([[np.nan], [1]])
+    for p in (1, 2):
+        distance = paths.path_metric(lambda w, x: x @ w, kernel, kernel, np.ones(2), p)
+        assert np.isnan(distance)

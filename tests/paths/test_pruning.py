@@ -217,3 +217,15 @@ def test_saliencies_of_a_deep_network_neither_overflow_nor_vanish():
         expected = np.log(np.outer(sums[i], behind) * sizes[i])
         np.testing.assert_allclose(got[i], expected, rtol=3e-6)
         behind = sizes[i] @ behind
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_what_is_not_finite_is_not_hidden(value):
+    params = network()
+    params["first"][0, 0] = value
+    message = r"params\['first'\] holds 1 that are NaN or infinite; mend them"
+    with pytest.raises(ValueError, match=message):
+        paths.path_prune(forward, params, X, 0.5)
+    pruned = jax.jit(lambda params: paths.path_prune(forward, params, X, 0.5))(params)
+    np.testing.assert_array_equal(pruned["first"], params["first"])
+    np.testing.assert_array_equal(pruned["last"], params["last"])

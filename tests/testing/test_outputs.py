@@ -18,7 +18,7 @@ def linear(w, x):
 def test_what_is_proven_passes_and_what_is_not_fails():
     assert_outputs_near(linear, PARAMS, ROUNDED, X, atol=0.7501)
     with pytest.raises(
-        AssertionError, match=r"atol = 0.74, but the .* is 0.75; .* 0.0"
+        AssertionError, match=r"atol = 0.74, but the .* is 0.75 for .* 0.0625"
     ):
         assert_outputs_near(linear, PARAMS, ROUNDED, X, 0.74, custom_message="mine")
 

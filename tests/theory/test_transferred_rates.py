@@ -377,6 +377,20 @@ BAD: Any = [
     (lambda: source(rule="adamv"), r"^rule must be one of .*mean adam\?"),
     (lambda: target(steps=0), r"^steps must be a positive integer, got 0"),
     (lambda: target(steps=1.5), r"^steps must be a positive integer, got 1.5"),
+    (lambda: source(initial_norm=np.ones(2)), r"^initial_norm must be one number"),
+    (
+        lambda: source(gradient_norm=np.ones(7)),
+        r"\(steps,\) = .*, got \(7,\); transfer",
+    ),
+    (lambda: source(rule=None), r"^rule must be one of .* got None; choose one"),
+    (
+        lambda: transfer(source(learning_rate=0.0), target()),
+        r"largest one is 0, at learning_rate=0.0; pass a positive rate",
+    ),
+    (
+        lambda: transfer(source(learning_rate=lambda count: jnp.nan), target()),
+        r"largest one is nan, at learning_rate=<function.*; pass a positive rate",
+    ),
     (lambda: target("hyperball", weight_decay=0.1), r"^hyperball keeps norms .*0.1;"),
     (
         lambda: transfer(target(weight_decay=0.1), target()),
