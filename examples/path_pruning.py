@@ -8,9 +8,9 @@ test error is measured, and measured again after fine-tuning with the mask held.
 of a rescaled network are fine-tuned in the original scale, so that only the choice of
 weights differs.
 
-For each pruned network, and for weights rounded to bfloat16 and to 8 bits, nearest or
-towards zero, the certificate `normax.paths.output_change_bound` stands beside the
-largest change of the logits, summed over classes, at any test image.
+Networks are also rounded to bfloat16 and to 8 bits, nearest or towards zero. The
+certificate `normax.paths.output_change_bound` stands beside the largest change of the
+logits, summed over classes, at any test image.
 
 The program writes a picture and, as CSV, a row for each network to `--out`.
 """

@@ -1,10 +1,10 @@
 r"""Rates tuned in one setting, used in another: as they are, by rules, by the angle.
 
-A character transformer on the source of Python's standard library and a convolutional
-network with batch norm on images train at a grid of learning rates. Then the batch is
-four times as large in as many epochs, or the run four times as long, or the transformer
-wider, or another optimizer trains the matrices. In each new setting all rates of the
-grid are used in three ways:
+A character transformer trains on the source of Python's standard library, and a
+convolutional network with batch norm on images, at a grid of learning rates. Then one
+thing changes. The batch is four times as large in as many epochs, the run four times as
+long, or the transformer wider. Or another optimizer trains the matrices. In each new
+setting all rates of the grid are used in three ways:
 
 - as they are,
 - by the usual rule: the root of the batch's factor; weight decay over the factor of the
@@ -16,9 +16,9 @@ grid are used in three ways:
   forget.
 
 The base is AdamW with a decay of 1, so that weights forget within the run. The drift is
-the factor, in octaves, between the rate of the base that is best in the base and the
-one that is best in the new setting: 0 is a perfect transfer. The loss is the excess of
-the transferred rate over the best of all ways and rates.
+a factor in octaves: from the rate of the base that is best in the base to the one that
+is best in the new setting; 0 is a perfect transfer. The loss is the excess of the
+transferred rate over the best of all ways and rates.
 
 Rates and rules are those of the matrices. Embeddings, gains, biases and the head are
 trained by Adam: at a fixed rate, times the root of the batch's factor, and the head's

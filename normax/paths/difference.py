@@ -3,9 +3,9 @@ r"""Differences of path sums: two networks, interpreted at once.
 Rounding changes weights by $10^{-3}$ and less, and sums over paths in float32 have
 seven digits. So the difference of two sums is never taken. Let $w$ and $w'$ be the
 weights of one edge. Their meet $m$ is the smaller of the two where their signs agree,
-else 0; let $u$ be a number at least as large, for instance the larger of the two. The
-transform carries, for each activation, the sum $x$ over its paths with $|m|^p$, and the
-difference $d$ between the sum with $|u|^p$ and that sum. A layer takes them to
+else 0. Let $u$ be at least as large, for instance the larger of the two. The transform
+carries two numbers for each activation: the sum $x$ over its paths with $|m|^p$, and
+the difference $d$ of the sum with $|u|^p$ from it. A layer takes them to
 
 $$x_j = \sum_i |m_{ij}|^p x_i, \qquad
   d_j = \sum_i |u_{ij}|^p d_i + \big(|u_{ij}|^p - |m_{ij}|^p\big)\, x_i .$$

@@ -89,9 +89,9 @@ class Moments(NamedTuple):
 def noise_of_root(b1: Any, b2: Any) -> tuple[Any, Any, Any]:
     r"""Return the factors D, U, R by which noise of $r_t$ changes moments.
 
-    To first order in $1 - b_2$: D is that of $\sum_s \mathbb E\,u_t u_s$, U that of
-    $\mathbb E\,u_t^2$, and R that of the response of $u_t = m_t / \sqrt{r_t}$ to a
-    constant that is added to all gradients.
+    They are of first order in $1 - b_2$. For $u_t = m_t / \sqrt{r_t}$, D is that of
+    $\sum_s \mathbb E\,u_t u_s$ and U that of $\mathbb E\,u_t^2$. R is that of the
+    response to a constant added to all gradients.
     """
     a = 1 - b2
     variance = 2 * a / (1 + b2)

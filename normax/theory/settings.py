@@ -7,8 +7,8 @@ $$\mathbb E\,\langle\hat w_t, \hat w_{t+n}\rangle \propto (1 - \kappa)^n, \qquad
 
 where $c^2$ belongs to the rule: memory makes successive steps alike, so that small
 steps lead far. In equilibrium $\kappa$ is the share of the norm that weight decay takes
-per step, so $c^2$ follows from `UpdateRule`; it depends on $\kappa$ where that is no
-longer small beside the decay of the memory. On a sphere it follows from the memory.
+per step, so $c^2$ follows from `UpdateRule`. It depends on $\kappa$ where that is not
+small beside the decay of the memory. On a sphere it follows from the memory.
 """
 
 from __future__ import annotations

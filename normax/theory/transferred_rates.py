@@ -1,7 +1,8 @@
 r"""Rates of one training run from those of another, by the angles of its weights.
 
-Let $\theta(x)$ be the angle per step at the fraction $x$ of the run, $\kappa$ the share
-that weights forget at it, $T$ the number of steps and $B$ the batch. The target has
+At the fraction $x$ of the run let $\theta(x)$ be the angle per step, and $\kappa$ the
+share that weights forget at it. The run has $T$ steps with batches of $B$. The target
+has
 
 $$\theta'(x) = \theta(x), \qquad \kappa'(x) = \frac{B'}{B}\,\kappa(x), \qquad
 \kappa'(x) = \frac{T}{T'}\,\kappa(x)$$
