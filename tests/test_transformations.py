@@ -410,6 +410,7 @@ def test_partition_and_named_chain(row):
     chex.assert_trees_all_equal(run(named, params)[0], run(chained, params)[0])
 
 
+@pytest.mark.slow
 @few_rows
 def test_multi_steps_and_apply_if_finite(row):
     params = row.draw()
@@ -432,6 +433,7 @@ def test_multi_steps_and_apply_if_finite(row):
     chex.assert_trees_all_equal(skipped.inner_state, state.inner_state)
 
 
+@pytest.mark.slow
 @every_row
 def test_inject_hyperparams(row):
     params = row.draw()
@@ -652,6 +654,7 @@ def test_zero_weights_never_make_a_nan(row, gradient):
         chex.assert_tree_all_finite((updates, state))
 
 
+@pytest.mark.slow
 @few_rows
 def test_nnx_optimizer_loop(row):
     if row.network:

@@ -42,6 +42,9 @@ FUNCTIONS = {
     "assert_orthogonal_gradient": lambda params: (
         normax.testing.assert_orthogonal_gradient(loss, params, "unit")
     ),
+    "assert_outputs_near": lambda params: normax.testing.assert_outputs_near(
+        call, params, params, X, 1.0
+    ),
     "assert_scale_invariant": lambda params: normax.testing.assert_scale_invariant(
         loss, params, "unit"
     ),
@@ -50,6 +53,19 @@ FUNCTIONS = {
     "balance with forward": takes("balance", forward=call, inputs=X),
     "group_norm": takes("group_norm", 2, 2),
     "max_norm": takes("max_norm"),
+    **{
+        name: lambda params, name=name: getattr(normax.paths, name)(
+            call, params, params, X
+        )
+        for name in ("output_change_bound", "path_metric", "path_metric_bound")
+    },
+    **{
+        name: lambda params, name=name: getattr(normax.paths, name)(
+            call, params, X, 0.5
+        )
+        for name in ("path_mask", "path_prune")
+    },
+    "path_saliency": lambda params: normax.paths.path_saliency(call, params, X),
     "path_norm": lambda params: normax.path_norm(call, params, X),
     "path_scales": lambda params: normax.path_scales(call, params, X),
     "projection_unit_norm": takes("projection_unit_norm"),
@@ -94,7 +110,8 @@ def test_transformations_refuse_modules(name):
 
 
 def test_all_functions_of_parameters_are_tried():
-    topics = (normax, normax.testing, normax.rescaling, normax.second_order)
+    names = ("paths", "rescaling", "second_order", "testing")
+    topics = (normax, *(getattr(normax, name) for name in names))
     public = {name: getattr(topic, name) for topic in topics for name in topic.__all__}
     takes_params = {
         name

@@ -523,6 +523,7 @@ def test_validation_set_is_taken_from_the_training_set() -> None:
         np.testing.assert_allclose([share.sum() for share in split.shares], 1, 1e-5)
 
 
+@pytest.mark.slow
 def test_measures_are_means_over_their_own_images() -> None:
     x = np.array([[1.0, 0.0], [0.0, 1.0], [2.0, 0.0], [np.inf, 0.0]], np.float32)
     examples = x, np.array([0, 0, 1, 1])

@@ -515,6 +515,7 @@ def test_dtypes(dtype):
     assert words(axes) == {"['first']['kernel']": "unit"}
 
 
+@pytest.mark.slow
 def test_nnx():
     rngs = nnx.Rngs(0)
     model = nnx.Sequential(

@@ -244,6 +244,7 @@ def test_closed_over_in_every_transformation(name):
         np.testing.assert_array_equal(value, before[name])
 
 
+@pytest.mark.slow
 def test_nnx_transformations_of_a_stack():
     @nnx.vmap
     def stack(key):

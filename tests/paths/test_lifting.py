@@ -412,6 +412,7 @@ BROADCAST = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", BROADCAST)
 def test_known_numbers_broadcast_activations(name):
     def stretched(params, x, stretch):
@@ -905,6 +906,7 @@ def residual_stack(params, x, loop):
     return h * jnp.asarray(count, h.dtype), side
 
 
+@pytest.mark.slow
 def test_scan_is_the_loop():
     layers = {
         "w": draw(2, 4, 4),

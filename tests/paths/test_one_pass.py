@@ -119,6 +119,7 @@ def test_one_unusual_network_of_many():
             np.testing.assert_allclose(a, b[i], rtol=3e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scale", [0.3, 1.0, 3.0])
 def test_one_pass_does_for_deep_networks(scale):
     params = [scale * w for w in network(widths=(8,) * 100)]

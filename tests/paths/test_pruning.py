@@ -91,6 +91,7 @@ def test_saliency_is_the_weight_times_its_share_of_all_paths():
         np.testing.assert_allclose(got[name], expected[name], rtol=3e-6)
 
 
+@pytest.mark.slow
 def test_saliency_is_what_the_path_norm_loses():
     # Units are conserved: what enters a unit leaves it. So layers share one sum.
     params = wide()
@@ -190,6 +191,7 @@ def test_pruned_weights_keep_their_dtype_and_numbers(dtype):
 NOT_KERNELS = {"first": False, "last": False}
 
 
+@pytest.mark.slow
 def test_zeros_are_pruned_before_weights_on_no_path():
     params = wide()
     params["first"][:, 5], params["b"][5] = 0, 0  # so no path leads to last[5]

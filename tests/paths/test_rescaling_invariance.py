@@ -127,6 +127,7 @@ def chain(*weights):
     return [np.full((1, 1), weight, np.float32) for weight in weights]
 
 
+@pytest.mark.slow
 def test_figure_1b_weights_explode():
     x = jnp.ones((1, 1))
     balanced, unbalanced = chain(1.0, 1.0, 1.0), chain(100.0, 1e-4, 100.0)

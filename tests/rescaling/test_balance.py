@@ -208,6 +208,7 @@ def forward(params, x):
     return x
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("p", [1.0, 3.0])
 def test_lemma_3_1(p):
     with jax.enable_x64(True):

@@ -242,6 +242,7 @@ def test_factors_far_out_of_the_range_of_products():
         np.testing.assert_allclose(mlp(rescaled, x), mlp(wide, x), 1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_weights_that_are_not_finite_are_named(bad):
     broken = mlp_params()

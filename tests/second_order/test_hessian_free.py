@@ -92,6 +92,7 @@ def quartic(w):
     return jnp.sum(residual**4) / 4 + w @ w / 2
 
 
+@pytest.mark.slow
 def test_direction_is_newtons():
     w = np.asarray(draw(7))
     residual = FACTOR @ w - TARGET

@@ -216,6 +216,7 @@ def hidden_loss(w):
     return batch_norm_loss(teacher() | {"hidden": w})
 
 
+@pytest.mark.slow
 def test_newton_on_a_scale_invariant_loss_changes_no_function():
     """H w = -g, hence the step on L itself is w."""
     w = network()["hidden"]

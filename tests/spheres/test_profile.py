@@ -64,6 +64,7 @@ def test_a_profile_holds_root_mean_squares_of_blocks(steps, length):
     assert found.dtype == jnp.float32
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("axes", "shape", "reduced"),
     [("layer", (5, 4), (0, 1)), ((1,), (3, 4, 2), (1,)), ((-1,), (3, 4), (1,))],
@@ -289,6 +290,7 @@ def test_what_cannot_be_read_is_said():
     np.testing.assert_array_equal(several, gradient_norm_profile(state, 3))
 
 
+@pytest.mark.slow
 def test_the_runs_of_vmap_have_a_profile_each():
     monitor = normax.monitor_weight_dynamics(gradient_blocks=2)
     w, grads = draw(6, 3), draw(4, 6, 3)

@@ -88,6 +88,7 @@ def test_muonh(shape):
         check(ours, w)
 
 
+@pytest.mark.slow
 def test_edm2():
     """Forced weight norm: length sqrt(n) per unit; the forward pass divides by it."""
     w, x, y, step = draw(0, 9, 5), draw(1, 30, 9), draw(2, 30, 5), adam(0.05)

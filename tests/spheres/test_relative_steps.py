@@ -172,6 +172,7 @@ def test_without_rate_or_direction_weights_stay(axes):
         np.testing.assert_allclose(after, projected, rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.slow
 def test_experts_do_not_mix():
     """marin-community/marin#8621, #8749: the norm ran over the experts."""
     shape = layers, experts, *_ = 2, 3, 6, 4

@@ -20,6 +20,8 @@ import normax
 from normax.sweeps import finished_runs
 from normax.sweeps.finished_runs import FinishedRuns
 
+pytestmark = pytest.mark.few_rows(2)
+
 GRID = {"rate": np.geomspace(0.01, 1, 3), "decay": np.array([0.0, 0.1])}
 
 
@@ -65,13 +67,12 @@ def assert_same(one, other):
         np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.slow
 def test_a_killed_sweep_continues_and_gives_the_same(tmp_path, done):
     program = f"""
 import sys
 sys.path.insert(0, {str(__file__.rpartition("/")[0])!r})
 import normax, test_finished_runs
-
-pytestmark = pytest.mark.few_rows(2)
 train = test_finished_runs.make_train(rounds=1000)
 normax.sweeps.grid_sweep(
     train, test_finished_runs.GRID, batch_size=1, checkpoint_dir={str(tmp_path)!r}

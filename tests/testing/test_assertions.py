@@ -213,6 +213,7 @@ def test_outputs_in_bfloat16():
         normax.testing.assert_scale_invariant(fn, kernel, (1,))
 
 
+@pytest.mark.slow
 def test_nnx_state():
     model = nnx.Sequential(
         nnx.Linear(5, 4, rngs=nnx.Rngs(0)), nnx.LayerNorm(4, rngs=nnx.Rngs(1))

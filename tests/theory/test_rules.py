@@ -226,6 +226,7 @@ def test_muon_on_matrices_of_both_kinds(weight_decay, columns):
             assert_same(tx, expected, grad=grad, start=start)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("weight_decay", [0.0, 0.03])
 def test_adafactor_decays_by_the_weight_decay_alone(weight_decay):
     """The learning rate is no factor of the decay, as in optax."""

@@ -310,6 +310,7 @@ def test_weight_decay_moves_norms_alone():
     assert np.mean(np.abs(curves[0] / curves[1] - 1)[50:]) < 0.02
 
 
+@pytest.mark.slow
 def test_width_scales_rate_and_decay_by_its_root():
     a = source()
     found = transfer(a, target(dimension=4 * DIMENSION))
