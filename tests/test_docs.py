@@ -44,11 +44,19 @@ def assert_same_output(shown, printed):
             assert one == other, f"shown:\n{shown}\nprinted:\n{printed}"
 
 
-@pytest.mark.few_rows(2)
+@pytest.mark.few_rows(3)
 @pytest.mark.parametrize(
     "page",
-    [page for page in PAGES if "python" in dict(blocks(page))],
-    ids=lambda page: str(page.relative_to(ROOT)),
+    [
+        pytest.param(
+            page,
+            id=str(page.relative_to(ROOT)),
+            # The README's example trains.
+            marks=[pytest.mark.slow] * (page.name == "README.md"),
+        )
+        for page in PAGES
+        if "python" in dict(blocks(page))
+    ],
 )
 def test_code_runs_and_prints_what_is_shown(page):
     names, printed = {}, ""

@@ -683,6 +683,7 @@ def test_nnx_optimizer_loop(row):
             normax.testing.assert_unit_norm(nnx.state(model, nnx.Param), radius=radius)
 
 
+@pytest.mark.slow
 @few_rows
 def test_linen_train_state_loop(row):
     if row.network:

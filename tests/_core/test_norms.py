@@ -184,6 +184,7 @@ UNUSUAL = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("as_on_a_gpu")
 @pytest.mark.parametrize("last", UNUSUAL)
 def test_one_array_out_of_range_costs_no_digit_of_the_others(last):

@@ -95,6 +95,7 @@ def test_a_rule_whose_norm_depends_on_gradients_is_judged_by_its_angle(tmp_path)
     assert array.equilibrium.verdict == "norm 1.4 times too small: should grow"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "axes", "dimension", "hyperparameters"),
     [

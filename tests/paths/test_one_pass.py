@@ -60,6 +60,7 @@ def forward(params, x):
     return x @ params[-1]
 
 
+@pytest.mark.slow
 @UNITS
 def test_updates_are_divided_by_the_path_scales(factor, does):
     params, tx = network(factor), transformation()

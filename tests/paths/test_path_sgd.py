@@ -407,6 +407,7 @@ def test_factors_of_1e25_between_units(p, compensated):
         np.testing.assert_allclose(update[inside], expected[inside], rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_convolutions_with_factors_of_1e25_between_units():
     def forward(params, x):
         convolve = functools.partial(

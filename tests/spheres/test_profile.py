@@ -338,6 +338,7 @@ def train(rule, rate, decay, steps, blocks, seed=0):
     return state, norms
 
 
+@pytest.mark.slow
 def test_norms_of_sgd_follow_from_its_profile():
     state, norms = train("sgd", 0.3, 0.05, 200, 200)
     run = normax.UPDATE_RULES["sgd"].predict(

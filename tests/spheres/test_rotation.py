@@ -375,6 +375,7 @@ RADIAL = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("every_form")
 @pytest.mark.parametrize("radial", RADIAL)
 @pytest.mark.parametrize(

@@ -212,6 +212,7 @@ HYPERS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [(16.0, 48.0), (64.0, 64.0)])
 @pytest.mark.parametrize("hyper", HYPERS)
 def test_the_fixed_point_is_the_equilibrium(shape, hyper):
