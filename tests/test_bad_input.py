@@ -387,7 +387,7 @@ ERRORS = [
         r"fraction must be a known number, but it is traced; make it a static",
     ),
     (
-        lambda: normax.paths.path_prune(forward, NETWORK, X, np.array([0.5, 0.2])),
+        given(normax.paths.path_prune, forward, NETWORK, X, np.array([0.5, 0.2])),
         r"fraction must be one number, but it has shape \(2,\); pass one at a time",
     ),
     (
