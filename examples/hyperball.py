@@ -127,18 +127,21 @@ def dimension_numbers(axes: Any, mask: Any, params: Any) -> Any:
     return jax.tree.map(numbers, mask, params, axes)
 
 
+def curve(peak: Any, steps: int) -> optax.Schedule:
+    """Return rates that rise for a twentieth of the steps and fall as a cosine."""
+
+    def at(count: Any) -> jax.Array:
+        cosine = (1 + jnp.cos(jnp.pi * count / steps)) / 2
+        return peak * jnp.minimum((count + 1) / max(1, steps // 20), cosine)
+
+    return at
+
+
 def make_optimizer(
     rule: str, task: Task, params: Any, steps: int, rate: Any, decay: Any
 ) -> optax.GradientTransformation:
     """Return the rule for the matrices, and Adam for the rest."""
-
-    def schedule(peak: Any) -> optax.Schedule:
-        def at(count: Any) -> jax.Array:
-            cosine = (1 + jnp.cos(jnp.pi * count / steps)) / 2
-            return peak * jnp.minimum((count + 1) / max(1, steps // 20), cosine)
-
-        return at
-
+    schedule = functools.partial(curve, steps=steps)
     mask = normax.weight_decay_mask(task.axes, params)
     if rule == "adamw":
         ours: Any = optax.adamw(schedule(rate), weight_decay=decay)
@@ -160,28 +163,35 @@ def make_optimizer(
     )
 
 
+def train_network(
+    task: Task, network: Any, optimizer: Any, seed: jax.Array, steps: int, last: int
+) -> dict[str, jax.Array]:
+    """Train; return held-out loss and error, and the mean of the last losses."""
+    params, rest = network.params, network.rest
+
+    def step(carry: Any, key: jax.Array) -> Any:
+        params, rest, state = carry
+        of = functools.partial(loss_fn, network)
+        (loss, rest), grads = jax.value_and_grad(of, has_aux=True)(
+            params, rest, task.draw(key)
+        )
+        updates, state = optimizer.update(grads, state, params)
+        return (optax.apply_updates(params, updates), rest, state), loss
+
+    keys = jax.random.split(jax.random.fold_in(jax.random.key(1), seed), steps)
+    carry = params, rest, optimizer.init(params)
+    (params, rest, _), losses = jax.lax.scan(step, carry, keys)
+    loss, error = evaluate(network.apply, params, rest, task.test)
+    return {"loss": loss, "error": error, "training_loss": losses[-last:].mean()}
+
+
 def make_train(rule: str, task: Task, steps: int) -> Callable[..., Any]:
     """Return a training run, from rate, decay and seed to held-out loss and error."""
 
     def train(rate: jax.Array, decay: jax.Array, seed: jax.Array) -> Any:
         network = task.make(seed)
-        params, rest = network.params, network.rest
-        optimizer = make_optimizer(rule, task, params, steps, rate, decay)
-
-        def step(carry: Any, key: jax.Array) -> Any:
-            params, rest, state = carry
-            of = functools.partial(loss_fn, network)
-            (loss, rest), grads = jax.value_and_grad(of, has_aux=True)(
-                params, rest, task.draw(key)
-            )
-            updates, state = optimizer.update(grads, state, params)
-            return (optax.apply_updates(params, updates), rest, state), loss
-
-        keys = jax.random.split(jax.random.fold_in(jax.random.key(1), seed), steps)
-        carry = params, rest, optimizer.init(params)
-        (params, rest, _), losses = jax.lax.scan(step, carry, keys)
-        loss, error = evaluate(network.apply, params, rest, task.test)
-        return {"loss": loss, "error": error, "training_loss": losses[-20:].mean()}
+        optimizer = make_optimizer(rule, task, network.params, steps, rate, decay)
+        return train_network(task, network, optimizer, seed, steps, last=20)
 
     return train
 

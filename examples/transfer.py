@@ -55,11 +55,13 @@ from hyperball import (
     REST,
     Results,
     Task,
+    curve,
     dimension_numbers,
     image_task,
     text_task,
+    train_network,
 )
-from layer_dynamics import evaluate, loss_fn
+from layer_dynamics import loss_fn
 from matplotlib.figure import Figure
 from transformer import Setting as Size
 
@@ -86,16 +88,6 @@ class Place(NamedTuple):
     usual: tuple[float, float] | None = None  # of learning rate and weight decay
     rest: float = 1.0  # factor of the rate of what is no matrix
     head: float = 1.0  # and of the head
-
-
-def curve(peak: float, steps: int) -> optax.Schedule:
-    """Return rates that rise for a twentieth of the steps and fall as a cosine."""
-
-    def at(count: Any) -> jax.Array:
-        cosine = (1 + jnp.cos(jnp.pi * count / steps)) / 2
-        return peak * jnp.minimum((count + 1) / max(1, steps // 20), cosine)
-
-    return at
 
 
 def make_optimizer(
@@ -139,25 +131,12 @@ def make_train(place: Place, rates: Any, decays: Any) -> Callable[..., Any]:
 
     def train(row: jax.Array, seed: jax.Array) -> Any:
         network = task.make(seed)
-        params, rest = network.params, network.rest
         table, decay = (values[row] for values in tables)
-        optimizer = make_optimizer(place, params, lambda count: table[count], decay)
-
-        def step(carry: Any, key: jax.Array) -> Any:
-            params, rest, state = carry
-            of = functools.partial(loss_fn, network)
-            (loss, rest), grads = jax.value_and_grad(of, has_aux=True)(
-                params, rest, task.draw(key)
-            )
-            updates, state = optimizer.update(grads, state, params)
-            return (optax.apply_updates(params, updates), rest, state), loss
-
-        keys = jax.random.split(jax.random.fold_in(jax.random.key(1), seed), steps)
-        carry = params, rest, optimizer.init(params)
-        (params, rest, _), losses = jax.lax.scan(step, carry, keys)
-        loss, error = evaluate(network.apply, params, rest, task.test)
-        late = losses[-max(1, steps // 15) :].mean()
-        return {"loss": loss, "error": error, "training_loss": late}
+        optimizer = make_optimizer(
+            place, network.params, lambda count: table[count], decay
+        )
+        last = max(1, steps // 15)
+        return train_network(task, network, optimizer, seed, steps, last)
 
     return train
 

@@ -60,6 +60,12 @@ def names_of(path: tuple[Any, ...]) -> tuple[str, ...]:
     return tuple(jax.tree_util.keystr((key,), simple=True) for key in path)
 
 
+def parameter_names(params: PyTree) -> list[str]:
+    """Return what messages call the arrays of the parameters."""
+    flat = jax.tree_util.tree_leaves_with_path(params)
+    return [f"params{jax.tree_util.keystr(path)}" for path, _ in flat]
+
+
 class _Match(NamedTuple):
     name: str
     array: Any

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax.errors import TraceContextError
 
-from normax._core.axes import Axes, PyTree
+from normax._core.axes import Axes, PyTree, parameter_names
 from normax._core.checks import check_range
 from normax._core.modules import refuse_modules
 from normax._core.programs import compiled, full_precision, is_float
@@ -163,7 +163,7 @@ def _search(
     paths, treedef = jax.tree_util.tree_flatten_with_path(params)
     leaves = [leaf for _, leaf in paths]
     positions = [i for i, leaf in enumerate(leaves) if is_float(leaf)]
-    names = [f"params{jax.tree_util.keystr(path)}" for path, _ in paths]
+    names = parameter_names(params)
     loss = Loss(compiled(loss_fn), treedef, names, leaves, positions)
     dtypes = [jnp.result_type(leaves[i]) for i in positions]
     strict = max([rtol, *(4 * float(jnp.finfo(dtype).eps) for dtype in dtypes)])

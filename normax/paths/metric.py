@@ -14,13 +14,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from normax._core.axes import PyTree
+from normax._core.axes import PyTree, parameter_names
 from normax._core.modules import refuse_modules
 from normax._core.norms import common_dtype
 from normax._core.programs import is_float
 from normax.paths.arithmetic import PathArithmetic
 from normax.paths.difference import Comparison, DifferenceTransform, Upper, first, join
-from normax.paths.network import check_order, check_power, lift, names_of, total
+from normax.paths.network import check_order, check_power, lift, total
 from normax.paths.norm import with_automatic_sharding
 from normax.paths.numbers import Scaled
 from normax.paths.one_example import Forward
@@ -54,7 +54,10 @@ def _common(name: str, params: PyTree, other: PyTree) -> tuple[PyTree, PyTree]:
             "tree with other numbers."
         )
     leaves = zip(
-        names_of(params), jax.tree.leaves(params), jax.tree.leaves(other), strict=True
+        parameter_names(params),
+        jax.tree.leaves(params),
+        jax.tree.leaves(other),
+        strict=True,
     )
     for where, a, b in leaves:
         if np.shape(a) != np.shape(b):
@@ -80,7 +83,7 @@ def _compare(
     upper: Upper,
 ) -> _Compared:
     params, other = networks
-    leaves = dict(zip(names_of(params), jax.tree.leaves(other), strict=True))
+    leaves = dict(zip(parameter_names(params), jax.tree.leaves(other), strict=True))
     transform = DifferenceTransform(PathArithmetic(p), leaves, upper)
     outputs, _ = lift(transform, forward, params, inputs)
     names = [name for name, _ in transform.compared]

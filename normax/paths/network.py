@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import normax.paths.primitives  # noqa: F401  # enters their specifications
-from normax._core.axes import PyTree
+from normax._core.axes import PyTree, parameter_names
 from normax._core.checks import check_range
 from normax._core.norms import at_least_float32
 from normax._core.programs import full_precision, is_float
@@ -43,14 +43,10 @@ def check_power(p: jax.typing.ArrayLike) -> None:
         )
 
 
-def names_of(params: PyTree) -> list[str]:
-    """Return what messages call the arrays of the parameters."""
-    flat = jax.tree_util.tree_leaves_with_path(params)
-    return [f"params{jax.tree_util.keystr(path)}" for path, _ in flat]
-
-
 def _check_real(params: PyTree, inputs: PyTree) -> None:
-    for name, leaf in zip(names_of(params), jax.tree.leaves(params), strict=True):
+    for name, leaf in zip(
+        parameter_names(params), jax.tree.leaves(params), strict=True
+    ):
         if jnp.iscomplexobj(leaf):
             raise ValueError(
                 f"the weights of a path norm must be real, but {name} is complex; hold "
@@ -98,7 +94,7 @@ def lift(
     leaves = jax.tree.leaves(params)
     weights = [
         transform.parameter(name, leaf)
-        for name, leaf in zip(names_of(params), leaves, strict=True)
+        for name, leaf in zip(parameter_names(params), leaves, strict=True)
     ]
     floats = [jnp.asarray(leaf) for leaf in leaves if is_float(leaf)]
     (dtype,) = {array.dtype for array in at_least_float32(jnp.float32(0), *floats)}

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from normax._core.axes import PyTree
+from normax._core.axes import PyTree, parameter_names
 from normax._core.checks import check_range, check_scalar
 from normax._core.modules import refuse_modules
 from normax._core.norms import nonzero
@@ -22,7 +22,7 @@ from normax._core.powers_of_two import exp2, exponent_of
 from normax._core.programs import is_float
 from normax.paths import numbers
 from normax.paths.arithmetic import PathArithmetic
-from normax.paths.network import check_order, names_of
+from normax.paths.network import check_order
 from normax.paths.norm import scale_factors, with_automatic_sharding
 from normax.paths.numbers import DEAD, Scaled
 from normax.paths.one_example import Forward
@@ -100,7 +100,9 @@ def path_saliency(
 
 def _check_finite(params: PyTree) -> None:
     """Raise where paths are no numbers, unless the weights are traced."""
-    for name, leaf in zip(names_of(params), jax.tree.leaves(params), strict=True):
+    for name, leaf in zip(
+        parameter_names(params), jax.tree.leaves(params), strict=True
+    ):
         if is_float(leaf) and not isinstance(leaf, jax.core.Tracer):
             count = int(jnp.sum(~jnp.isfinite(leaf)))
             if count:
@@ -112,7 +114,7 @@ def _check_finite(params: PyTree) -> None:
 
 def _chosen(params: PyTree, where: PyTree) -> list[bool]:
     """Return which arrays are pruned."""
-    leaves, names = jax.tree.leaves(params), names_of(params)
+    leaves, names = jax.tree.leaves(params), parameter_names(params)
     if where is None:
         chosen = [is_float(leaf) and np.ndim(leaf) >= 2 for leaf in leaves]
     else:

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from normax._core.axes import PyTree
+from normax._core.axes import PyTree, parameter_names
 from normax._core.programs import full_precision
 from normax.paths import path_norm
 from normax.paths.feed_forward import Layer
@@ -23,8 +23,7 @@ from normax.rescaling.network import MAKE_A_STACK, UnitFactors, scale_layers
 
 
 def _require_in_range(params: PyTree, rescaled: PyTree) -> None:
-    flat = jax.tree_util.tree_leaves_with_path(params)
-    names = [f"params{jax.tree_util.keystr(path)}" for path, _ in flat]
+    names = parameter_names(params)
     # JAX would compile this check anew for every shape, NumPy does not.
     before, after = (
         [np.asarray(x).astype(np.float64) for x in jax.tree.leaves(tree)]
@@ -36,7 +35,8 @@ def _require_in_range(params: PyTree, rescaled: PyTree) -> None:
                 f"only finite weights can be rescaled, but {name} holds NaN or "
                 "infinity; go back to where the network had not diverged."
             )
-    for name, (_, leaf), old, new in zip(names, flat, before, after, strict=True):
+    leaves = jax.tree.leaves(params)
+    for name, leaf, old, new in zip(names, leaves, before, after, strict=True):
         lost = ~np.isfinite(new) | (np.sign(new) != np.sign(old))
         if lost.any():
             first = tuple(int(i) for i in np.argwhere(lost)[0])
