@@ -121,7 +121,8 @@ def theory_of_adam(
 ) -> RotationTheory:
     """Return what holds for arrays that Muon leaves to its own AdamW."""
     values = rule._values(hyperparameters)
-    rate, decay = values["adam_learning_rate"], values["adam_weight_decay"]
+    # In optax 0.2.6 Adam has Muon's rate.
+    rate, decay = values.get("adam_learning_rate"), values["adam_weight_decay"]
     rate = rates[0] if rate is None else rate
     check_number("adam_learning_rate", rate)
     given = {"b1": values["adam_b1"], "b2": values["adam_b2"]}

@@ -78,7 +78,10 @@ def newton_schulz(g):
 def test_muonh(shape):
     w, m = draw(0, *shape), 0
     # optax's own Nesterov momentum corrects its start; Muon as published does not.
-    muon = optax.contrib.scale_by_muon(beta=0.0, nesterov=False)
+    numbers = optax.contrib.MuonDimensionNumbers()  # optax 0.2.6 must have them
+    muon = optax.contrib.scale_by_muon(
+        beta=0.0, nesterov=False, weight_dimension_numbers=numbers
+    )
     inner = optax.chain(optax.trace(0.95, nesterov=True), muon)
     grads = [draw(t + 1, *shape) for t in range(STEPS)]
     tx = normax.hyperball(inner, 0.02)
