@@ -52,7 +52,7 @@ def _sums(
     return jnp.sum(arithmetic.power(scaled), axis=axes, keepdims=True)
 
 
-def _in_two_passes(
+def in_two_passes(
     arithmetic: PathArithmetic,
     axes: tuple[int, ...],
     weight: jax.Array,
@@ -69,9 +69,20 @@ def _in_two_passes(
     return scale * arithmetic.root(jnp.maximum(_sums(arithmetic, scaled, axes), 0.5))
 
 
-def _arithmetic(plain: Any, traced: tuple[jax.Array, ...]) -> PathArithmetic:
+def arithmetic_of(plain: Any, traced: tuple[jax.Array, ...]) -> PathArithmetic:
     (p,) = traced or (plain,)
     return PathArithmetic(p)
+
+
+def moderate(root: jax.Array) -> jax.Array:
+    """Return squares; the smallest are NaN, which fails the test of the sums' range."""
+    size = root * root
+    return jnp.where((size > 2.0**-80) | (root == 0), size, jnp.nan)
+
+
+def sums_in_range(sums: jax.Array) -> jax.Array:
+    """Return whether nothing has left the range of floats."""
+    return (sums > 2.0**-80) & (sums < 2.0**80)
 
 
 def _directly(
@@ -81,11 +92,8 @@ def _directly(
     root: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
     """Return the sums in one pass, and where nothing has left the range of floats."""
-    # The smallest squares become NaN, which fails the test of the range below.
-    size = root * root
-    size = jnp.where((size > 2.0**-80) | (root == 0), size, jnp.nan)
-    sums = _sums(arithmetic, weight * size, axes)
-    return sums, (sums > 2.0**-80) & (sums < 2.0**80)
+    sums = _sums(arithmetic, weight * moderate(root), axes)
+    return sums, sums_in_range(sums)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
@@ -97,13 +105,13 @@ def _in_one_pass(
     *traced_p: jax.Array,
 ) -> jax.Array:
     """Return roots of the sums, in a second pass only if one did not do."""
-    arithmetic = _arithmetic(p, traced_p)
+    arithmetic = arithmetic_of(p, traced_p)
 
     def directly(weight, root):
         sums, safe = _directly(arithmetic, axes, weight, root)
         return lambda: arithmetic.root(sums), safe
 
-    carefully = functools.partial(_in_two_passes, arithmetic, axes)
+    carefully = functools.partial(in_two_passes, arithmetic, axes)
     return in_one_pass(directly, carefully)(weight, root)
 
 
@@ -111,7 +119,7 @@ def _in_one_pass(
 def _derivative(p, axes, primals, tangents):
     # The first pass may overflow, and has no derivative then. So both passes give it.
     def carefully(weight, root, *traced_p):
-        return _in_two_passes(_arithmetic(p, traced_p), axes, weight, root)
+        return in_two_passes(arithmetic_of(p, traced_p), axes, weight, root)
 
     return _in_one_pass(p, axes, *primals), jax.jvp(carefully, primals, tangents)[1]
 
@@ -142,7 +150,7 @@ def contract(
         if next(arithmetic.contractions) % 8:
             return Scaled(root, x.exponent)
     elif weight.size < LARGE:
-        root = _in_two_passes(arithmetic, axes, weight, x.root)
+        root = in_two_passes(arithmetic, axes, weight, x.root)
     elif isinstance(arithmetic.p, jax.Array):
         # Derivatives may be taken by a traced power, so it is an operand.
         root = _in_one_pass(None, axes, weight, x.root, arithmetic.p)

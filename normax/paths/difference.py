@@ -19,46 +19,26 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-import functools
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.extend.core import JaxprEqn
 
-from normax._core.norms import at_least_float32, nonzero
+from normax._core.norms import at_least_float32
 from normax._core.programs import bind, is_float, program_in_place
-from normax.paths import numbers
+from normax.paths import numbers, pairs
 from normax.paths.arithmetic import PathArithmetic
 from normax.paths.lifting import PathTransform
+from normax.paths.pair_contraction import contract_both
+from normax.paths.pairs import Comparison, Upper
 from normax.paths.primitives.carries import Body
+from normax.paths.primitives.linear import Dense, dense_layer
 from normax.paths.primitives.scan import scan_with
 from normax.paths.primitives.steps import Settled
 from normax.paths.values import Activation, Origin, Path, Unsupported, Value, Weight
-
-Upper = Callable[[jax.Array, jax.Array], jax.Array]
-
-
-class Comparison(NamedTuple):
-    """How the weights of two networks differ, of an array or of several.
-
-    Attributes:
-      kinds: Five integers, 1 if some weight of the other network is larger, is smaller,
-        has the opposite sign, or differs where neither is 0; or if a condition or an
-        index that is computed from weights is another one.
-      extremes: By how much the other's are larger and smaller, the largest weight
-        with an opposite one, and the largest difference where neither is 0.
-    """
-
-    kinds: jax.Array
-    extremes: jax.Array
-
-
-# JAX remembers for ever each function that a reduction is given, so there is only one.
-def _largest(a, b):
-    return tuple(map(lax.max, a, b))
 
 
 class _Lane(enum.Enum):
@@ -97,34 +77,11 @@ class Difference(Activation):
     differs: bool = True
 
 
-def meet(w: jax.Array, other: jax.Array) -> jax.Array:
-    """Return the smaller weights where signs agree, else 0."""
-    # What is no number is so in the gap.
-    return jnp.where((w > 0) == (other > 0), jnp.minimum(jnp.abs(w), jnp.abs(other)), 0)
-
-
-def join(w: jax.Array, other: jax.Array) -> jax.Array:
-    """Return the larger of both sizes."""
-    return jnp.maximum(jnp.abs(w), jnp.abs(other))
-
-
-def first(w: jax.Array, other: jax.Array) -> jax.Array:
-    """Return the size of the first network's weights."""
-    del other
-    return jnp.abs(w)
-
-
-def gap(u: jax.Array, m: jax.Array, p: jax.typing.ArrayLike) -> jax.Array:
-    r"""Return $g$ with $g^p = u^p - m^p$, of numbers $u \ge m \ge 0$."""
-    if isinstance(p, int) and p == 1:
-        return u - m
-    # log1p and expm1 lose no digits where the two are close.
-    # The logarithm of 0 has no derivative, so that is left out.
-    logarithm = jnp.log1p(jnp.where(m == 0, 0, -(u - m) / nonzero(u)))
-    part = numbers.where_live(
-        lambda x: jnp.power(x, jnp.asarray(1 / p, u.dtype)), -jnp.expm1(p * logarithm)
-    )
-    return u * jnp.where(m == 0, 1, part)
+def _smaller(x: Any) -> Any:
+    """Return the activation with the smaller weights; other values as they are."""
+    if isinstance(x, Difference):
+        return Activation(x.meet, x.constant, x.source, x.multiple)
+    return x
 
 
 class DifferenceTransform(PathTransform):
@@ -208,41 +165,53 @@ class DifferenceTransform(PathTransform):
 
     def _edges(self, w: Changed, lane: _Lane) -> jax.Array:
         value, other = at_least_float32(w.value, w.other)
-        below, above = meet(value, other), self._upper(value, other)
+        below, above = pairs.meet(value, other), self._upper(value, other)
         if lane is _Lane.MEET:
             return below
-        return above if lane is _Lane.UPPER else gap(above, below, self.arithmetic.p)
+        return (
+            above if lane is _Lane.UPPER else pairs.gap(above, below, self.arithmetic.p)
+        )
 
-    def _compare(self, w: Changed) -> None:
+    def _compare(self, w: Changed, kinds: jax.Array | None = None) -> None:
+        """Note how the weights of an array differ, unless that is done."""
         if w.compared:
             return
         w.compared = True
-        value, other = at_least_float32(w.value, w.other)
-        growth, below = jnp.abs(other) - jnp.abs(value), meet(value, other)
-        opposite = jnp.sign(value) * jnp.sign(other) < 0
-        partly = (below > 0) & (jnp.abs(growth) > 0)
-        tests = (growth > 0, growth < 0, opposite, partly)
-        # One reduction of all four is one pass over memory. What is reported takes
-        # several, and is computed only if it is asked for.
-        ones = tuple(test.astype(jnp.int32) for test in tests)
-        start = (jnp.int32(0),) * len(ones)
-        kinds = lax.reduce(ones, start, _largest, range(value.ndim))
-        sizes = (growth, -growth, join(value, other), jnp.abs(growth))
-        extremes = [
-            jnp.max(jnp.where(test, size, 0), initial=0)
-            for test, size in zip(tests, sizes, strict=True)
-        ]
+        if is_float(w.value):
+            both = at_least_float32(w.value, w.other)
+            # What is reported takes more passes over memory, and is computed only if
+            # it is asked for.
+            extremes = pairs.extremes_of(*both)
+            if kinds is None:
+                kinds = pairs.any_of(pairs.kinds_of(*both))
+        else:  # conditions or indices, which say which paths there are
+            differ = jnp.any(w.value != w.other)
+            kinds = jnp.where(differ, jnp.int32(pairs.OTHER_CHOICE), 0)
+            extremes = jnp.zeros(4)
         names = frozenset[str]().union(*(origin.names for origin in w.params))
-        kinds = jnp.stack([*kinds, jnp.int32(0)])
-        self.compared.append((names, Comparison(kinds, jnp.stack(extremes))))
+        self.compared.append((names, Comparison(kinds, extremes)))
 
-    def _compare_choice(self, w: Changed) -> None:
-        """Compare conditions or indices. They say which paths there are."""
-        w.compared = True
-        another = jnp.any(w.value != w.other).astype(jnp.int32)
-        kinds = jnp.zeros(5, jnp.int32).at[4].set(another)
-        names = frozenset[str]().union(*(origin.names for origin in w.params))
-        self.compared.append((names, Comparison(kinds, jnp.zeros(4))))
+    def _dense(self, dense: Dense, w: Changed) -> Difference:
+        """Apply a dense layer to one position, in one pass over both networks."""
+        x = dense.x
+        self._lane = _Lane.MEET
+        below = self.flush(_smaller(x)).value
+        self._lane, self._added = _Lane.UPPER, False
+        more = self.flush(x).value
+        differs = self._added or getattr(x, "differs", True)
+        kinds: list[jax.Array] = []
+
+        def contraction(*values, axes):
+            x, d = values if differs else (*values, None)
+            both = w.value, w.other
+            *sums, found = contract_both(self.arithmetic, self._upper, both, x, d, axes)
+            kinds.append(found)
+            return sums
+
+        values = (below, more) if differs else (below,)
+        below, more = dense.multiply(contraction, *values)
+        self._compare(w, *kinds)
+        return Difference(Path(more), meet=Path(below))
 
     def _evaluate(
         self, eqn: JaxprEqn, inputs: Sequence[Any], line: str | None
@@ -254,14 +223,14 @@ class DifferenceTransform(PathTransform):
             self.line = line
             return scan_with(_loop, self, eqn, inputs)
         for x in inputs:
-            if isinstance(x, Changed) and not (x.compared or is_float(x.value)):
-                self._compare_choice(x)
-        smaller = [
-            Activation(x.meet, x.constant, x.source, x.multiple)
-            if isinstance(x, Difference)
-            else x
-            for x in inputs
-        ]
+            if isinstance(x, Changed) and not is_float(x.value):
+                self._compare(x)
+        changed = next((x for x in inputs if isinstance(x, Changed)), None)
+        if eqn.primitive.name == "dot_general" and changed is not None:
+            dense = dense_layer(eqn, inputs)
+            if dense.at_one_position:
+                return [self._dense(dense, changed)]
+        smaller = list(map(_smaller, inputs))
         evaluate = super()._evaluate
         self._lane = _Lane.MEET
         meets = evaluate(eqn, smaller, line)
@@ -367,7 +336,7 @@ def _loop(
         step, arrays[start:stop], arrays[stop:], body.length, body.reverse
     )
     for name, each in zip(names, compared, strict=True):
-        whole = jax.tree.map(functools.partial(jnp.max, axis=0), each)
-        transform.compared.append((name, whole))
-    pairs = zip([*final, *stacked], out_kinds, strict=True)
-    return [_unpack(*pair) for pair in pairs]
+        kinds, extremes = pairs.any_of(each.kinds), jnp.max(each.extremes, axis=0)
+        transform.compared.append((name, Comparison(kinds, extremes)))
+    both = zip([*final, *stacked], out_kinds, strict=True)
+    return [_unpack(*pair) for pair in both]

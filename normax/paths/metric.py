@@ -13,17 +13,19 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from normax._core.axes import PyTree, parameter_names
 from normax._core.modules import refuse_modules
 from normax._core.norms import common_dtype
 from normax._core.programs import is_float
 from normax.paths.arithmetic import PathArithmetic
-from normax.paths.difference import Comparison, DifferenceTransform, Upper, first, join
+from normax.paths.difference import DifferenceTransform
 from normax.paths.network import check_order, check_power, lift, total
 from normax.paths.norm import with_automatic_sharding
 from normax.paths.numbers import Scaled
 from normax.paths.one_example import Forward
+from normax.paths.pairs import Comparison, Upper, first, join
 
 _ORDER = "forward, params, other, inputs"
 
@@ -93,8 +95,10 @@ def _compare(
 
 def _kinds(comparisons: list[Comparison]) -> jax.Array:
     """Return which of the kinds of differences there are."""
-    none = jnp.zeros(5, jnp.int32)
-    return functools.reduce(jnp.maximum, (x.kinds for x in comparisons), none) > 0
+    bits = functools.reduce(
+        lax.bitwise_or, (x.kinds for x in comparisons), jnp.int32(0)
+    )
+    return bits & (1 << jnp.arange(5)) != 0
 
 
 def _same_choices(

@@ -11,12 +11,15 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.extend.core import JaxprEqn
 
 from normax._core.programs import (
     contracted_lengths,
@@ -30,6 +33,8 @@ from normax.paths.lifting import PathTransform
 from normax.paths.numbers import Scaled, of_rank, where_live
 from normax.paths.primitive_spec import Entries, NotHomogeneous, primitive
 from normax.paths.values import Activation, Path, Weight
+
+Contract = Callable[..., Sequence[Scaled]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,30 +161,79 @@ def _flip(fn):
     return lambda weights, activation: fn(activation, weights)
 
 
-def _matmul(transform: PathTransform, layer: _Layer, path: Path, w: Weight, shape):
+@dataclasses.dataclass(frozen=True)
+class Dense:
+    """A dot product of one activation and weights, which sums over some inputs.
+
+    Attributes:
+      layer: The layer.
+      x: The activation.
+      w: The weights.
+      shape: Shape of the result.
+    """
+
+    layer: _Layer
+    x: Activation
+    w: Weight
+    shape: tuple[int, ...]
+
+    @property
+    def at_one_position(self) -> bool:
+        """Whether the weights multiply vectors, not several positions."""
+        units, shape = self.layer.inputs.axes, self.x.path.shape
+        return math.prod(n for i, n in enumerate(shape) if i not in units) == 1
+
+    def multiply(
+        self, contract: Contract, *values: Scaled, back: bool = False
+    ) -> list[Scaled]:
+        """Take path values forward, or cotangents back, at one position.
+
+        Args:
+          contract: Takes values, laid out as the weights, and the axes of the sums
+            to the sums.
+          *values: The path values.
+          back: Whether these are cotangents.
+
+        Returns:
+          All that `contract` returns, laid out as activations.
+        """
+        source, target = self.layer.inputs, self.layer.outputs
+        shape = self.x.path.shape if back else self.shape
+        if back:
+            source, target = target, source
+        axes = target.axes.values()
+        others = tuple(i for i in range(len(target.kernel)) if i not in axes)
+        totals = contract(*(lay(value, source) for value in values), axes=others)
+        return [
+            Scaled(
+                jnp.reshape(target.to_activation(total.root), shape),
+                of_rank(total.exponent, len(shape)),
+            )
+            for total in totals
+        ]
+
+
+def lay(value: Scaled, units: _Units) -> Scaled:
+    """Lay path values of one position out as the weights."""
+    return Scaled(*(units.of_activation(part) for part in value))
+
+
+def _matmul(transform: PathTransform, dense: Dense) -> Path:
     """Apply a dense layer to one position: vectors times weights, no products."""
-    arithmetic, weights = transform.arithmetic, transform.edges(w)
-    inputs, outputs = layer.inputs, layer.outputs
+    path, weights = transform.flush(dense.x), transform.edges(dense.w)
 
-    def lay(value: Scaled, units: _Units) -> Scaled:
-        return Scaled(*(units.of_activation(part) for part in value))
-
-    def multiply(value: Scaled, units: _Units, target: _Units, shape) -> Scaled:
-        others = tuple(
-            i for i in range(len(units.kernel)) if i not in target.axes.values()
-        )
-        total = contract(arithmetic, weights, lay(value, units), others)
-        root = jnp.reshape(target.to_activation(total.root), shape)
-        return Scaled(root, of_rank(total.exponent, len(shape)))
+    def contraction(value, axes):
+        return [contract(transform.arithmetic, weights, value, axes)]
 
     def pull(factors):
-        cotangent = numbers.broadcast(factors, shape)
-        back = multiply(cotangent, outputs, inputs, path.shape)
-        transform.accumulate(path, (back,))
+        cotangent = numbers.broadcast(factors, dense.shape)
+        transform.accumulate(path, dense.multiply(contraction, cotangent, back=True))
+        inputs, outputs = dense.layer.inputs, dense.layer.outputs
         outer = (lay(path.value, inputs), lay(cotangent, outputs))
-        transform.accumulate(w, outer)
+        transform.accumulate(dense.w, outer)
 
-    return transform.new(multiply(path.value, inputs, outputs, shape), pull)
+    (value,) = dense.multiply(contraction, path.value)
+    return transform.new(value, pull)
 
 
 def _positions(transform: PathTransform, layer: _Layer, path: Path, w: Weight, shape):
@@ -198,18 +252,8 @@ def _positions(transform: PathTransform, layer: _Layer, path: Path, w: Weight, s
     return transform.new(value, pull)
 
 
-@primitive(
-    "dot_general",
-    pull=None,
-    entries=Entries.COMPUTED,
-    uniform=None,
-    mixes=contracted_lengths,
-    zero=True,
-)
-def _dot_general(transform, eqn, inputs):
+def dense_layer(eqn: JaxprEqn, inputs: Sequence[Any]) -> Dense:
     """Lay out a dot product of an activation and a weight as a layer."""
-    if all(isinstance(x, Activation) for x in inputs):
-        raise NotHomogeneous("both factors depend on the inputs")
     dimension_numbers = contraction(eqn)
     contracting, batch = dimension_numbers
     first = isinstance(inputs[0], Activation)
@@ -235,10 +279,26 @@ def _dot_general(transform, eqn, inputs):
         _Units(shared | summed, ndim, kernel),
         _Units(out, len(shape), kernel),
     )
-    path = transform.flush(x)
-    sizes = [n for i, n in enumerate(path.shape) if i not in shared | summed]
-    apply_layer = _matmul if np.prod(sizes) == 1 else _positions
-    return [Activation(apply_layer(transform, layer, path, w, shape))]
+    return Dense(layer, x, w, shape)
+
+
+@primitive(
+    "dot_general",
+    pull=None,
+    entries=Entries.COMPUTED,
+    uniform=None,
+    mixes=contracted_lengths,
+    zero=True,
+)
+def _dot_general(transform, eqn, inputs):
+    """Apply a dense layer to one position or several."""
+    if all(isinstance(x, Activation) for x in inputs):
+        raise NotHomogeneous("both factors depend on the inputs")
+    dense = dense_layer(eqn, inputs)
+    if dense.at_one_position:
+        return [Activation(_matmul(transform, dense))]
+    path = transform.flush(dense.x)
+    return [Activation(_positions(transform, dense.layer, path, dense.w, dense.shape))]
 
 
 @primitive(
