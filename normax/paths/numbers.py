@@ -115,6 +115,11 @@ def common(x: Scaled, axes: tuple[int, ...] | None = None) -> Scaled:
     return Scaled(align(x, top), top)
 
 
+def where(condition: jax.Array, x: Scaled) -> Scaled:
+    """Return numbers, and NaN elsewhere."""
+    return Scaled(jnp.where(condition, x.root, jnp.nan), x.exponent)
+
+
 def together(values: Sequence[Scaled]) -> tuple[list[jax.Array], jax.Array]:
     """Return the roots of several arrays at one exponent, and that, a scalar."""
     values = [common(value) for value in values]

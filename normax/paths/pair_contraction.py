@@ -95,7 +95,6 @@ def _directly(
     *roots: jax.Array,
 ) -> tuple[Roots, jax.Array, Any]:
     """Return sums, the bits of the comparison, and where the sums are in range."""
-
     plain = isinstance(arithmetic.p, int) and arithmetic.p == 1  # no product is < 0
 
     def terms(w, other, *sizes):

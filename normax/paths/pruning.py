@@ -7,7 +7,9 @@ weights are others afterwards. Paths do not see it.
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,30 +19,101 @@ from jax import lax
 from normax._core.axes import PyTree, parameter_names
 from normax._core.checks import check_range, check_scalar
 from normax._core.modules import refuse_modules
-from normax._core.norms import nonzero
-from normax._core.powers_of_two import exp2, exponent_of
+from normax._core.norms import at_least_float32, nonzero
+from normax._core.powers_of_two import exp2, exponent_of, halves
 from normax._core.programs import is_float
-from normax.paths import numbers
-from normax.paths.arithmetic import PathArithmetic
+from normax._core.scheduling import unless_safe
 from normax.paths.network import check_order
 from normax.paths.norm import scale_factors, with_automatic_sharding
-from normax.paths.numbers import DEAD, Scaled
+from normax.paths.numbers import DEAD
 from normax.paths.one_example import Forward
+from normax.paths.values import Factors
 
-_SUMS = PathArithmetic(1)
+
+class Saliency(NamedTuple):
+    r"""Saliencies $(r \cdot 2^e)^k$ of one array.
+
+    Attributes:
+      root: The numbers $r$.
+      exponent: Int32 array $e$ that broadcasts against them, mostly with one entry.
+      power: The power $k$, 1, 2 or 4.
+    """
+
+    root: jax.Array
+    exponent: jax.Array
+    power: int
+
+    def log(self) -> jax.Array:
+        r"""Return their logarithms, $-\infty$ for 0."""
+        live, dtype = self.root != 0, self.root.dtype
+        exponent = jnp.where(live, self.exponent, 0).astype(dtype)
+        logarithm = jnp.log(nonzero(self.root)) + exponent * jnp.log(2.0).astype(dtype)
+        return jnp.where(live, self.power * logarithm, -jnp.inf)
+
+    def value(self) -> jax.Array:
+        """Return them as plain numbers."""
+        first, second = halves(self.exponent, self.root.dtype)
+        root = self.root * first * second
+        for _ in range(self.power // 2):
+            root = root * root
+        return root
+
+    def keys(self) -> tuple[jax.Array, jax.Array]:
+        """Return what they are ordered by: an exponent and a number in [1, 2)."""
+        live, shift = self.root != 0, exponent_of(nonzero(self.root))
+        exponent = jnp.where(live, shift + self.exponent, DEAD)
+        return exponent, self.root * exp2(-shift, self.root.dtype)
 
 
-def _saliencies(forward: Forward, params: PyTree, inputs: PyTree) -> list[Any]:
-    """Return the saliency of each array as a `Scaled`, None for arrays of integers."""
-    factors = scale_factors(forward, params, inputs, 1)
-    structure: Any = jax.tree.structure(params)
-    pairs = zip(jax.tree.leaves(params), structure.flatten_up_to(factors), strict=True)
+Finish = Callable[[Saliency], Any]
 
-    def of(leaf, product):
-        size = numbers.normalize(_SUMS.of_weight(jnp.asarray(leaf)))
-        return numbers.broadcast((size, *product), jnp.shape(leaf))
 
-    return [product and of(leaf, product) for leaf, product in pairs]
+def _directly(leaf: jax.Array, factors: Factors) -> tuple[Saliency, Any]:
+    """Return the saliency of an array, and where no product has left the range."""
+    (size,) = at_least_float32(jnp.abs(leaf))
+    exponent = functools.reduce(jnp.add, (x.exponent for x in factors))
+    if len(factors) == 1:  # the product of two roots leaves no range
+        return Saliency(jnp.sqrt(size) * factors[0].root, exponent, 2), []
+    values = [size, *(x.root * x.root for x in factors)]
+    product = functools.reduce(jnp.multiply, values)
+    zeros = [value == 0 for value in values]
+    in_range = (product > 2.0**-100) & (product < 2.0**100)
+    safe = functools.reduce(jnp.logical_or, zeros, in_range)
+    return Saliency(product, 2 * exponent, 1), safe
+
+
+def _carefully(leaf: jax.Array, factors: Factors) -> Saliency:
+    """Return the saliency of an array by fourth roots, whose product has no range."""
+    (size,) = at_least_float32(jnp.abs(leaf))
+    parts = [jnp.sqrt(jnp.sqrt(size)), *(jnp.sqrt(x.root) for x in factors)]
+    root = functools.reduce(jnp.multiply, parts)
+    exponent = functools.reduce(jnp.add, (x.exponent for x in factors))
+    odd = jnp.where(exponent & 1 == 1, 2.0**0.5, 1).astype(root.dtype)
+    return Saliency(root * odd, lax.shift_right_arithmetic(exponent, jnp.int32(1)), 4)
+
+
+def _saliencies(
+    forward: Forward, params: PyTree, inputs: PyTree, finish: Finish
+) -> list[Any]:
+    """Return `finish` of the saliency of each array, None for arrays of integers."""
+
+    def each(fn, params, direct):
+        factors = scale_factors(forward, params, inputs, 1, direct=direct)
+        structure: Any = jax.tree.structure(params)
+        pairs = zip(
+            jax.tree.leaves(params), structure.flatten_up_to(factors), strict=True
+        )
+        return [product and fn(jnp.asarray(leaf), product) for leaf, product in pairs]
+
+    def carefully(params):
+        found = each(_carefully, params, direct=False)
+        return [x and finish(x) for x in found]
+
+    found = each(_directly, params, direct=True)
+    results = [x and finish(x[0]) for x in found]
+    sums = [jnp.sum(x) for x in jax.tree.leaves(results) if is_float(x)]
+    safe = [x[1] for x in found if x], [~jnp.isnan(x) for x in sums]
+    return unless_safe(safe, results, carefully, params)
 
 
 def path_saliency(
@@ -91,8 +164,8 @@ def path_saliency(
     refuse_modules(params)
 
     def evaluate(params):
-        finish = _SUMS.log if log else _SUMS.pth_root
-        found = [x and finish(x) for x in _saliencies(forward, params, inputs)]
+        finish = Saliency.log if log else Saliency.value
+        found = _saliencies(forward, params, inputs, finish)
         return jax.tree.unflatten(jax.tree.structure(params), found)
 
     return jax.jit(with_automatic_sharding(evaluate))(params)
@@ -164,19 +237,11 @@ def _check_fraction(fraction: Any) -> float:
     return float(fraction)
 
 
-def _keys(saliency: Scaled, w: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Return what entries are ordered by: an exponent and a number in [1, 2)."""
-    root, live = saliency.root, saliency.root != 0
-    shift = exponent_of(nonzero(root))
-    exponent = jnp.where(live, shift + saliency.exponent, DEAD)
-    # What has been pruned before stays so, also beside weights that are on no path.
-    exponent = jnp.where(w == 0, 2 * DEAD, exponent)
-    return jnp.ravel(exponent), jnp.ravel(root * exp2(-shift, root.dtype))
-
-
 def _keep(keys: list[tuple[jax.Array, jax.Array]], fraction: float) -> jax.Array:
     """Return which entries are kept, of several arrays in a row."""
-    exponents, mantissas = (jnp.concatenate(part) for part in zip(*keys, strict=True))
+    exponents, mantissas = (
+        jnp.concatenate(list(map(jnp.ravel, part))) for part in zip(*keys, strict=True)
+    )
     index = jnp.arange(exponents.size, dtype=jnp.int32)
     # The sort is stable, so that of equal ones the first are pruned first.
     order = lax.sort((exponents, mantissas, index), num_keys=2)[2]
@@ -252,7 +317,13 @@ def path_mask(
 
     def evaluate(params):
         leaves, structure = jax.tree.flatten(params)
-        saliencies = _saliencies(forward, params, inputs)
+        keys = _saliencies(forward, params, inputs, Saliency.keys)
+
+        def of_entries(i):
+            # What has been pruned before stays so, also beside weights on no path.
+            exponent, mantissa = keys[i]
+            return jnp.where(leaves[i] == 0, 2 * DEAD, exponent), mantissa
+
         # Where the order is unknown, nothing is pruned, so that no NaN is hidden.
         floats = [jnp.asarray(leaf) for leaf in leaves if is_float(leaf)]
         finite = jnp.all(jnp.array([jnp.all(jnp.isfinite(leaf)) for leaf in floats]))
@@ -260,7 +331,7 @@ def path_mask(
         indices = [i for i, choice in enumerate(chosen) if choice]
         groups = [indices] if per == "network" else [[i] for i in indices]
         for group in groups:
-            flat = _keep([_keys(saliencies[i], leaves[i]) for i in group], fraction)
+            flat = _keep([of_entries(i) for i in group], fraction)
             ends = np.cumsum([keep[i].size for i in group])
             for i, part in zip(group, jnp.split(flat, ends[:-1]), strict=True):
                 keep[i] = jnp.reshape(part, keep[i].shape) | ~finite

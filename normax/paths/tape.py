@@ -46,9 +46,11 @@ class Tape:
         if node.cotangent is None:
             node.cotangent = factors
         else:
-            first = numbers.broadcast(node.cotangent, node.shape)
-            second = numbers.broadcast(factors, node.shape)
-            node.cotangent = (self.arithmetic.add(first, second),)
+            both = (
+                numbers.normalize(numbers.broadcast(product, node.shape))
+                for product in (node.cotangent, factors)
+            )
+            node.cotangent = (self.arithmetic.add(*both),)
 
     def run_backward(self) -> None:
         """Propagate cotangents from the results to the parameters."""

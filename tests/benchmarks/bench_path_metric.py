@@ -71,14 +71,14 @@ def test_time(network):
 
     def norm(w, v):
         del v
-        return normax.path_norm(forward, w, x, 1, log=True)
+        return normax.path_norm(forward, w, x, 1)
 
     measured = {
         "forward": norm,
         "both": jax.value_and_grad(norm),
-        "metric": lambda w, v: paths.path_metric(forward, w, v, x, log=True),
-        "bound": lambda w, v: paths.path_metric_bound(forward, w, v, x, log=True),
-        "saliency": lambda w, v: paths.path_saliency(forward, w, x, log=True),
+        "metric": lambda w, v: paths.path_metric(forward, w, v, x),
+        "bound": lambda w, v: paths.path_metric_bound(forward, w, v, x),
+        "saliency": lambda w, v: paths.path_saliency(forward, w, x),
     }
     compiled = {
         name: jax.jit(fn).lower(params, other).compile()

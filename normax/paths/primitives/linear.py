@@ -28,7 +28,8 @@ from normax._core.programs import (
     convolved_lengths,
 )
 from normax.paths import numbers
-from normax.paths.contraction import contract, weigh
+from normax.paths.arithmetic import PathArithmetic
+from normax.paths.contraction import contract, sums_in_range, weigh
 from normax.paths.lifting import PathTransform
 from normax.paths.numbers import Scaled, of_rank, where_live
 from normax.paths.primitive_spec import Entries, NotHomogeneous, primitive
@@ -118,6 +119,10 @@ class _Layer:
     ) -> Scaled:
         """Take path values forward, or cotangents back, to a given shape."""
         arithmetic, x = transform.arithmetic, numbers.common(x)
+        if arithmetic.direct:
+            powers = arithmetic.power(w)
+            result, safe = self.directly(arithmetic, x, powers, back, shape)
+            return numbers.normalize(numbers.where(safe, result))
         source, target = self.inputs, self.outputs
         if back:
             source, target = target, source
@@ -127,14 +132,43 @@ class _Layer:
             w, source.to_kernel(units), target.of_kernel, target.to_kernel
         )
         # `weigh` has brought all products into range, so plain sums will do.
-        layer = functools.partial(_flip(self.apply), arithmetic.power(scaled))
-        if back:
-            zeros = jax.ShapeDtypeStruct(shape, values.dtype)
-            (result,) = jax.linear_transpose(layer, zeros)(values)
-        else:
-            result = layer(values)
+        result = self._apply(values, arithmetic.power(scaled), back, shape)
         root = target.to_activation(scale) * where_live(arithmetic.root, result)
         return numbers.normalize(Scaled(root, of_rank(x.exponent, len(shape))))
+
+    def _apply(self, values: jax.Array, weights: jax.Array, back: bool, shape):
+        layer = functools.partial(_flip(self.apply), weights)
+        if not back:
+            return layer(values)
+        zeros = jax.ShapeDtypeStruct(shape, values.dtype)
+        return jax.linear_transpose(layer, zeros)(values)[0]
+
+    def directly(
+        self,
+        arithmetic: PathArithmetic,
+        x: Scaled,
+        powers: jax.Array,
+        back: bool,
+        shape,
+    ) -> tuple[Scaled, jax.Array]:
+        """Do the same without scaling the weights, and tell where that is safe.
+
+        Args:
+          arithmetic: Arithmetic of path values.
+          x: Path values or cotangents, with one exponent.
+          powers: Powers of the weights, none negative.
+          back: Whether these are cotangents.
+          shape: Shape of the result.
+
+        Returns:
+          The result, and where nothing has left the range of floats.
+        """
+        values = arithmetic.value(x.root)
+        sums = self._apply(values, powers, back, shape)
+        root = arithmetic.root(sums)
+        return Scaled(root, of_rank(x.exponent, len(shape))), _safe(
+            sums, values, powers
+        )
 
     def correlate(
         self, transform: PathTransform, x: Scaled, cotangent: Scaled, shape
@@ -153,7 +187,15 @@ class _Layer:
             functools.partial(self.apply, values[0]), zeros
         )(values[1])
         root = scales[0] * scales[1] * where_live(arithmetic.root, result)
-        return numbers.normalize(Scaled(root, exponent))
+        return Scaled(root, exponent)
+
+
+def _safe(sums: jax.Array, *factors: jax.Array) -> jax.Array:
+    """Return where sums of products of two factors are in the range of floats."""
+    # A sum is safely 0 if no product can be too small.
+    smallest = [jnp.min(x, initial=jnp.inf) for x in factors]
+    zeros = smallest[0] * smallest[1] > 2.0**-100
+    return sums_in_range(sums) | ((sums == 0) & zeros)
 
 
 def _flip(fn):
