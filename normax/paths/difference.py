@@ -31,11 +31,13 @@ from normax._core.norms import at_least_float32
 from normax._core.programs import bind, is_float, program_in_place
 from normax.paths import numbers, pairs
 from normax.paths.arithmetic import PathArithmetic
+from normax.paths.layers import Application
 from normax.paths.lifting import PathTransform
-from normax.paths.pair_contraction import contract_both
+from normax.paths.pair_contraction import apply_both, contract_both
 from normax.paths.pairs import Comparison, Upper
+from normax.paths.primitive_spec import NotHomogeneous
 from normax.paths.primitives.carries import Body
-from normax.paths.primitives.linear import Dense, dense_layer
+from normax.paths.primitives.linear import LAYERS
 from normax.paths.primitives.scan import scan_with
 from normax.paths.primitives.steps import Settled
 from normax.paths.values import Activation, Origin, Path, Unsupported, Value, Weight
@@ -191,26 +193,21 @@ class DifferenceTransform(PathTransform):
         names = frozenset[str]().union(*(origin.names for origin in w.params))
         self.compared.append((names, Comparison(kinds, extremes)))
 
-    def _dense(self, dense: Dense, w: Changed) -> Difference:
-        """Apply a dense layer to one position, in one pass over both networks."""
-        x = dense.x
+    def _apply(self, application: Application, w: Changed) -> Difference:
+        """Apply a layer of both networks."""
+        x = application.x
         self._lane = _Lane.MEET
         below = self.flush(_smaller(x)).value
         self._lane, self._added = _Lane.UPPER, False
         more = self.flush(x).value
         differs = self._added or getattr(x, "differs", True)
-        kinds: list[jax.Array] = []
-
-        def contraction(*values, axes):
-            x, d = values if differs else (*values, None)
-            both = w.value, w.other
-            *sums, found = contract_both(self.arithmetic, self._upper, both, x, d, axes)
-            kinds.append(found)
-            return sums
-
-        values = (below, more) if differs else (below,)
-        below, more = dense.multiply(contraction, *values)
-        self._compare(w, *kinds)
+        both = w.value, w.other
+        values = below, (more if differs else None)
+        apply = contract_both if application.at_one_position else apply_both
+        below, more, kinds = apply(
+            self.arithmetic, self._upper, application, both, *values
+        )
+        self._compare(w, kinds)
         return Difference(Path(more), meet=Path(below))
 
     def _evaluate(
@@ -226,10 +223,12 @@ class DifferenceTransform(PathTransform):
             if isinstance(x, Changed) and not is_float(x.value):
                 self._compare(x)
         changed = next((x for x in inputs if isinstance(x, Changed)), None)
-        if eqn.primitive.name == "dot_general" and changed is not None:
-            dense = dense_layer(eqn, inputs)
-            if dense.at_one_position:
-                return [self._dense(dense, changed)]
+        if eqn.primitive.name in LAYERS and changed is not None:
+            try:
+                application = LAYERS[eqn.primitive.name](eqn, inputs)
+            except NotHomogeneous:
+                return super()._evaluate(eqn, inputs, line)
+            return [self._apply(application, changed)]
         smaller = list(map(_smaller, inputs))
         evaluate = super()._evaluate
         self._lane = _Lane.MEET

@@ -30,6 +30,7 @@ from normax.paths.contraction import (
     moderate,
     sums_in_range,
 )
+from normax.paths.layers import TINY, Application
 from normax.paths.numbers import Scaled
 from normax.paths.pairs import Upper
 
@@ -160,38 +161,150 @@ def _derivative(p, upper, axes, primals, tangents):
 def contract_both(
     arithmetic: PathArithmetic,
     upper: Upper,
+    application: Application,
     weights: tuple[jax.Array, jax.Array],
     x: Scaled,
     d: Scaled | None,
-    axes: tuple[int, ...],
 ) -> tuple[Scaled, Scaled, jax.Array]:
     """Return the path values of two networks behind a dense layer.
 
     Args:
       arithmetic: Arithmetic of path values.
       upper: Takes weights of both networks to the upper ones.
+      application: The layer.
       weights: Those of both networks.
-      x: Sums over the paths with the smaller weights, as in `contract`.
+      x: Sums over the paths with the smaller weights.
       d: The differences from them; None if there are none so far.
-      axes: The axes of the inputs.
 
     Returns:
-      The two behind the layer, with length one on `axes`, and how the weights differ,
-      as in `Comparison.kinds`.
+      The two behind the layer, and how the weights differ, as in `Comparison.kinds`.
     """
     w, other = (numbers.cast(weight, x) for weight in weights)
-    values = [numbers.common(value) for value in (x, d) if value is not None]
-    operands = (w, other, *(value.root for value in values))
-    if w.size < SMALL:
-        roots = _carefully(arithmetic, upper, axes, *operands)
-        kinds = pairs.any_of(pairs.kinds_of(w, other))
-    elif isinstance(arithmetic.p, jax.Array):
-        roots, kinds = _in_one_pass(None, upper, axes, operands, arithmetic.p)
-    else:
-        roots, kinds = _in_one_pass(arithmetic.p, upper, axes, operands)
-    of = (values[0], *values)
-    below, *more = (
-        numbers.normalize(Scaled(root, value.exponent))
-        for root, value in zip(roots, of, strict=False)
+    found: list[jax.Array] = []
+
+    def contraction(*values, axes):
+        values = tuple(map(numbers.common, values))
+        operands = (w, other, *(value.root for value in values))
+        if w.size < SMALL:
+            roots = _carefully(arithmetic, upper, axes, *operands)
+            kinds = pairs.any_of(pairs.kinds_of(w, other))
+        elif isinstance(arithmetic.p, jax.Array):
+            roots, kinds = _in_one_pass(None, upper, axes, operands, arithmetic.p)
+        else:
+            roots, kinds = _in_one_pass(arithmetic.p, upper, axes, operands)
+        found.append(kinds)
+        of = (values[0], *values)
+        return [
+            numbers.normalize(Scaled(root, value.exponent))
+            for root, value in zip(roots, of, strict=False)
+        ]
+
+    values = (x,) if d is None else (x, d)
+    below, *more = application.multiply(contraction, *values)
+    return below, functools.reduce(arithmetic.add, more), found[0]
+
+
+# JAX remembers for ever each function that a reduction is given, so there is only one.
+def _join(a, b):
+    return tuple(map(lax.bitwise_or, a, b))
+
+
+def _survey(
+    arithmetic: PathArithmetic, w: jax.Array, other: jax.Array, *edges: jax.Array
+) -> tuple[jax.Array, list[jax.Array]]:
+    """Return how weights differ, and whether none of each edges is tiny but not 0."""
+    powers = [arithmetic.power(e) for e in edges]
+    tiny = pairs.pack(
+        *((x <= TINY) & (e != 0) for x, e in zip(powers, edges, strict=True))
     )
+    # One reduction of two arrays: XLA:CPU writes a single one's entries to memory.
+    start = (jnp.int32(0),) * 2
+    kinds, tiny = lax.reduce(
+        (pairs.kinds_of(w, other), tiny), start, _join, range(w.ndim)
+    )
+    return kinds, [tiny & (1 << i) == 0 for i in range(len(edges))]
+
+
+def apply_both(
+    arithmetic: PathArithmetic,
+    upper: Upper,
+    application: Application,
+    weights: tuple[jax.Array, jax.Array],
+    x: Scaled,
+    d: Scaled | None,
+) -> tuple[Scaled, Scaled, jax.Array]:
+    r"""Return the path values of two networks behind a layer of many positions.
+
+    $$\sum_i u_{ij}^p\, d_i + g_{ij}^p\, x_i =
+      \sum_i m_{ij}^p\, d_i + g_{ij}^p\, (x_i + d_i)$$
+
+    So the layer is applied with meets to $x$ and $d$, and with gaps to their sum.
+
+    Args:
+      arithmetic: Arithmetic of path values.
+      upper: Takes weights of both networks to the upper ones.
+      application: The layer.
+      weights: Those of both networks.
+      x: Sums over the paths with the smaller weights.
+      d: The differences from them; None if there are none so far.
+
+    Returns:
+      As `contract_both`.
+    """
+    layer, shape = application.layer, application.shape
+    traced_p = (arithmetic.p,) if isinstance(arithmetic.p, jax.Array) else ()
+    p = None if traced_p else arithmetic.p
+    plain = isinstance(p, int) and p == 1
+
+    def lanes(operands, traced_p):
+        w, other, x, *d = operands
+        arithmetic = arithmetic_of(p, traced_p)
+        below, between, _ = _edges(arithmetic.p, upper, w, other)
+        whole = functools.reduce(arithmetic.add, (x, *d))
+        return arithmetic, (below, (x, *d)), (between, (whole,))
+
+    def carefully(operands, *traced_p):
+        arithmetic, *both = lanes(operands, traced_p)
+        return [
+            layer.propagate(arithmetic, value, edges, False, shape)
+            for edges, values in both
+            for value in values
+        ]
+
+    @jax.custom_jvp
+    def once(operands, *traced_p):
+        arithmetic, *both = lanes(operands, traced_p)
+        edges = (edges for edges, _ in both)
+        kinds, none_tiny = _survey(arithmetic, *operands[:2], *edges)
+        results, safe = [], []
+        for (edges, values), fine in zip(both, none_tiny, strict=True):
+            powers = edges if plain else arithmetic.power(edges)
+            stacked = jax.tree.map(lambda *parts: jnp.stack(parts), *values)
+            through = functools.partial(
+                layer.directly, arithmetic, powers=powers, none_tiny=fine, shape=shape
+            )
+            found, in_range = jax.vmap(through)(stacked)
+            safe.append(in_range)
+            results += [
+                jax.tree.map(lambda parts, i=i: parts[i], found)
+                for i in range(len(values))
+            ]
+        results = unless_safe(safe, results, carefully, operands, *traced_p)
+        return list(map(numbers.normalize, results)), kinds
+
+    def derivative(primals, tangents):
+        results = once(*primals)
+        none = np.zeros(results[1].shape, jax.dtypes.float0)
+        return results, (jax.jvp(carefully, primals, tangents)[1], none)
+
+    once.defjvp(derivative)
+    w, other = (numbers.cast(weight, x) for weight in weights)
+    values = [numbers.common(value) for value in (x, d) if value is not None]
+    operands = (w, other, *values)
+    if w.size < SMALL:
+        results = carefully(operands, *traced_p)
+        kinds = pairs.any_of(pairs.kinds_of(w, other))
+    else:
+        results, kinds = once(operands, *traced_p)
+    below, *more = results
     return below, functools.reduce(arithmetic.add, more), kinds
