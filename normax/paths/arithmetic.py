@@ -41,6 +41,11 @@ class PathArithmetic:
         if isinstance(self.p, float) and self.p.is_integer():
             object.__setattr__(self, "p", int(self.p))
 
+    @property
+    def plain(self) -> bool:
+        """Whether the power is known to be 1."""
+        return isinstance(self.p, int) and self.p == 1
+
     def power(self, x: jax.Array) -> jax.Array:
         """Return $|x|^p$; by products where p is a plain 1 or 2."""
         if isinstance(self.p, int) and self.p in (1, 2):
@@ -52,8 +57,7 @@ class PathArithmetic:
 
     def value(self, q: jax.Array) -> jax.Array:
         """Return $q^{2p}$."""
-        plain = isinstance(self.p, int) and self.p == 1
-        return q * q if plain else self.power(q * q)
+        return q * q if self.plain else self.power(q * q)
 
     def root(self, x: jax.Array) -> jax.Array:
         """Return $q$ with $q^{2p} = x > 0$."""

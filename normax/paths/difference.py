@@ -167,7 +167,7 @@ class DifferenceTransform(PathTransform):
 
     def _edges(self, w: Changed, lane: _Lane) -> jax.Array:
         value, other = at_least_float32(w.value, w.other)
-        below, above = pairs.meet(value, other), self._upper(value, other)
+        below, above = pairs.meet(value, other), self._upper.of(value, other)
         if lane is _Lane.MEET:
             return below
         return (

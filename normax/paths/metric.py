@@ -25,7 +25,7 @@ from normax.paths.network import check_order, check_power, lift, total
 from normax.paths.norm import with_automatic_sharding
 from normax.paths.numbers import Scaled
 from normax.paths.one_example import Forward
-from normax.paths.pairs import Comparison, Upper, first, join
+from normax.paths.pairs import FIRST, JOIN, Comparison, Upper
 
 _ORDER = "forward, params, other, inputs"
 
@@ -207,7 +207,7 @@ def path_metric(
     names: list[frozenset[str]] = []
 
     def evaluate(networks):
-        compared = _compare(forward, networks, inputs, p, join)
+        compared = _compare(forward, networks, inputs, p, JOIN)
         names[:] = compared.names
         arithmetic, difference = PathArithmetic(p), compared.difference
         if log:
@@ -298,7 +298,7 @@ def path_metric_bound(
     def measure(networks):
         arithmetic = PathArithmetic(p)
         both = [
-            _compare(forward, pair, inputs, p, first)
+            _compare(forward, pair, inputs, p, FIRST)
             for pair in (networks, networks[::-1])
         ]
         parts = [compared.difference for compared in both]

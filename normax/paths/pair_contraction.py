@@ -36,7 +36,6 @@ from normax.paths.pairs import Upper
 
 SMALL = 2**14  # weights for which a pass for each sum takes no longer
 _WIDE = 128  # weights in a row for which a step of a loop takes longer than its start
-_TERMS = 5  # where bits start that are of no comparison: of meets and of gaps
 
 Roots = tuple[jax.Array, ...]  # of x, and of d if there are differences so far
 
@@ -45,7 +44,7 @@ def _edges(
     p: Any, upper: Upper, w: jax.Array, other: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Return meets, gaps and upper weights."""
-    below, above = pairs.meet(w, other), upper(w, other)
+    below, above = pairs.meet(w, other), upper.of(w, other)
     return below, pairs.gap(above, below, p), above
 
 
@@ -96,26 +95,25 @@ def _directly(
     *roots: jax.Array,
 ) -> tuple[Roots, jax.Array, Any]:
     """Return sums, the bits of the comparison, and where the sums are in range."""
-    plain = isinstance(arithmetic.p, int) and arithmetic.p == 1  # no product is < 0
+    plain = arithmetic.plain  # no product is negative
 
     def terms(w, other, *sizes):
         edges = _edges(arithmetic.p, upper, w, other)
         of = (sizes[0], *sizes)  # the meets and the gaps with x, the upper with d
         products = (e * size for e, size in zip(edges, of, strict=False))
         values = tuple(x if plain else arithmetic.power(x) for x in products)
-        met, differ = (e > 0 for e in edges[:2])
-        return values, pairs.kinds_of(w, other) | pairs.pack(met, differ, start=_TERMS)
+        return values, pairs.kinds_of(w, other, arithmetic.p)
 
     sizes = [moderate(root) for root in roots]
     totals, kinds = _reduce(terms, axes, w, other, *sizes)
     # A sum is safely 0 if all its terms are.
-    met, differ = (kinds & (1 << _TERMS + i) != 0 for i in range(2))
+    met, differ = kinds & pairs.MET != 0, kinds & upper.gaps != 0
     terms_are = met, differ, (met | differ) & jnp.any(sizes[-1] != 0)
     safe = [
         sums_in_range(total) | ((total == 0) & ~some)
         for total, some in zip(totals, terms_are, strict=False)
     ]
-    return totals, pairs.any_of(kinds) & ((1 << _TERMS) - 1), safe
+    return totals, pairs.any_of(kinds), safe
 
 
 def _carefully(
@@ -215,7 +213,10 @@ def _survey(
     """Return how weights differ, and whether none of each edges is tiny but not 0."""
     powers = [arithmetic.power(e) for e in edges]
     tiny = pairs.pack(
-        *((x <= TINY) & (e != 0) for x, e in zip(powers, edges, strict=True))
+        {
+            1 << i: (power <= TINY) & (e != 0)
+            for i, (power, e) in enumerate(zip(powers, edges, strict=True))
+        }
     )
     # One reduction of two arrays: XLA:CPU writes a single one's entries to memory.
     start = (jnp.int32(0),) * 2
@@ -254,7 +255,6 @@ def apply_both(
     layer, shape = application.layer, application.shape
     traced_p = (arithmetic.p,) if isinstance(arithmetic.p, jax.Array) else ()
     p = None if traced_p else arithmetic.p
-    plain = isinstance(p, int) and p == 1
 
     def lanes(operands, traced_p):
         w, other, x, *d = operands
@@ -278,7 +278,7 @@ def apply_both(
         kinds, none_tiny = _survey(arithmetic, *operands[:2], *edges)
         results, safe = [], []
         for (edges, values), fine in zip(both, none_tiny, strict=True):
-            powers = edges if plain else arithmetic.power(edges)
+            powers = edges if arithmetic.plain else arithmetic.power(edges)
             stacked = jax.tree.map(lambda *parts: jnp.stack(parts), *values)
             through = functools.partial(
                 layer.directly, arithmetic, powers=powers, none_tiny=fine, shape=shape
@@ -293,9 +293,11 @@ def apply_both(
         return list(map(numbers.normalize, results)), kinds
 
     def derivative(primals, tangents):
-        results = once(*primals)
-        none = np.zeros(results[1].shape, jax.dtypes.float0)
-        return results, (jax.jvp(carefully, primals, tangents)[1], none)
+        # Exponents of the two ways may differ, so both come from the careful one.
+        kinds = pairs.any_of(pairs.kinds_of(*primals[0][:2]))
+        none = np.zeros(kinds.shape, jax.dtypes.float0)
+        results, tangents = jax.jvp(carefully, primals, tangents)
+        return (results, kinds), (tangents, none)
 
     once.defjvp(derivative)
     w, other = (numbers.cast(weight, x) for weight in weights)

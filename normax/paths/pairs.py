@@ -13,8 +13,6 @@ from jax import lax
 from normax._core.norms import nonzero
 from normax.paths import numbers
 
-Upper = Callable[[jax.Array, jax.Array], jax.Array]
-
 
 def meet(w: jax.Array, other: jax.Array) -> jax.Array:
     """Return the smaller weights where signs agree, else 0."""
@@ -22,15 +20,25 @@ def meet(w: jax.Array, other: jax.Array) -> jax.Array:
     return jnp.where((w > 0) == (other > 0), jnp.minimum(jnp.abs(w), jnp.abs(other)), 0)
 
 
-def join(w: jax.Array, other: jax.Array) -> jax.Array:
-    """Return the larger of both sizes."""
-    return jnp.maximum(jnp.abs(w), jnp.abs(other))
+class Upper(NamedTuple):
+    """What the upper weights are.
+
+    Attributes:
+      of: Takes weights of both networks to $u$.
+      gaps: The bits of `Comparison.kinds` that say that $u$ is larger than the meet.
+    """
+
+    of: Callable[[jax.Array, jax.Array], jax.Array]
+    gaps: int
 
 
-def first(w: jax.Array, other: jax.Array) -> jax.Array:
-    """Return the size of the first network's weights."""
-    del other
-    return jnp.abs(w)
+LARGER, SMALLER, OPPOSITE, PARTLY, OTHER_CHOICE = (1 << i for i in range(5))
+MET = 1 << 5  # whether neither is 0 and signs agree, which is no difference
+JOIN = Upper(
+    lambda w, other: jnp.maximum(jnp.abs(w), jnp.abs(other)),
+    LARGER | SMALLER | OPPOSITE,
+)
+FIRST = Upper(lambda w, other: jnp.abs(w), SMALLER | OPPOSITE)
 
 
 def gap(u: jax.Array, m: jax.Array, p: jax.typing.ArrayLike) -> jax.Array:
@@ -50,9 +58,9 @@ class Comparison(NamedTuple):
     """How the weights of two networks differ, of an array or of several.
 
     Attributes:
-      kinds: Bits. Some weight of the other network is larger (1), is smaller (2), has
-        the opposite sign (4), or differs where neither is 0 (8); or a condition or an
-        index that is computed from weights is another one (16).
+      kinds: Bits. Some weight of the other network is `LARGER`, is `SMALLER`, has the
+        `OPPOSITE` sign, or differs where neither is 0, `PARTLY`; or a condition or an
+        index that is computed from weights is another one, `OTHER_CHOICE`.
       extremes: By how much the other's are larger and smaller, the largest weight
         with an opposite one, and the largest difference where neither is 0.
     """
@@ -61,24 +69,31 @@ class Comparison(NamedTuple):
     extremes: jax.Array
 
 
-OTHER_CHOICE = 16
-
-
 def _tests(w: jax.Array, other: jax.Array) -> tuple[jax.Array, ...]:
-    same = meet(w, other) > 0
-    larger, smaller = jnp.abs(other) > jnp.abs(w), jnp.abs(other) < jnp.abs(w)
-    opposite = ((w > 0) & (other < 0)) | ((w < 0) & (other > 0))
-    return larger, smaller, opposite, same & (larger | smaller)
+    sizes = jnp.abs(w), jnp.abs(other)
+    larger, smaller = sizes[1] > sizes[0], sizes[1] < sizes[0]
+    neither_0, same = jnp.minimum(*sizes) > 0, (w > 0) == (other > 0)
+    met = neither_0 & same
+    return larger, smaller, neither_0 & ~same, met & (larger | smaller), met
 
 
-def kinds_of(w: jax.Array, other: jax.Array) -> jax.Array:
-    """Return the bits of `Comparison.kinds` for each pair of weights."""
-    return pack(*_tests(w, other))
+def kinds_of(
+    w: jax.Array, other: jax.Array, p: jax.typing.ArrayLike | None = None
+) -> jax.Array:
+    """Return the bits of `Comparison.kinds` for each pair of weights, and `MET`.
+
+    If p is 1, the one that says nothing then is left out.
+    """
+    larger, smaller, opposite, partly, met = _tests(w, other)
+    tests = {LARGER: larger, SMALLER: smaller, OPPOSITE: opposite, MET: met}
+    if not (isinstance(p, int) and p == 1):
+        tests[PARTLY] = partly
+    return pack(tests)
 
 
-def pack(*tests: jax.Array, start: int = 0) -> jax.Array:
-    """Return integers whose bits, counted from `start`, are these tests."""
-    bits = [jnp.where(t, jnp.int32(1 << i), 0) for i, t in enumerate(tests, start)]
+def pack(tests: dict[int, jax.Array]) -> jax.Array:
+    """Return integers with the bits whose tests hold."""
+    bits = (jnp.where(test, jnp.int32(bit), 0) for bit, test in tests.items())
     return functools.reduce(lax.bitwise_or, bits)
 
 
@@ -93,6 +108,6 @@ def any_of(kinds: jax.Array, axes: tuple[int, ...] | None = None) -> jax.Array:
 def extremes_of(w: jax.Array, other: jax.Array) -> jax.Array:
     """Return `Comparison.extremes`."""
     growth = jnp.abs(other) - jnp.abs(w)
-    sizes = growth, -growth, join(w, other), jnp.abs(growth)
-    pairs = zip(_tests(w, other), sizes, strict=True)
+    sizes = growth, -growth, JOIN.of(w, other), jnp.abs(growth)
+    pairs = zip(_tests(w, other), sizes, strict=False)
     return jnp.stack([jnp.max(jnp.where(t, size, 0), initial=0) for t, size in pairs])
