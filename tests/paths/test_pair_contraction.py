@@ -1,0 +1,286 @@
+"""Path metrics of large layers: one pass over two networks, more where one won't do."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from normax import paths
+from normax.paths import layers, pair_contraction
+
+pytestmark = [pytest.mark.usefixtures("quick_compilation"), pytest.mark.few_rows(2)]
+
+RNG = np.random.default_rng(0)
+relu = jax.nn.relu
+
+
+def columns(params, x):
+    return relu(x @ params["first"]) @ params["last"]
+
+
+def rows(params, x):
+    return params["last"] @ relu(params["first"] @ x)
+
+
+def heads(params, x):
+    h = relu(jnp.einsum("i,ihd->hd", x, params["first"]))
+    return jnp.einsum("hd,hdo->o", h, params["last"])
+
+
+def positions(params, x):
+    return jnp.sum(relu(x @ params["first"]), 0) @ params["last"]
+
+
+def convolve(x, w, groups):
+    return jax.lax.conv_general_dilated(
+        x,
+        w,
+        (2,),
+        "SAME",
+        dimension_numbers=("NWC", "WIO", "NWC"),
+        feature_group_count=groups,
+    )
+
+
+def convolutional(params, x):
+    return convolve(relu(convolve(x, params["first"], 1)), params["last"], 2)
+
+
+def numpy_convolution(x, w, groups):
+    """Return a convolution of stride 2, of a kernel of 3 taps, padded as SAME is."""
+    width, outputs = x.shape[0], -(-x.shape[0] // 2)
+    before = max(0, 2 * (outputs - 1) + 3 - width) // 2
+    padded = np.zeros((2 * outputs + 3, x.shape[1]))
+    padded[before : before + width] = x
+    inputs, each = w.shape[1], w.shape[2] // groups
+    result = np.zeros((outputs, w.shape[2]))
+    for position in range(outputs):
+        window = padded[2 * position : 2 * position + 3]
+        for j in range(w.shape[2]):
+            start = j // each * inputs
+            result[position, j] = np.sum(window[:, start : start + inputs] * w[:, :, j])
+    return result
+
+
+def summed(kind, w):
+    """Return the sums over paths to the outputs of a network with these weights."""
+    first, last = w["first"], w["last"]
+    if kind == "columns":
+        return np.ones(len(first)) @ first @ last
+    if kind == "rows":
+        return last @ (first @ np.ones(first.shape[1]))
+    if kind == "heads":
+        return np.einsum("ihd,hdo->o", first, last)
+    if kind == "positions":
+        return 4 * np.ones(len(first)) @ first @ last
+    h = numpy_convolution(np.ones((5, 2)), first, 1)
+    return numpy_convolution(h, last, 2)
+
+
+KINDS = {
+    "columns": (columns, (3, 6), (6, 4), (3,)),
+    "convolutional": (convolutional, (3, 2, 4), (3, 2, 6), (1, 5, 2)),
+    "rows": (rows, (6, 3), (4, 6), (3,)),
+    "heads": (heads, (3, 2, 3), (2, 3, 4), (3,)),
+    "positions": (positions, (3, 6), (6, 4), (4, 3)),
+}
+
+
+def draw(kind):
+    _, first, last, _ = KINDS[kind]
+    return {
+        "first": RNG.normal(size=first).astype(np.float32),
+        "last": RNG.normal(size=last).astype(np.float32),
+    }
+
+
+def pruned(w, fraction=0.4):
+    return np.where(RNG.random(w.shape) < fraction, 0, w).astype(np.float32)
+
+
+def shrunk(w, by=0.5):
+    return (w * (1 - by * RNG.random(w.shape))).astype(np.float32)
+
+
+def powers(params, p):
+    return {k: np.abs(np.asarray(w, np.float64)) ** p for k, w in params.items()}
+
+
+def expected_metric(kind, larger, smaller, p):
+    sums = (summed(kind, powers(params, p)) for params in (larger, smaller))
+    return float(np.sum(next(sums) - next(sums))) ** (1 / p)
+
+
+@pytest.fixture
+def all_layers_are_large(monkeypatch):
+    monkeypatch.setattr(pair_contraction, "SMALL", 0)
+    monkeypatch.setattr(pair_contraction, "_WIDE", 1)
+
+
+@pytest.fixture
+def one_pass_must_do(all_layers_are_large, monkeypatch):
+    """Return NaN wherever more than one pass is taken."""
+    sums, layer = pair_contraction.in_two_passes, layers.Layer.propagate
+
+    def two_passes(*args):
+        return jnp.nan * sums(*args)
+
+    def propagate(*args):
+        root, exponent = layer(*args)
+        return type(layer(*args))(jnp.nan * root, exponent)
+
+    monkeypatch.setattr(pair_contraction, "in_two_passes", two_passes)
+    monkeypatch.setattr(layers.Layer, "propagate", propagate)
+
+
+def make(kind, measure=paths.path_metric):
+    """Return a program of its own, which is compiled with what is patched."""
+    forward, _, _, shape = KINDS[kind]
+    x = np.ones(shape, np.float32)
+
+    @functools.partial(jax.jit, static_argnums=2)
+    def call(params, other, p):
+        return measure(forward, params, other, x, p)
+
+    return call
+
+
+def check(got, expected, rtol=3e-6):
+    np.testing.assert_allclose(got, expected, rtol=rtol)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_metric_is_the_difference_of_two_sums(kind, one_pass_must_do):
+    metric, params = make(kind), draw(kind)
+    for change, rtol in ((pruned, 3e-6), (shrunk, 3e-6)):
+        other = jax.tree.map(change, params)
+        expected = expected_metric(kind, params, other, 1)
+        check(metric(params, other, 1), expected, rtol)
+        check(metric(other, params, 1), expected, rtol)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_metric_of_other_powers_is_too_after_pruning(kind, one_pass_must_do):
+    metric, params = make(kind), draw(kind)
+    other = jax.tree.map(pruned, params)
+    for p in (2, 3.5):
+        check(metric(params, other, p), expected_metric(kind, params, other, p))
+        assert np.isnan(metric(params, jax.tree.map(shrunk, params), p))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_changes_of_a_few_digits_keep_their_digits(kind, one_pass_must_do):
+    metric, params = make(kind), draw(kind)
+    other = jax.tree.map(functools.partial(shrunk, by=3e-7), params)
+    expected = expected_metric(kind, params, other, 1)
+    assert 0 < expected < 1e-5 * np.sum(summed(kind, powers(params, 1)))
+    check(metric(params, other, 1), expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_bound_leads_through_the_meet(kind, one_pass_must_do):
+    bound, params, other = make(kind, paths.path_metric_bound), draw(kind), draw(kind)
+    meets = jax.tree.map(
+        lambda a, b: np.where(a * b > 0, np.minimum(abs(a), abs(b)), 0), params, other
+    )
+    expected = sum(expected_metric(kind, w, meets, 1) for w in (params, other))
+    check(bound(params, other, 1), expected)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_units_without_weights_or_changes_take_no_second_pass(kind, one_pass_must_do):
+    metric, params = make(kind), draw(kind)
+    axis = 0 if kind == "rows" else -1
+
+    def change(w):
+        w = np.moveaxis(w.copy(), axis, 0)
+        w[1] = 0  # a unit that is dead in the smaller network
+        w[2] *= 0.5
+        return np.moveaxis(w, 0, axis)
+
+    for last in (params["last"], change(params["last"])):
+        other = {"first": change(params["first"]), "last": last}
+        check(metric(params, other, 1), expected_metric(kind, params, other, 1))
+    assert metric(params, params, 1) == 0
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_units_of_any_scale_are_as_far_apart(kind, all_layers_are_large):
+    metric, params = make(kind), draw(kind)
+    other = jax.tree.map(pruned, params)
+    expected = {p: expected_metric(kind, params, other, p) for p in (1, 2)}
+    unit = {"rows": np.s_[1], "heads": np.s_[..., 1, 1]}.get(kind, np.s_[..., 1])
+    back = {
+        "columns": np.s_[1],
+        "rows": np.s_[:, 1],
+        "heads": np.s_[1, 1],
+        "positions": np.s_[1],
+        "convolutional": np.s_[:, 1, :3],  # what the first group reads of channel 1
+    }[kind]
+
+    def rescaled(params, factor):
+        first, last = params["first"].copy(), params["last"].copy()
+        first[unit] *= factor
+        last[back] /= factor
+        return {"first": first, "last": last}
+
+    for factor in np.float32([1e25, 1e-25]):
+        pair = rescaled(params, factor), rescaled(other, factor)
+        for p in (1, 2):  # the squares of these weights are out of range
+            check(metric(*pair, p), expected[p], rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_pairs_without_order_are_refused(kind, one_pass_must_do):
+    metric, params = make(kind), draw(kind)
+
+    def changed(*factors):
+        """Return a network in which a few weights of one array have other sizes."""
+        last = params["last"].copy()
+        last.ravel()[: len(factors)] *= np.float32(factors)
+        return params | {"last": last}
+
+    for factors in [(0.5, 2.0), (-1.0,), (-0.1,)]:
+        assert np.isnan(metric(params, changed(*factors), 1))
+    for factors in [(0.5, 0.9), (2.0, 1.5)]:
+        assert metric(params, changed(*factors), 1) > 0
+        assert np.isnan(metric(params, changed(*factors), 2))
+    assert metric(params, changed(0.0), 2) > 0
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_derivatives_are_those_of_the_sums(kind, all_layers_are_large):
+    params = draw(kind)
+    other = jax.tree.map(shrunk, params)
+    forward, _, _, shape = KINDS[kind]
+    x = np.ones(shape, np.float32)
+    measure = functools.partial(paths.path_metric, forward, inputs=x)
+    got = jax.jit(jax.grad(measure, argnums=(0, 1)))(params, other)
+    for which, name in ((0, "first"), (1, "last")):
+        pair = [powers(params, 1), powers(other, 1)]
+        entry = (0,) * params[name].ndim
+        sizes = []
+        for step in (-1e-3, 1e-3):
+            moved = [dict(w) for w in pair]
+            moved[which][name] = pair[which][name].copy()
+            moved[which][name][entry] += step
+            sizes.append(np.sum(summed(kind, moved[0]) - summed(kind, moved[1])))
+        sign = np.sign((params, other)[which][name][entry])
+        expected = sign * (sizes[1] - sizes[0]) / 2e-3
+        check(got[which][name][entry], expected, rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_one_unusual_pair_of_many(all_layers_are_large):
+    forward, _, _, shape = KINDS["columns"]
+    x = np.ones(shape, np.float32)
+    pair = [draw("columns") for _ in range(3)]
+    pair[1]["first"][:, 1] *= np.float32(1e25)
+    pair[1]["last"][1] /= np.float32(1e25)
+    other = [jax.tree.map(pruned, params) for params in pair]
+    stacked = [jax.tree.map(lambda *w: np.stack(w), *trees) for trees in (pair, other)]
+    got = jax.vmap(lambda a, b: paths.path_metric(forward, a, b, x))(*stacked)
+    for distance, *both in zip(got, pair, other, strict=True):
+        check(distance, expected_metric("columns", *both, 1), rtol=1e-5)
