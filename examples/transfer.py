@@ -380,9 +380,10 @@ def picture(results: Results) -> Figure:
     """Draw the losses of all ways over the rate of the base."""
     task = str(results["task"][0])
     changes = [c for c in dict.fromkeys(results["change"]) if c != "base"]
-    rows = -(-len(changes) // 4)
+    columns = min(4, 3, key=lambda count: -len(changes) % count)
+    rows = -(-len(changes) // columns)
     figure = Figure(figsize=(11, 0.6 + 2.7 * rows), layout="constrained")
-    panels: Any = figure.subplots(rows, 4, squeeze=False)
+    panels: Any = figure.subplots(rows, columns, squeeze=False)
     best = 2 ** curve_of(results, task, "base", "as it is").resampled()[0]
     handles: dict[str, Any] = {}
     for axes in panels.flat[len(changes) :]:
@@ -428,7 +429,8 @@ def main(argv: Sequence[str] | None = None) -> Results:
     add("--batch-size", type=int, default=16, help="of the transformer")
     for name, default in Size(32, 2, 2, 32)._asdict().items():
         add(f"--{name}", type=int, default=default, help="of the transformer")
-    add("--widths", type=int, nargs="*", default=[64, 128], help="multiples of --width")
+    wide = [64, 128, 256]
+    add("--widths", type=int, nargs="*", default=wide, help="multiples of --width")
     add("--checkpoints", type=Path, help="folder of finished runs, to continue from")
     options = parser.parse_args(argv)
     rates = sorted(set(options.rates))
