@@ -263,7 +263,7 @@ def unless(
 
 
 def unless_safe(
-    safe: jax.Array, result: Any, careful: Callable[..., Any], *operands: Any
+    safe: PyTree, result: Any, careful: Callable[..., Any], *operands: Any
 ) -> Any:
     """Return `result` where all of `safe` holds, in a whole batch of `jax.vmap`.
 

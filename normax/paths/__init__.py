@@ -13,7 +13,8 @@ function: it is traced, and its primitives are interpreted one by one (`lifting`
 from normax.paths.certificate import output_change_bound
 from normax.paths.metric import path_metric, path_metric_bound
 from normax.paths.norm import path_norm, path_scales
-from normax.paths.pruning import path_mask, path_prune, path_saliency
+from normax.paths.pruning import path_mask, path_prune
+from normax.paths.saliency import path_saliency
 from normax.paths.sgd import ScaleByPathSGDState, path_sgd, scale_by_path_sgd
 
 __all__ = [

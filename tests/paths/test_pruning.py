@@ -1,4 +1,4 @@
-"""Path saliency and pruning, against sums over all paths and under rescaling."""
+"""Pruning by paths, against sums over all paths and under rescaling."""
 
 import functools
 
@@ -10,7 +10,6 @@ import pytest
 
 import normax
 from normax import paths
-from normax.paths import pruning
 
 pytestmark = [pytest.mark.usefixtures("quick_compilation")]
 
@@ -72,105 +71,6 @@ def mask_of(params, fraction=0.7):
 
 def pruned_entries(mask):
     return np.concatenate([~np.ravel(mask[name]) for name in sorted(mask)])
-
-
-def test_saliency_is_the_weight_times_its_share_of_all_paths():
-    params = network()
-    w = {name: np.abs(w.astype(np.float64)) for name, w in params.items()}
-    h = w["first"].sum(0) + w["b"]
-    middle, out = h @ w["square"], w["last"].sum(1)
-    twice = np.outer(h, w["square"] @ out) + np.outer(middle, out)
-    into = w["square"] @ w["square"] @ out
-    expected = {
-        "b": w["b"] * into,
-        "first": w["first"] * into,
-        "last": w["last"] * (middle @ w["square"])[:, None],
-        "square": w["square"] * twice,
-    }
-    got = paths.path_saliency(forward, params, X)
-    for name in expected:
-        np.testing.assert_allclose(got[name], expected[name], rtol=3e-6)
-
-
-def convolutional(params, x):
-    h = jax.lax.conv_general_dilated(
-        x, params["first"], (1,), "VALID", dimension_numbers=("NWC", "WIO", "NWC")
-    )
-    return jnp.sum(relu(h), 1) @ params["last"]
-
-
-@pytest.mark.parametrize("factor", [1.0, 1e25, 1e-25])
-def test_saliencies_of_units_of_any_scale(factor, monkeypatch):
-    params = {"first": draw(2, 3, 4), "last": draw(4, 2)}
-    if factor > 1:
-        params["first"][..., 2] = 0  # a unit on no path
-    sizes = {name: np.abs(w.astype(np.float64)) for name, w in params.items()}
-    # The kernel of 2 goes over 3 of 4 positions.
-    into, out = sizes["first"].sum((0, 1)), sizes["last"].sum(1)
-    expected = {"first": 3 * sizes["first"] * out}
-    expected["last"] = 3 * sizes["last"] * into[:, None]
-    params["first"][..., 1] *= np.float32(factor)
-    params["last"][1] /= np.float32(factor)
-    if factor == 1:  # one pass must do
-        factors = pruning.scale_factors
-
-        def unless_direct(*args, direct=False):
-            found = factors(*args, direct=direct)
-            if direct:
-                return found
-            return jax.tree.map(
-                lambda x: x * jnp.nan if x.dtype == np.float32 else x, found
-            )
-
-        monkeypatch.setattr(pruning, "scale_factors", unless_direct)
-    x = np.ones((1, 4, 3), np.float32)
-    got, logarithms = jax.jit(
-        lambda w: [paths.path_saliency(convolutional, w, x, log=b) for b in (0, 1)]
-    )(params)
-    for name in expected:
-        np.testing.assert_allclose(got[name], expected[name], rtol=3e-6)
-        with np.errstate(divide="ignore"):
-            log = np.log(expected[name])
-        np.testing.assert_allclose(logarithms[name], log, rtol=3e-6, atol=3e-6)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("factor", [1e20, 1e-20])
-def test_logarithms_of_saliencies_out_of_the_range_of_floats(factor):
-    def network(params, x):
-        h = relu(relu(x @ params["first"]) @ params["middle"])
-        return h @ params["last"]
-
-    params = {"first": draw(3, 4), "middle": draw(4, 4), "last": draw(4, 2)}
-    for name in ("first", "last"):
-        params[name] *= np.float32(factor)
-    sizes = {name: np.abs(w.astype(np.float64)) for name, w in params.items()}
-    into, out = sizes["first"].sum(0), sizes["last"].sum(1)
-    got = paths.path_saliency(network, params, np.ones(3), log=True)["middle"]
-    expected = np.log(np.outer(into, out) * sizes["middle"])
-    np.testing.assert_allclose(got, expected, rtol=3e-6)
-
-
-@pytest.mark.slow
-def test_an_edge_on_no_path_hides_no_other_of_its_weight():
-    # Of one branch, only the first position reaches the kernel, and only the last one
-    # the output. The path values before it are 1e120 times those of the other branch.
-    first, last = np.zeros((2, 1, 4, 1), np.float32)
-    first[:, 0], last[:, 3] = 1e30, 1
-
-    def network(params, x):
-        def convolve(x):
-            return jax.lax.conv_general_dilated(
-                x, params, (1,), "VALID", dimension_numbers=("NWC", "WIO", "NWC")
-            )
-
-        dead = relu(convolve(x * first * first)) * last
-        return jnp.sum(relu(convolve(x * 1e-30 * 1e-30)) + dead, 1)
-
-    kernel, x = draw(1, 3, 2), np.ones((1, 4, 3), np.float32)
-    got = paths.path_saliency(network, kernel, x, log=True)
-    expected = np.log(4 * np.abs(kernel.astype(np.float64)) * 1e-60)
-    np.testing.assert_allclose(got, expected, rtol=3e-6)
 
 
 @pytest.mark.slow
@@ -281,26 +181,6 @@ def test_zeros_are_pruned_before_weights_on_no_path():
     keep = mask_of(params, 5 / 320)  # three zeros of first come, and two of last
     np.testing.assert_array_equal(np.flatnonzero(~np.any(keep["first"], 0)), [5])
     np.testing.assert_array_equal(np.argwhere(~keep["last"]), [[7, 0], [7, 1]])
-
-
-def deep(kernels, x):
-    def layer(h, kernel):
-        return relu(h @ kernel), None
-
-    return jax.lax.scan(layer, x, kernels)[0]
-
-
-def test_saliencies_of_a_deep_network_neither_overflow_nor_vanish():
-    # They are 1e-50, and float32 ends at 1e-45.
-    kernels, x = 0.01 * draw(30, 4, 4), np.ones(4, np.float32)
-    got = jax.jit(lambda w: paths.path_saliency(deep, w, x, log=True))(kernels)
-    sizes, sums, behind = np.abs(kernels.astype(np.float64)), [np.ones(4)], np.ones(4)
-    for w in sizes[:-1]:
-        sums.append(sums[-1] @ w)
-    for i in range(30)[::-1]:
-        expected = np.log(np.outer(sums[i], behind) * sizes[i])
-        np.testing.assert_allclose(got[i], expected, rtol=3e-6)
-        behind = sizes[i] @ behind
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])

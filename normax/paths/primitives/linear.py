@@ -61,6 +61,11 @@ def _positions(transform: PathTransform, application: Application) -> Path:
     return transform.new(value, pull)
 
 
+def _shape(eqn: JaxprEqn) -> tuple[int, ...]:
+    aval: Any = eqn.outvars[0].aval
+    return aval.shape
+
+
 def _dense(eqn: JaxprEqn, inputs: Sequence[Any]) -> Application:
     """Lay out a dot product of an activation and a weight as a layer."""
     if all(isinstance(x, Activation) for x in inputs):
@@ -70,8 +75,7 @@ def _dense(eqn: JaxprEqn, inputs: Sequence[Any]) -> Application:
     first = isinstance(inputs[0], Activation)
     x, w = inputs if first else inputs[::-1]
     of_x, of_w = (0, 1) if first else (1, 0)
-    ndim, kernel = len(eqn.invars[of_x].aval.shape), w.shape
-    shape = eqn.outvars[0].aval.shape
+    ndim, kernel, shape = len(x.path.shape), w.shape, _shape(eqn)
     shared = dict(zip(batch[of_x], batch[of_w], strict=True))
     summed = dict(zip(contracting[of_x], contracting[of_w], strict=True))
     free = [i for i in range(len(kernel)) if i not in (*batch[of_w], *summed.values())]
@@ -102,7 +106,7 @@ def _convolution(eqn: JaxprEqn, inputs: Sequence[Any]) -> Application:
     options = convolution(eqn)
     if options["batch_group_count"] != 1:
         raise NotHomogeneous("it groups the batch")
-    spec, shape = options["dimension_numbers"], eqn.outvars[0].aval.shape
+    spec, shape = options["dimension_numbers"], _shape(eqn)
     apply = functools.partial(
         lax.conv_general_dilated, **options, precision=lax.Precision.HIGHEST
     )
