@@ -11,8 +11,9 @@ $$x_j = \sum_i |m_{ij}|^p x_i, \qquad
   d_j = \sum_i |u_{ij}|^p d_i + \big(|u_{ij}|^p - |m_{ij}|^p\big)\, x_i .$$
 
 Nothing is subtracted but the weights of an edge. So each rule of the path transform is
-evaluated up to three times, for $m$, $u$ and the gap between the two. Constants that
-affine operations add are kept for both networks, and become an edge as in each.
+evaluated up to three times, for $m$, $u$ and the gap between the two. Layers whose
+weights differ take all three at once, see `pair_contraction.py`. Constants that affine
+operations add are kept for both networks, and become an edge as in each.
 """
 
 from __future__ import annotations
