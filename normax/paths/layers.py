@@ -16,7 +16,9 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
+from normax._core.norms import nonzero
 from normax.paths import numbers
 from normax.paths.arithmetic import PathArithmetic
 from normax.paths.contraction import sums_in_range, weigh
@@ -117,10 +119,11 @@ class Layer:
         source, target = self.inputs, self.outputs
         if back:
             source, target = target, source
-        units = numbers.scale(source.of_activation(x.root))
-        values = arithmetic.value(x.root / source.to_activation(units))
+        largest = lax.stop_gradient(source.of_activation(x.root))
+        values = arithmetic.value(x.root / source.to_activation(nonzero(largest)))
+        # Units of value 0 count as such, so that no weight behind them is the largest.
         scaled, scale = weigh(
-            w, source.to_kernel(units), target.of_kernel, target.to_kernel
+            w, source.to_kernel(largest), target.of_kernel, target.to_kernel
         )
         # `weigh` has brought all products into range, so plain sums will do.
         result = self._apply(values, arithmetic.power(scaled), back, shape)
