@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, jaxpr_as_fun
 from jax.sharding import AxisType, NamedSharding
 
 
@@ -332,3 +332,20 @@ def full_precision() -> Iterator[None]:
     """
     with jax.default_matmul_precision("highest"):
         yield
+
+
+def with_closure(
+    fn: Callable[..., Any], *args: Any
+) -> tuple[Callable[..., Any], list[Any]]:
+    """Return `fn(closure, *args)` and the closure: the arrays that `fn` closes over.
+
+    `jax.custom_jvp` knows no derivative by what a function closes over.
+    """
+    closed, shapes = jax.make_jaxpr(fn, return_shape=True)(*args)
+    structure = jax.tree.structure(shapes)
+
+    def call(closure, *args):
+        program = jaxpr_as_fun(ClosedJaxpr(closed.jaxpr, closure))
+        return jax.tree.unflatten(structure, program(*jax.tree.leaves(args)))
+
+    return call, closed.consts

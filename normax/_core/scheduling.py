@@ -24,7 +24,8 @@ def _everywhere(conditions: Any) -> jax.Array:
     for condition in jax.tree.leaves(conditions):
         kind = jax.typeof(condition)
         joined[kind] = joined[kind] & condition if kind in joined else condition
-    return functools.reduce(jnp.logical_and, map(jnp.all, joined.values()))
+    whole = map(jnp.all, joined.values())
+    return functools.reduce(jnp.logical_and, whole, jnp.bool(True))
 
 
 @_everywhere.def_vmap

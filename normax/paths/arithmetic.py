@@ -26,8 +26,8 @@ class PathArithmetic:
 
     Attributes:
       p: The power of the weights, a number or a traced scalar.
-      direct: Whether contractions take one pass over the weights, and give NaN if
-        that did not do. Otherwise they take a second one then.
+      direct: Whether layers take one pass over the weights, and give NaN if that did
+        not do. Otherwise they take a second one then, or at once.
       contractions: Counts the contractions that took one pass.
     """
 

@@ -81,7 +81,7 @@ def moderate(root: jax.Array) -> jax.Array:
 
 
 def sums_in_range(sums: jax.Array) -> jax.Array:
-    """Return whether nothing has left the range of floats."""
+    """Return whether sums are far from the ends of the range of floats."""
     return (sums > 2.0**-80) & (sums < 2.0**80)
 
 

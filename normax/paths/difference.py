@@ -186,10 +186,10 @@ class DifferenceTransform(PathTransform):
             # it is asked for.
             extremes = pairs.extremes_of(*both)
             if kinds is None:
-                kinds = pairs.any_of(pairs.kinds_of(*both))
+                kinds = pairs.kinds_of(*both)
         else:  # conditions or indices, which say which paths there are
             differ = jnp.any(w.value != w.other)
-            kinds = jnp.where(differ, jnp.int32(pairs.OTHER_CHOICE), 0)
+            kinds = pairs.pack({pairs.OTHER_CHOICE: differ})
             extremes = jnp.zeros(4)
         names = frozenset[str]().union(*(origin.names for origin in w.params))
         self.compared.append((names, Comparison(kinds, extremes)))
@@ -324,8 +324,8 @@ def _loop(
     def step(carry, slices):
         inner = DifferenceTransform(transform.arithmetic, {}, transform._upper)
         operands = [*arrays[:start], *carry, *slices]
-        pairs = zip(operands, body.kinds, strict=True)
-        values = [_unpack(*pair) for pair in pairs]
+        each = zip(operands, body.kinds, strict=True)
+        values = [_unpack(*value) for value in each]
         found = inner.interpret(body.closed.jaxpr, body.closed.consts, values)
         held = zip(body.hold(found, always), out_kinds, strict=True)
         packed = [_pack(body, *pair) for pair in held]
@@ -336,7 +336,9 @@ def _loop(
         step, arrays[start:stop], arrays[stop:], body.length, body.reverse
     )
     for name, each in zip(names, compared, strict=True):
-        kinds, extremes = pairs.any_of(each.kinds), jnp.max(each.extremes, axis=0)
+        steps = {bit: each.kinds & bit != 0 for bit in pairs.KINDS}
+        kinds = pairs.pack(pairs.any_of(steps))
+        extremes = jnp.max(each.extremes, axis=0)
         transform.compared.append((name, Comparison(kinds, extremes)))
     both = zip([*final, *stacked], out_kinds, strict=True)
     return [_unpack(*pair) for pair in both]

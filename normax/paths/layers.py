@@ -113,6 +113,7 @@ class Layer:
         x = numbers.common(x)
         if arithmetic.direct:
             powers = arithmetic.power(w)
+            # Zeros count as tiny here: to leave them out takes another pass.
             none_tiny = jnp.min(powers, initial=jnp.inf) > TINY
             result, safe = self.directly(arithmetic, x, powers, none_tiny, shape, back)
             return numbers.normalize(numbers.where(safe, result))
@@ -152,20 +153,22 @@ class Layer:
           arithmetic: Arithmetic of path values.
           x: Path values or cotangents, with one exponent.
           powers: Powers of the weights, none negative.
-          none_tiny: Whether all of them, or all but zeros, are larger than `TINY`.
+          none_tiny: Whether they are larger than `TINY`, at least those that are not 0.
           shape: Shape of the result.
           back: Whether these are cotangents.
 
         Returns:
           The result, and where nothing has left the range of floats.
         """
-        values = arithmetic.value(x.root)
+        largest = numbers.scale(jnp.max(x.root, initial=0))
+        values = arithmetic.value(x.root / largest)
+        # What is much smaller than the largest may be lost, unless it is 0.
+        values = jnp.where((values > 2.0**-40) | (x.root == 0), values, jnp.nan)
         sums = self._apply(values, powers, back, shape)
         # A sum is safely 0 if no product can be too small.
-        smallest = jnp.min(jnp.where(values == 0, jnp.inf, values), initial=jnp.inf)
-        zero = (sums == 0) & none_tiny & (smallest > TINY)
-        safe = sums_in_range(sums) | zero
-        return Scaled(arithmetic.root(sums), of_rank(x.exponent, len(shape))), safe
+        safe = sums_in_range(sums) | ((sums == 0) & none_tiny)
+        root = largest * arithmetic.root(sums)
+        return Scaled(root, of_rank(x.exponent, len(shape))), safe
 
     def correlate(
         self, arithmetic: PathArithmetic, x: Scaled, cotangent: Scaled, shape

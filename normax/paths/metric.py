@@ -13,19 +13,19 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
 from normax._core.axes import PyTree, parameter_names
 from normax._core.modules import refuse_modules
 from normax._core.norms import common_dtype
 from normax._core.programs import is_float
+from normax.paths import pairs
 from normax.paths.arithmetic import PathArithmetic
 from normax.paths.difference import DifferenceTransform
 from normax.paths.network import check_order, check_power, lift, total
 from normax.paths.norm import with_automatic_sharding
 from normax.paths.numbers import Scaled
 from normax.paths.one_example import Forward
-from normax.paths.pairs import FIRST, JOIN, Comparison, Upper
+from normax.paths.pairs import Comparison, Upper
 
 _ORDER = "forward, params, other, inputs"
 
@@ -93,26 +93,25 @@ def _compare(
     return _Compared(difference, [x for _, x in transform.compared], names)
 
 
-def _kinds(comparisons: list[Comparison]) -> jax.Array:
-    """Return which of the kinds of differences there are."""
-    bits = functools.reduce(
-        lax.bitwise_or, (x.kinds for x in comparisons), jnp.int32(0)
-    )
-    return bits & (1 << jnp.arange(5)) != 0
+def _found(comparisons: list[Comparison], kind: int) -> jax.Array:
+    """Return whether there are differences of a kind."""
+    some = [x.kinds & kind != 0 for x in comparisons]
+    return functools.reduce(jnp.logical_or, some, jnp.bool(False))
 
 
 def _same_choices(
     networks: tuple[PyTree, PyTree], comparisons: list[Comparison]
 ) -> jax.Array:
     """Return whether integers, and conditions made of weights, agree."""
-    pairs = zip(*map(jax.tree.leaves, networks), strict=True)
-    same = [jnp.all(jnp.equal(a, b)) for a, b in pairs if not is_float(a)]
-    return jnp.all(jnp.array([~_kinds(comparisons)[4], *same]))
+    both = zip(*map(jax.tree.leaves, networks), strict=True)
+    same = [jnp.all(jnp.equal(a, b)) for a, b in both if not is_float(a)]
+    return jnp.all(jnp.array([~_found(comparisons, pairs.OTHER_CHOICE), *same]))
 
 
 def _is_exact(comparisons: list[Comparison], p: jax.typing.ArrayLike) -> jax.Array:
     """Return whether one network has the larger weights, see `path_metric`."""
-    larger, smaller, opposite, partly, _ = _kinds(comparisons)
+    kinds = pairs.LARGER, pairs.SMALLER, pairs.OPPOSITE, pairs.PARTLY
+    larger, smaller, opposite, partly = (_found(comparisons, kind) for kind in kinds)
     return ~(larger & smaller) & ~opposite & ((jnp.asarray(p) == 1) | ~partly)
 
 
@@ -207,7 +206,7 @@ def path_metric(
     names: list[frozenset[str]] = []
 
     def evaluate(networks):
-        compared = _compare(forward, networks, inputs, p, JOIN)
+        compared = _compare(forward, networks, inputs, p, pairs.JOIN)
         names[:] = compared.names
         arithmetic, difference = PathArithmetic(p), compared.difference
         if log:
@@ -298,7 +297,7 @@ def path_metric_bound(
     def measure(networks):
         arithmetic = PathArithmetic(p)
         both = [
-            _compare(forward, pair, inputs, p, FIRST)
+            _compare(forward, pair, inputs, p, pairs.FIRST)
             for pair in (networks, networks[::-1])
         ]
         parts = [compared.difference for compared in both]

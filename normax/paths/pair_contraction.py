@@ -32,10 +32,11 @@ from normax.paths.contraction import (
 )
 from normax.paths.layers import TINY, Application
 from normax.paths.numbers import Scaled
-from normax.paths.pairs import Upper
+from normax.paths.pairs import Tests, Upper
 
 SMALL = 2**14  # weights for which a pass for each sum takes no longer
 _WIDE = 128  # weights in a row for which a step of a loop takes longer than its start
+_BLOCK = 64  # terms that are summed one after the other
 
 Roots = tuple[jax.Array, ...]  # of x, and of d if there are differences so far
 
@@ -48,36 +49,55 @@ def _edges(
     return below, pairs.gap(above, below, p), above
 
 
-def _by_rows(terms: Callable[..., Any], count: int, *operands: jax.Array) -> Any:
+def _by_rows(
+    terms: Callable[..., tuple[Roots, Tests]], count: int, *operands: jax.Array
+) -> tuple[Roots, Tests]:
     """Reduce terms over the first axes, row by row.
 
     Without it XLA:CPU takes several sums over columns one column at a time, or writes
     all terms to memory. The ratio is 6 to 10 for a matrix of 2000 x 2000.
     """
     rows = [jnp.reshape(x, (-1, *x.shape[count:])) for x in operands]
+    bits: list[int] = []
 
     def terms_of(i):
-        return terms(*(lax.dynamic_index_in_dim(x, i, keepdims=False) for x in rows))
+        row = (lax.dynamic_index_in_dim(x, i, keepdims=False) for x in rows)
+        values, tests = terms(*row)
+        bits[:] = tests
+        return values, pairs.pack(tests)
 
-    def body(i, found):
-        values, bits = terms_of(i)
-        totals = tuple(map(jnp.add, found[0], values))
-        return totals, lax.bitwise_or(found[1], bits)
+    def join(found, more):
+        totals = tuple(map(jnp.add, found[0], more[0]))
+        return totals, lax.bitwise_or(found[1], more[1])
 
-    totals, bits = lax.fori_loop(1, len(rows[0]), body, terms_of(0))
+    def from_row(start, size):
+        part = size // _BLOCK
+        each = terms_of if part == 1 else functools.partial(from_row, size=part)
+        last = jnp.minimum(_BLOCK, (len(rows[0]) - 1 - start) // part + 1)
+        step = lambda i, found: join(found, each(start + i * part))  # noqa: E731
+        return lax.fori_loop(1, last, step, each(start))
+
+    # Sums of sums lose less than one long sum.
+    size = _BLOCK
+    while size < len(rows[0]):
+        size *= _BLOCK
+    totals, packed = from_row(0, size)
     axes = tuple(range(count))
-    return tuple(jnp.expand_dims(x, axes) for x in totals), jnp.expand_dims(bits, axes)
+    tests = {bit: jnp.expand_dims(packed & bit != 0, axes) for bit in bits}
+    return tuple(jnp.expand_dims(x, axes) for x in totals), tests
 
 
 def _reduce(
-    terms: Callable[..., Any], axes: tuple[int, ...], *operands: jax.Array
-) -> Any:
-    """Sum the values of `terms`, and join its bits, over axes that are kept."""
+    terms: Callable[..., tuple[Roots, Tests]],
+    axes: tuple[int, ...],
+    *operands: jax.Array,
+) -> tuple[Roots, Tests]:
+    """Sum the values of `terms`, and join its tests, over axes that are kept."""
     shape = operands[0].shape
 
     def at_once(*operands):
-        values, bits = terms(*operands)
-        return sums(values, axes), pairs.any_of(bits, axes)
+        values, tests = terms(*operands)
+        return sums(values, axes), pairs.any_of(tests, axes)
 
     kept = math.prod(shape[len(axes) :])
     leading = sorted(axes) == list(range(len(axes)))
@@ -94,26 +114,27 @@ def _directly(
     other: jax.Array,
     *roots: jax.Array,
 ) -> tuple[Roots, jax.Array, Any]:
-    """Return sums, the bits of the comparison, and where the sums are in range."""
-    plain = arithmetic.plain  # no product is negative
+    """Return sums, how the weights differ, and where the sums are in range."""
 
     def terms(w, other, *sizes):
         edges = _edges(arithmetic.p, upper, w, other)
         of = (sizes[0], *sizes)  # the meets and the gaps with x, the upper with d
         products = (e * size for e, size in zip(edges, of, strict=False))
-        values = tuple(x if plain else arithmetic.power(x) for x in products)
-        return values, pairs.kinds_of(w, other, arithmetic.p)
+        # No product is negative.
+        values = (x if arithmetic.plain else arithmetic.power(x) for x in products)
+        return tuple(values), pairs.tests_of(w, other, arithmetic.p)
 
     sizes = [moderate(root) for root in roots]
-    totals, kinds = _reduce(terms, axes, w, other, *sizes)
+    totals, tests = _reduce(terms, axes, w, other, *sizes)
     # A sum is safely 0 if all its terms are.
-    met, differ = kinds & pairs.MET != 0, kinds & upper.gaps != 0
+    met, packed = tests[pairs.MET], pairs.pack(tests)
+    differ = packed & upper.gaps != 0
     terms_are = met, differ, (met | differ) & jnp.any(sizes[-1] != 0)
     safe = [
         sums_in_range(total) | ((total == 0) & ~some)
         for total, some in zip(totals, terms_are, strict=False)
     ]
-    return totals, pairs.any_of(kinds), safe
+    return totals, pairs.pack(pairs.any_of(tests)), safe
 
 
 def _carefully(
@@ -185,7 +206,7 @@ def contract_both(
         operands = (w, other, *(value.root for value in values))
         if w.size < SMALL:
             roots = _carefully(arithmetic, upper, axes, *operands)
-            kinds = pairs.any_of(pairs.kinds_of(w, other))
+            kinds = pairs.kinds_of(w, other)
         elif isinstance(arithmetic.p, jax.Array):
             roots, kinds = _in_one_pass(None, upper, axes, operands, arithmetic.p)
         else:
@@ -202,28 +223,16 @@ def contract_both(
     return below, functools.reduce(arithmetic.add, more), found[0]
 
 
-# JAX remembers for ever each function that a reduction is given, so there is only one.
-def _join(a, b):
-    return tuple(map(lax.bitwise_or, a, b))
-
-
 def _survey(
     arithmetic: PathArithmetic, w: jax.Array, other: jax.Array, *edges: jax.Array
 ) -> tuple[jax.Array, list[jax.Array]]:
-    """Return how weights differ, and whether none of each edges is tiny but not 0."""
-    powers = [arithmetic.power(e) for e in edges]
-    tiny = pairs.pack(
-        {
-            1 << i: (power <= TINY) & (e != 0)
-            for i, (power, e) in enumerate(zip(powers, edges, strict=True))
-        }
-    )
-    # One reduction of two arrays: XLA:CPU writes a single one's entries to memory.
-    start = (jnp.int32(0),) * 2
-    kinds, tiny = lax.reduce(
-        (pairs.kinds_of(w, other), tiny), start, _join, range(w.ndim)
-    )
-    return kinds, [tiny & (1 << i) == 0 for i in range(len(edges))]
+    """Return how weights differ, and of which edges none is tiny but not 0."""
+    tests, first = pairs.tests_of(w, other, arithmetic.p), 1 << 10
+    for i, e in enumerate(edges):
+        tests[first << i] = (arithmetic.power(e) <= TINY) & (e != 0)
+    found = pairs.any_of(tests)
+    tiny = [found.pop(first << i) for i in range(len(edges))]
+    return pairs.pack(found), [~some for some in tiny]
 
 
 def apply_both(
@@ -294,7 +303,7 @@ def apply_both(
 
     def derivative(primals, tangents):
         # Exponents of the two ways may differ, so both come from the careful one.
-        kinds = pairs.any_of(pairs.kinds_of(*primals[0][:2]))
+        kinds = pairs.kinds_of(*primals[0][:2])
         none = np.zeros(kinds.shape, jax.dtypes.float0)
         results, tangents = jax.jvp(carefully, primals, tangents)
         return (results, kinds), (tangents, none)
@@ -305,7 +314,7 @@ def apply_both(
     operands = (w, other, *values)
     if w.size < SMALL:
         results = carefully(operands, *traced_p)
-        kinds = pairs.any_of(pairs.kinds_of(w, other))
+        kinds = pairs.kinds_of(w, other)
     else:
         results, kinds = once(operands, *traced_p)
     below, *more = results

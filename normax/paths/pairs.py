@@ -32,8 +32,8 @@ class Upper(NamedTuple):
     gaps: int
 
 
-LARGER, SMALLER, OPPOSITE, PARTLY, OTHER_CHOICE = (1 << i for i in range(5))
-MET = 1 << 5  # whether neither is 0 and signs agree, which is no difference
+KINDS = LARGER, SMALLER, OPPOSITE, PARTLY, OTHER_CHOICE = 1, 2, 4, 8, 16
+MET = 32  # whether neither is 0 and signs agree, which is no difference
 JOIN = Upper(
     lambda w, other: jnp.maximum(jnp.abs(w), jnp.abs(other)),
     LARGER | SMALLER | OPPOSITE,
@@ -69,45 +69,60 @@ class Comparison(NamedTuple):
     extremes: jax.Array
 
 
-def _tests(w: jax.Array, other: jax.Array) -> tuple[jax.Array, ...]:
+Tests = dict[int, jax.Array]  # of each bit, whether it is set
+
+
+def tests_of(
+    w: jax.Array, other: jax.Array, p: jax.typing.ArrayLike | None = None
+) -> Tests:
+    """Compare each pair of weights: the bits of `Comparison.kinds`, and `MET`.
+
+    If p is 1, the one that says nothing then is left out.
+    """
     sizes = jnp.abs(w), jnp.abs(other)
     larger, smaller = sizes[1] > sizes[0], sizes[1] < sizes[0]
     neither_0, same = jnp.minimum(*sizes) > 0, (w > 0) == (other > 0)
     met = neither_0 & same
-    return larger, smaller, neither_0 & ~same, met & (larger | smaller), met
-
-
-def kinds_of(
-    w: jax.Array, other: jax.Array, p: jax.typing.ArrayLike | None = None
-) -> jax.Array:
-    """Return the bits of `Comparison.kinds` for each pair of weights, and `MET`.
-
-    If p is 1, the one that says nothing then is left out.
-    """
-    larger, smaller, opposite, partly, met = _tests(w, other)
-    tests = {LARGER: larger, SMALLER: smaller, OPPOSITE: opposite, MET: met}
+    tests = {LARGER: larger, SMALLER: smaller, OPPOSITE: neither_0 & ~same, MET: met}
     if not (isinstance(p, int) and p == 1):
-        tests[PARTLY] = partly
-    return pack(tests)
+        tests[PARTLY] = met & (larger | smaller)
+    return tests
 
 
-def pack(tests: dict[int, jax.Array]) -> jax.Array:
+# JAX remembers for ever each function that a reduction is given, so there is only one.
+def _largest(a, b):
+    return tuple(map(lax.max, a, b))
+
+
+def any_of(tests: Tests, axes: tuple[int, ...] | None = None) -> Tests:
+    """Return which tests hold somewhere, over all axes, or over some that are kept."""
+    # One reduction of all is one pass over memory. Devices can exchange a maximum, but
+    # not bits.
+    ones = tuple(test.astype(jnp.int32) for test in tests.values())
+    over = tuple(range(ones[0].ndim)) if axes is None else axes
+    found = lax.reduce(ones, (jnp.int32(0),) * len(ones), _largest, over)
+    if axes is not None:
+        found = tuple(jnp.expand_dims(x, axes) for x in found)
+    return {bit: x > 0 for bit, x in zip(tests, found, strict=True)}
+
+
+def pack(tests: Tests) -> jax.Array:
     """Return integers with the bits whose tests hold."""
     bits = (jnp.where(test, jnp.int32(bit), 0) for bit, test in tests.items())
     return functools.reduce(lax.bitwise_or, bits)
 
 
-def any_of(kinds: jax.Array, axes: tuple[int, ...] | None = None) -> jax.Array:
-    """Return which bits are set in some entry, over all axes, or over some and kept."""
-    if axes is None:
-        return lax.reduce(kinds, jnp.int32(0), lax.bitwise_or, range(kinds.ndim))
-    found = lax.reduce(kinds, jnp.int32(0), lax.bitwise_or, axes)
-    return jnp.expand_dims(found, axes)
+def kinds_of(w: jax.Array, other: jax.Array) -> jax.Array:
+    """Return `Comparison.kinds` of two arrays."""
+    return pack(any_of(tests_of(w, other)))
 
 
 def extremes_of(w: jax.Array, other: jax.Array) -> jax.Array:
     """Return `Comparison.extremes`."""
     growth = jnp.abs(other) - jnp.abs(w)
-    sizes = growth, -growth, JOIN.of(w, other), jnp.abs(growth)
-    pairs = zip(_tests(w, other), sizes, strict=False)
-    return jnp.stack([jnp.max(jnp.where(t, size, 0), initial=0) for t, size in pairs])
+    sizes = {LARGER: growth, SMALLER: -growth, OPPOSITE: JOIN.of(w, other)}
+    sizes[PARTLY] = jnp.abs(growth)
+    tests = tests_of(w, other)
+    return jnp.stack(
+        [jnp.max(jnp.where(tests[k], x, 0), initial=0) for k, x in sizes.items()]
+    )

@@ -181,7 +181,7 @@ def _compile(
     @with_automatic_sharding
     def compute(arguments):
         large = [w.ndim for w in _floats(arguments[0]) if w.size >= LARGE]
-        # Convolutions need two passes anyway, and take long to compile twice.
+        # Large convolutions take long to compile twice.
         return (evaluate_once if set(large) == {2} else evaluate)(arguments)
 
     @jax.jit

@@ -14,11 +14,11 @@ from normax._core.axes import PyTree
 from normax._core.modules import refuse_modules
 from normax._core.norms import at_least_float32, nonzero
 from normax._core.powers_of_two import exp2, exponent_of, halves
-from normax._core.programs import is_float
+from normax._core.programs import is_float, with_closure
 from normax._core.scheduling import unless_safe
 from normax.paths.network import check_order
 from normax.paths.norm import scale_factors, with_automatic_sharding
-from normax.paths.numbers import DEAD
+from normax.paths.numbers import DEAD, where_live
 from normax.paths.one_example import Forward
 from normax.paths.values import Factors
 
@@ -54,8 +54,13 @@ class Saliency(NamedTuple):
     def keys(self) -> tuple[jax.Array, jax.Array]:
         """Return what they are ordered by: an exponent and a number in [1, 2)."""
         live, shift = self.root != 0, exponent_of(nonzero(self.root))
-        exponent = jnp.where(live, shift + self.exponent, DEAD)
-        return exponent, self.root * exp2(-shift, self.root.dtype)
+        exponent = self.power * (shift + self.exponent)
+        number = self.root * exp2(-shift, self.root.dtype)
+        for _ in range(self.power // 2):
+            number = number * number
+        carry = exponent_of(nonzero(number))
+        number = number * exp2(-carry, number.dtype)
+        return jnp.where(live, exponent + carry, DEAD), number
 
 
 Finish = Callable[[Saliency], Any]
@@ -65,11 +70,11 @@ def _directly(leaf: jax.Array, factors: Factors) -> tuple[Saliency, Any]:
     """Return the saliency of an array, and where no product has left the range."""
     (size,) = at_least_float32(jnp.abs(leaf))
     exponent = functools.reduce(jnp.add, (x.exponent for x in factors))
-    if len(factors) == 1:  # the product of two roots leaves no range
+    if len(factors) == 1:  # a product of two roots keeps the range of one number
         return Saliency(jnp.sqrt(size) * factors[0].root, exponent, 2), []
     values = [size, *(x.root * x.root for x in factors)]
     product = functools.reduce(jnp.multiply, values)
-    zeros = [value == 0 for value in values]
+    zeros = [size == 0, *(x.root == 0 for x in factors)]
     in_range = (product > 2.0**-100) & (product < 2.0**100)
     safe = functools.reduce(jnp.logical_or, zeros, in_range)
     return Saliency(product, 2 * exponent, 1), safe
@@ -78,7 +83,8 @@ def _directly(leaf: jax.Array, factors: Factors) -> tuple[Saliency, Any]:
 def _carefully(leaf: jax.Array, factors: Factors) -> Saliency:
     """Return the saliency of an array by fourth roots, whose product has no range."""
     (size,) = at_least_float32(jnp.abs(leaf))
-    parts = [jnp.sqrt(jnp.sqrt(size)), *(jnp.sqrt(x.root) for x in factors)]
+    roots = where_live(jnp.sqrt, size), *(x.root for x in factors)
+    parts = (where_live(jnp.sqrt, x) for x in roots)
     root = functools.reduce(jnp.multiply, parts)
     exponent = functools.reduce(jnp.add, (x.exponent for x in factors))
     odd = jnp.where(exponent & 1 == 1, 2.0**0.5, 1).astype(root.dtype)
@@ -102,11 +108,23 @@ def saliencies(
         found = each(_carefully, params, direct=False)
         return [x and finish(x) for x in found]
 
-    found = each(_directly, params, direct=True)
-    results = [x and finish(x[0]) for x in found]
-    sums = [jnp.sum(x) for x in jax.tree.leaves(results) if is_float(x)]
-    safe = [x[1] for x in found if x], [~jnp.isnan(x) for x in sums]
-    return unless_safe(safe, results, carefully, params)
+    def directly(params):
+        found = each(_directly, params, direct=True)
+        results = [x and finish(x[0]) for x in found]
+        sums = [jnp.sum(x) for x in jax.tree.leaves(results) if is_float(x)]
+        return results, ([x[1] for x in found if x], [~jnp.isnan(x) for x in sums])
+
+    direct, of_direct = with_closure(directly, params)
+    careful, of_careful = with_closure(carefully, params)
+
+    @jax.custom_jvp
+    def once(of_direct, of_careful, params):
+        results, safe = direct(of_direct, params)
+        return unless_safe(safe, results, careful, of_careful, params)
+
+    # What is NaN has no derivative.
+    once.defjvp(lambda primals, tangents: jax.jvp(careful, primals[1:], tangents[1:]))
+    return once(of_direct, of_careful, params)
 
 
 def path_saliency(

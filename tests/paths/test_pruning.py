@@ -120,6 +120,25 @@ def test_the_mask_takes_the_least_salient_of_network_or_layer():
         assert np.max(values[~keep]) < np.min(values[keep])
 
 
+def test_the_mask_orders_kernels_and_matrices_together():
+    def network(params, x):
+        h = jax.lax.conv_general_dilated(
+            x, params["first"], (1,), "VALID", dimension_numbers=("NWC", "WIO", "NWC")
+        )
+        return jnp.sum(relu(h), 1) @ params["last"]
+
+    params = {"first": np.float32(1e-3) * draw(2, 3, 4), "last": draw(4, 2)}
+    x = np.ones((1, 4, 3), np.float32)
+    sizes = {name: np.abs(w.astype(np.float64)) for name, w in params.items()}
+    # The kernel of 2 goes over 3 positions, a common factor.
+    first = sizes["first"] * sizes["last"].sum(1)
+    last = sizes["first"].sum((0, 1))[:, None] * sizes["last"]
+    middle = np.median(np.concatenate([first.ravel(), last.ravel()]))
+    mask = paths.path_mask(network, params, x, 0.5)
+    np.testing.assert_array_equal(mask["first"], first > middle)
+    np.testing.assert_array_equal(mask["last"], last > middle)
+
+
 def test_equal_saliencies_are_pruned_in_the_order_of_the_tree():
     params = {"b": np.zeros(64, np.float32), "first": np.ones((3, 64), np.float32)}
     params["last"] = np.full((64, 2), 1.5, np.float32)  # every one is on 3 paths, not 2

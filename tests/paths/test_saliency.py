@@ -150,3 +150,75 @@ def test_saliencies_of_a_deep_network_neither_overflow_nor_vanish():
         expected = np.log(np.outer(sums[i], behind) * sizes[i])
         np.testing.assert_allclose(got[i], expected, rtol=3e-6)
         behind = sizes[i] @ behind
+
+
+@pytest.mark.slow
+def test_derivatives_of_saliencies_beside_a_dead_unit():
+    def network(params, x):
+        return params["gain"] * relu(x @ params["first"]) @ params["last"]
+
+    def of_entry(params, gain):
+        forward = lambda w, x: network(w | {"gain": gain}, x)  # noqa: E731
+        return paths.path_saliency(forward, params, np.ones(3, np.float32))["last"][
+            0, 0
+        ]
+
+    params = {"first": draw(3, 4), "last": draw(4, 2)}
+    params["first"][:, 1] = 0
+    # The saliency is |last| * gain * the sum of |first|.
+    into, last = np.abs(params["first"][:, 0]).sum(), params["last"][0, 0]
+    got, by_gain = jax.grad(of_entry, argnums=(0, 1))(params, jnp.float32(3.0))
+    expected = {name: np.zeros_like(w) for name, w in params.items()}
+    expected["first"][:, 0] = 3 * abs(last) * np.sign(params["first"][:, 0])
+    expected["last"][0, 0] = 3 * into * np.sign(last)
+    for name in expected:
+        np.testing.assert_allclose(got[name], expected[name], rtol=3e-6, atol=1e-6)
+    np.testing.assert_allclose(by_gain, abs(last) * into, rtol=3e-6)
+
+
+@pytest.mark.slow
+def test_saliencies_of_networks_without_weights():
+    x = np.ones(3, np.float32)
+    for params in ({"i": jnp.arange(3)}, {}):
+        got = paths.path_saliency(lambda w, x: relu(x), params, x)
+        assert got == dict.fromkeys(params)
+
+
+# Values and powers of weights that are rounded to 0, one after the other, while their
+# sums stay in the range: channels are scaled by A and by 1/A.
+@pytest.mark.parametrize("depthwise", [False, True])
+@pytest.mark.parametrize("factor", [1e21, pytest.param(1e23, marks=pytest.mark.slow)])
+def test_channels_of_opposite_scales(factor, depthwise):
+    def convolve(x, w, groups=1):
+        return jax.lax.conv_general_dilated(
+            x,
+            w,
+            (1,),
+            "VALID",
+            dimension_numbers=("NWC", "WIO", "NWC"),
+            feature_group_count=groups,
+        )
+
+    def network(params, x):
+        h = relu(convolve(x, params["first"]))
+        h = relu(convolve(h, params["middle"], 4 if depthwise else 1))
+        return jnp.sum(h, 1) @ params["last"]
+
+    params = {"first": draw(1, 3, 4), "last": draw(4, 2)}
+    params["middle"] = draw(1, 1 if depthwise else 4, 4)
+    sizes = {name: np.abs(w.astype(np.float64)) for name, w in params.items()}
+    middle = np.diag(sizes["middle"][0, 0]) if depthwise else sizes["middle"][0]
+    into, out = sizes["first"][0].sum(0), sizes["last"].sum(1)
+    expected = {"last": 4 * (into @ middle)[:, None] * sizes["last"]}
+    each = 4 * np.outer(into, out) * middle
+    expected["middle"] = np.diag(each)[None, None] if depthwise else each[None]
+    scales = np.float32([factor, 1 / factor, 1, 1])
+    params["first"] *= scales
+    if depthwise:
+        params["last"] /= scales[:, None]
+    else:
+        params["middle"] /= scales[:, None]
+    x = np.ones((1, 4, 3), np.float32)
+    got = jax.jit(lambda w: paths.path_saliency(network, w, x))(params)
+    for name in expected:
+        np.testing.assert_allclose(got[name], expected[name], rtol=3e-6)

@@ -28,18 +28,18 @@ def _matmul(transform: PathTransform, application: Application) -> Path:
     """Apply a dense layer to one position: vectors times weights, no products."""
     path, weights = transform.flush(application.x), transform.edges(application.w)
 
-    def contraction(value, axes):
+    def multiply(value, axes):
         return [contract(transform.arithmetic, weights, value, axes)]
 
     def pull(factors):
         cotangent = numbers.broadcast(factors, application.shape)
-        back = application.multiply(contraction, cotangent, back=True)
+        back = application.multiply(multiply, cotangent, back=True)
         transform.accumulate(path, tuple(back))
         inputs, outputs = application.layer.inputs, application.layer.outputs
         outer = (lay(path.value, inputs), lay(cotangent, outputs))
         transform.accumulate(application.w, outer)
 
-    (value,) = application.multiply(contraction, path.value)
+    (value,) = application.multiply(multiply, path.value)
     return transform.new(value, pull)
 
 
