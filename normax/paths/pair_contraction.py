@@ -70,12 +70,14 @@ def _by_rows(
         totals = tuple(map(jnp.add, found[0], more[0]))
         return totals, lax.bitwise_or(found[1], more[1])
 
+    none = jax.tree.map(jnp.zeros_like, jax.eval_shape(terms_of, 0))
+
     def from_row(start, size):
         part = size // _BLOCK
         each = terms_of if part == 1 else functools.partial(from_row, size=part)
         last = jnp.minimum(_BLOCK, (len(rows[0]) - 1 - start) // part + 1)
         step = lambda i, found: join(found, each(start + i * part))  # noqa: E731
-        return lax.fori_loop(1, last, step, each(start))
+        return lax.fori_loop(0, last, step, none)
 
     # Sums of sums lose less than one long sum.
     size = _BLOCK
