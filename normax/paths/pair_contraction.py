@@ -3,7 +3,7 @@ r"""Contractions with the weights of two networks, in one pass over both.
 A layer takes sums over its inputs with the meets $m$, the upper weights $u$ and the
 gaps $g$ of two networks, $g^p = u^p - m^p$,
 
-$$\sum_i m_{ij}^p\, x_i, \qquad \sum_i u_{ij}^p\, d_i + g_{ij}^p\, x_i ,$$
+$$\sum_i m_{ij}^p\, x_i, \qquad \sum_i u_{ij}^p\, d_i, \qquad \sum_i g_{ij}^p\, x_i ,$$
 
 and compares the weights. All are one pass over two matrices, if no meet is written to
 memory.
@@ -21,7 +21,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from normax._core.powers_of_two import exp2
 from normax._core.scheduling import on_cpu, sums, unless_safe
 from normax.paths import numbers, pairs
 from normax.paths.arithmetic import PathArithmetic
@@ -39,7 +38,7 @@ SMALL = 2**14  # weights for which a pass for each sum takes no longer
 _WIDE = 128  # weights in a row for which a step of a loop takes longer than its start
 _BLOCK = 64  # terms that are summed one after the other
 
-Sums = tuple[jax.Array, ...]
+Roots = tuple[jax.Array, ...]  # of x, and of d if there are differences so far
 
 
 def _edges(
@@ -51,8 +50,8 @@ def _edges(
 
 
 def _by_rows(
-    terms: Callable[..., tuple[Sums, Tests]], count: int, *operands: jax.Array
-) -> tuple[Sums, Tests]:
+    terms: Callable[..., tuple[Roots, Tests]], count: int, *operands: jax.Array
+) -> tuple[Roots, Tests]:
     """Reduce terms over the first axes, row by row.
 
     Without it XLA:CPU takes several sums over columns one column at a time, or writes
@@ -91,10 +90,10 @@ def _by_rows(
 
 
 def _reduce(
-    terms: Callable[..., tuple[Sums, Tests]],
+    terms: Callable[..., tuple[Roots, Tests]],
     axes: tuple[int, ...],
     *operands: jax.Array,
-) -> tuple[Sums, Tests]:
+) -> tuple[Roots, Tests]:
     """Sum the values of `terms`, and join its tests, over axes that are kept."""
     shape = operands[0].shape
 
@@ -109,45 +108,35 @@ def _reduce(
     return at_once(*operands)
 
 
-def _at(exponent: jax.Array, d: Scaled) -> jax.Array:
-    """Return roots at another exponent, NaN where it is too far from their own."""
-    shift = d.exponent - exponent
-    factor = jnp.where(jnp.abs(shift) < 60, exp2(shift, d.root.dtype), jnp.nan)
-    return jnp.where(d.root == 0, 0, d.root * factor)
-
-
 def _directly(
     arithmetic: PathArithmetic,
     upper: Upper,
     axes: tuple[int, ...],
     w: jax.Array,
     other: jax.Array,
-    x: Scaled,
-    *d: Scaled,
-) -> tuple[list[Scaled], jax.Array, Any]:
-    """Return path values, how the weights differ, and where sums are in range."""
+    *roots: jax.Array,
+) -> tuple[Roots, jax.Array, Any]:
+    """Return sums, how the weights differ, and where the sums are in range."""
 
-    def power(product):  # no product is negative
-        return product if arithmetic.plain else arithmetic.power(product)
+    def terms(w, other, *sizes):
+        edges = _edges(arithmetic.p, upper, w, other)
+        of = (sizes[0], *sizes)  # the meets and the gaps with x, the upper with d
+        products = (e * size for e, size in zip(edges, of, strict=False))
+        # No product is negative.
+        values = (x if arithmetic.plain else arithmetic.power(x) for x in products)
+        return tuple(values), pairs.tests_of(w, other, arithmetic.p)
 
-    def terms(w, other, of_x, *of_d):
-        below, between, above = _edges(arithmetic.p, upper, w, other)
-        more = [power(between * of_x), *(power(above * size) for size in of_d)]
-        values = power(below * of_x), functools.reduce(jnp.add, more)
-        return values, pairs.tests_of(w, other, arithmetic.p)
-
-    sizes = [moderate(root) for root in (x.root, *(_at(x.exponent, y) for y in d))]
+    sizes = [moderate(root) for root in roots]
     totals, tests = _reduce(terms, axes, w, other, *sizes)
     # A sum is safely 0 if all its terms are.
-    met, differ = tests[pairs.MET], pairs.pack(tests) & upper.gaps != 0
-    if d:
-        differ |= met & jnp.any(sizes[1] != 0)
+    met, packed = tests[pairs.MET], pairs.pack(tests)
+    differ = packed & upper.gaps != 0
+    terms_are = met, differ, (met | differ) & jnp.any(sizes[-1] != 0)
     safe = [
         sums_in_range(total) | ((total == 0) & ~some)
-        for total, some in zip(totals, (met, differ), strict=True)
+        for total, some in zip(totals, terms_are, strict=False)
     ]
-    found = [Scaled(arithmetic.root(total), x.exponent) for total in totals]
-    return found, pairs.pack(pairs.any_of(tests)), safe
+    return totals, pairs.pack(pairs.any_of(tests)), safe
 
 
 def _carefully(
@@ -156,49 +145,38 @@ def _carefully(
     axes: tuple[int, ...],
     w: jax.Array,
     other: jax.Array,
-    x: Scaled,
-    *d: Scaled,
-) -> list[Scaled]:
-    """Return path values, each sum in two passes."""
-    below, between, above = _edges(arithmetic.p, upper, w, other)
-    factors = (below, x), (between, x), *((above, y) for y in d)
-    first, *more = (
-        Scaled(in_two_passes(arithmetic, axes, e, y.root), y.exponent)
-        for e, y in factors
+    *roots: jax.Array,
+) -> Roots:
+    """Return roots of the sums, each in two passes."""
+    edges = _edges(arithmetic.p, upper, w, other)
+    of = (roots[0], *roots)
+    return tuple(
+        in_two_passes(arithmetic, axes, e, root)
+        for e, root in zip(edges, of, strict=False)
     )
-    return [first, functools.reduce(arithmetic.add, more)]
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2))
 def _in_one_pass(
-    p: Any,
-    upper: Upper,
-    axes: tuple[int, ...],
-    operands: tuple[Any, ...],
-    *traced_p: jax.Array,
-) -> tuple[list[Scaled], jax.Array]:
-    """Return path values, and how the weights differ."""
+    p: Any, upper: Upper, axes: tuple[int, ...], operands: Roots, *traced_p: jax.Array
+) -> tuple[Roots, jax.Array]:
+    """Return roots of the sums, and the bits of the comparison."""
     arithmetic = arithmetic_of(p, traced_p)
-    found, kinds, safe = _directly(arithmetic, upper, axes, *operands)
+    totals, kinds, safe = _directly(arithmetic, upper, axes, *operands)
+    roots = tuple(map(arithmetic.root, totals))
     careful = functools.partial(_carefully, arithmetic, upper, axes)
-    return unless_safe(safe, found, careful, *operands), kinds
+    return unless_safe(safe, roots, careful, *operands), kinds
 
 
 @_in_one_pass.defjvp
 def _derivative(p, upper, axes, primals, tangents):
-    # The pass may overflow, and has no derivative then. Exponents of the two ways may
-    # differ, so values come from the careful one as well.
+    # The pass may overflow, and has no derivative then.
     def carefully(operands, *traced_p):
         return _carefully(arithmetic_of(p, traced_p), upper, axes, *operands)
 
-    return _with_kinds(*jax.jvp(carefully, primals, tangents), primals)
-
-
-def _with_kinds(results: Any, tangents: Any, primals: Any) -> Any:
-    """Return values and derivatives beside how weights differ, which has none."""
-    kinds = pairs.kinds_of(*primals[0][:2])
-    none = np.zeros(kinds.shape, jax.dtypes.float0)
-    return (results, kinds), (tangents, none)
+    results = _in_one_pass(p, upper, axes, *primals)
+    none = np.zeros(results[1].shape, jax.dtypes.float0)
+    return results, (jax.jvp(carefully, primals, tangents)[1], none)
 
 
 def contract_both(
@@ -226,20 +204,25 @@ def contract_both(
     found: list[jax.Array] = []
 
     def contraction(*values, axes):
-        operands = (w, other, *map(numbers.common, values))
+        values = tuple(map(numbers.common, values))
+        operands = (w, other, *(value.root for value in values))
         if w.size < SMALL:
-            results = _carefully(arithmetic, upper, axes, *operands)
+            roots = _carefully(arithmetic, upper, axes, *operands)
             kinds = pairs.kinds_of(w, other)
         elif isinstance(arithmetic.p, jax.Array):
-            results, kinds = _in_one_pass(None, upper, axes, operands, arithmetic.p)
+            roots, kinds = _in_one_pass(None, upper, axes, operands, arithmetic.p)
         else:
-            results, kinds = _in_one_pass(arithmetic.p, upper, axes, operands)
+            roots, kinds = _in_one_pass(arithmetic.p, upper, axes, operands)
         found.append(kinds)
-        return list(map(numbers.normalize, results))
+        of = (values[0], *values)
+        return [
+            numbers.normalize(Scaled(root, value.exponent))
+            for root, value in zip(roots, of, strict=False)
+        ]
 
     values = (x,) if d is None else (x, d)
-    below, more = application.multiply(contraction, *values)
-    return below, more, found[0]
+    below, *more = application.multiply(contraction, *values)
+    return below, functools.reduce(arithmetic.add, more), found[0]
 
 
 def _survey(
@@ -321,7 +304,11 @@ def apply_both(
         return list(map(numbers.normalize, results)), kinds
 
     def derivative(primals, tangents):
-        return _with_kinds(*jax.jvp(carefully, primals, tangents), primals)
+        # Exponents of the two ways may differ, so both come from the careful one.
+        kinds = pairs.kinds_of(*primals[0][:2])
+        none = np.zeros(kinds.shape, jax.dtypes.float0)
+        results, tangents = jax.jvp(carefully, primals, tangents)
+        return (results, kinds), (tangents, none)
 
     once.defjvp(derivative)
     w, other = (numbers.cast(weight, x) for weight in weights)
