@@ -1,7 +1,9 @@
 """The transfer of rates, run small."""
 
+import csv
 import dataclasses
 import importlib
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -135,3 +137,44 @@ def test_arguments_that_cannot_be_right(arguments, message, tmp_path, capsys):
     with pytest.raises(SystemExit):
         example.main([*arguments.split(), "--out", str(tmp_path)])
     assert message in capsys.readouterr().err
+
+
+CHANGES = {
+    "batch × 4, as many epochs": "batch",
+    "steps × 4": "duration",
+    "width × 2": "width 64",
+    "width × 4": "width 128",
+    "width × 8": "width 256",
+    "AdamW to Lion": "lion",
+    "AdamW to hyperball": "hyperball",
+    "AdamW to momentum SGD": "momentum",
+    "AdamW to Muon": "muon",
+}
+
+
+@pytest.mark.parametrize("page", ["docs/which_rate.md", "examples/README.md"])
+def test_the_published_table_is_that_of_the_results(page):
+    root = Path(__file__).parents[2]
+    files = {"text": "transfer.csv", "images": "transfer_images_cifar10.csv"}
+    results = {}
+    for task, name in files.items():
+        with (root / "examples/results" / name).open() as file:
+            rows = list(csv.DictReader(file))
+        table = {key: np.array([row[key] for row in rows]) for key in rows[0]}
+        numbers = ("base_rate", "seed", "loss")
+        results[task] = table | {key: table[key].astype(float) for key in numbers}
+    row = re.compile(r"^\| (.+) \| (text|images) \| (.+) \|$", re.MULTILINE)
+    lines = row.findall((root / page).read_text())
+    assert len(lines) == 15
+    for change, task, cells in lines:
+        ways = ("as it is", "usual rule", "transfer")
+        for way, cell in zip(ways, cells.split(" | "), strict=True):
+            mine = results[task]["change"] == CHANGES[change]
+            if cell == "–":
+                assert way not in results[task]["method"][mine]
+                continue
+            found = example.find(results[task], task, CHANGES[change], way)
+            drift, excess = cell.replace("−", "-").split(" / ")
+            assert drift.endswith("*") == found.open
+            assert float(drift.rstrip("*")) == pytest.approx(found.drift, abs=0.051)
+            assert float(excess) == pytest.approx(found.excess, abs=5.1e-4)
