@@ -34,7 +34,7 @@ from normax.paths import numbers, pairs
 from normax.paths.arithmetic import PathArithmetic
 from normax.paths.layers import Application
 from normax.paths.lifting import PathTransform
-from normax.paths.pair_contraction import apply_both, contract_both
+from normax.paths.pair_contraction import apply_both
 from normax.paths.pairs import Comparison, Upper
 from normax.paths.primitive_spec import NotHomogeneous
 from normax.paths.primitives.carries import Body
@@ -202,11 +202,13 @@ class DifferenceTransform(PathTransform):
         self._lane, self._added = _Lane.UPPER, False
         more = self.flush(x).value
         differs = self._added or getattr(x, "differs", True)
-        both = w.value, w.other
-        values = below, (more if differs else None)
-        apply = contract_both if application.at_one_position else apply_both
-        below, more, kinds = apply(
-            self.arithmetic, self._upper, application, both, *values
+        below, more, kinds = apply_both(
+            self.arithmetic,
+            self._upper,
+            application,
+            (w.value, w.other),
+            below,
+            more if differs else None,
         )
         self._compare(w, kinds)
         return Difference(Path(more), meet=Path(below))

@@ -1,7 +1,7 @@
-r"""Contractions with the weights of two networks, in one pass over both.
+r"""Layers of two networks, in one pass over the weights of both.
 
-A layer takes sums over its inputs with the meets $m$, the upper weights $u$ and the
-gaps $g$ of two networks, $g^p = u^p - m^p$,
+A dense layer takes sums over its inputs with the meets $m$, the upper weights $u$ and
+the gaps $g$ of two networks, $g^p = u^p - m^p$,
 
 $$\sum_i m_{ij}^p\, x_i, \qquad \sum_i u_{ij}^p\, d_i, \qquad \sum_i g_{ij}^p\, x_i ,$$
 
@@ -38,7 +38,8 @@ SMALL = 2**14  # weights for which a pass for each sum takes no longer
 _WIDE = 128  # weights in a row for which a step of a loop takes longer than its start
 _BLOCK = 64  # terms that are summed one after the other
 
-Roots = tuple[jax.Array, ...]  # of x, and of d if there are differences so far
+Sums = tuple[jax.Array, ...]
+Found = tuple[list[Scaled], jax.Array, Any]  # values, kinds, where these are in range
 
 
 def _edges(
@@ -50,8 +51,8 @@ def _edges(
 
 
 def _by_rows(
-    terms: Callable[..., tuple[Roots, Tests]], count: int, *operands: jax.Array
-) -> tuple[Roots, Tests]:
+    terms: Callable[..., tuple[Sums, Tests]], count: int, *operands: jax.Array
+) -> tuple[Sums, Tests]:
     """Reduce terms over the first axes, row by row.
 
     Without it XLA:CPU takes several sums over columns one column at a time, or writes
@@ -90,10 +91,10 @@ def _by_rows(
 
 
 def _reduce(
-    terms: Callable[..., tuple[Roots, Tests]],
+    terms: Callable[..., tuple[Sums, Tests]],
     axes: tuple[int, ...],
     *operands: jax.Array,
-) -> tuple[Roots, Tests]:
+) -> tuple[Sums, Tests]:
     """Sum the values of `terms`, and join its tests, over axes that are kept."""
     shape = operands[0].shape
 
@@ -108,15 +109,21 @@ def _reduce(
     return at_once(*operands)
 
 
-def _directly(
+# Each way takes the weights of both networks, the sums x over paths with the smaller
+# weights and, if there are any, the differences d from them. It returns x behind the
+# layer, and one or two terms of d.
+
+
+def _contract(
     arithmetic: PathArithmetic,
     upper: Upper,
-    axes: tuple[int, ...],
+    application: Application,
     w: jax.Array,
     other: jax.Array,
-    *roots: jax.Array,
-) -> tuple[Roots, jax.Array, Any]:
-    """Return sums, how the weights differ, and where the sums are in range."""
+    *values: Scaled,
+) -> Found:
+    """Apply a dense layer at one position, in one pass."""
+    notes: list[Any] = []
 
     def terms(w, other, *sizes):
         edges = _edges(arithmetic.p, upper, w, other)
@@ -126,60 +133,124 @@ def _directly(
         values = (x if arithmetic.plain else arithmetic.power(x) for x in products)
         return tuple(values), pairs.tests_of(w, other, arithmetic.p)
 
-    sizes = [moderate(root) for root in roots]
-    totals, tests = _reduce(terms, axes, w, other, *sizes)
-    # A sum is safely 0 if all its terms are.
-    met, packed = tests[pairs.MET], pairs.pack(tests)
-    differ = packed & upper.gaps != 0
-    terms_are = met, differ, (met | differ) & jnp.any(sizes[-1] != 0)
-    safe = [
-        sums_in_range(total) | ((total == 0) & ~some)
-        for total, some in zip(totals, terms_are, strict=False)
-    ]
-    return totals, pairs.pack(pairs.any_of(tests)), safe
+    def contraction(*values, axes):
+        sizes = [moderate(value.root) for value in values]
+        totals, tests = _reduce(terms, axes, w, other, *sizes)
+        # A sum is safely 0 if all its terms are.
+        met, differ = tests[pairs.MET], pairs.pack(tests) & upper.gaps != 0
+        terms_are = met, differ, (met | differ) & jnp.any(sizes[-1] != 0)
+        safe = [
+            sums_in_range(total) | ((total == 0) & ~some)
+            for total, some in zip(totals, terms_are, strict=False)
+        ]
+        notes.append((pairs.pack(pairs.any_of(tests)), safe))
+        of = (values[0], *values)
+        return [
+            Scaled(arithmetic.root(total), value.exponent)
+            for total, value in zip(totals, of, strict=False)
+        ]
+
+    found = application.multiply(contraction, *values)
+    return found, *notes[0]
 
 
-def _carefully(
+def _contract_carefully(
     arithmetic: PathArithmetic,
     upper: Upper,
-    axes: tuple[int, ...],
+    application: Application,
     w: jax.Array,
     other: jax.Array,
-    *roots: jax.Array,
-) -> Roots:
-    """Return roots of the sums, each in two passes."""
+    *values: Scaled,
+) -> list[Scaled]:
+    """Do the same, each sum in two passes."""
     edges = _edges(arithmetic.p, upper, w, other)
-    of = (roots[0], *roots)
-    return tuple(
-        in_two_passes(arithmetic, axes, e, root)
-        for e, root in zip(edges, of, strict=False)
-    )
+
+    def contraction(*values, axes):
+        of = (values[0], *values)
+        return [
+            Scaled(in_two_passes(arithmetic, axes, e, x.root), x.exponent)
+            for e, x in zip(edges, of, strict=False)
+        ]
+
+    return application.multiply(contraction, *values)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2))
-def _in_one_pass(
-    p: Any, upper: Upper, axes: tuple[int, ...], operands: Roots, *traced_p: jax.Array
-) -> tuple[Roots, jax.Array]:
-    """Return roots of the sums, and the bits of the comparison."""
-    arithmetic = arithmetic_of(p, traced_p)
-    totals, kinds, safe = _directly(arithmetic, upper, axes, *operands)
-    roots = tuple(map(arithmetic.root, totals))
-    careful = functools.partial(_carefully, arithmetic, upper, axes)
-    return unless_safe(safe, roots, careful, *operands), kinds
+def _survey(
+    arithmetic: PathArithmetic, w: jax.Array, other: jax.Array, *edges: jax.Array
+) -> tuple[jax.Array, list[jax.Array]]:
+    """Return how weights differ, and of each edges whether all but 0 exceed `TINY`."""
+    tests, first = pairs.tests_of(w, other, arithmetic.p), 1 << 10
+    for i, e in enumerate(edges):
+        tests[first << i] = (arithmetic.power(e) <= TINY) & (e != 0)
+    found = pairs.any_of(tests)
+    tiny = [found.pop(first << i) for i in range(len(edges))]
+    return pairs.pack(found), [~some for some in tiny]
 
 
-@_in_one_pass.defjvp
-def _derivative(p, upper, axes, primals, tangents):
-    # The pass may overflow, and has no derivative then.
-    def carefully(operands, *traced_p):
-        return _carefully(arithmetic_of(p, traced_p), upper, axes, *operands)
+def _lanes(
+    arithmetic: PathArithmetic,
+    upper: Upper,
+    w: jax.Array,
+    other: jax.Array,
+    x: Scaled,
+    *d: Scaled,
+) -> list[tuple[jax.Array, tuple[Scaled, ...]]]:
+    r"""Return the edges that a layer of many positions has, and what goes along them.
 
-    results = _in_one_pass(p, upper, axes, *primals)
-    none = np.zeros(results[1].shape, jax.dtypes.float0)
-    return results, (jax.jvp(carefully, primals, tangents)[1], none)
+    $$\sum_i u_{ij}^p\, d_i + g_{ij}^p\, x_i =
+      \sum_i m_{ij}^p\, d_i + g_{ij}^p\, (x_i + d_i)$$
+
+    So the layer is applied with meets to $x$ and $d$, and with gaps to their sum.
+    """
+    below, between, _ = _edges(arithmetic.p, upper, w, other)
+    return [(below, (x, *d)), (between, (functools.reduce(arithmetic.add, (x, *d)),))]
 
 
-def contract_both(
+def _apply(
+    arithmetic: PathArithmetic,
+    upper: Upper,
+    application: Application,
+    w: jax.Array,
+    other: jax.Array,
+    *values: Scaled,
+) -> Found:
+    """Apply a layer of many positions without scaling its weights."""
+    lanes = _lanes(arithmetic, upper, w, other, *values)
+    kinds, none_tiny = _survey(arithmetic, w, other, *(edges for edges, _ in lanes))
+    found, safe = [], []
+    for (edges, along), fine in zip(lanes, none_tiny, strict=True):
+        through = functools.partial(
+            application.layer.directly,
+            arithmetic,
+            powers=edges if arithmetic.plain else arithmetic.power(edges),
+            none_tiny=fine,
+            shape=application.shape,
+        )
+        stacked = jax.tree.map(lambda *parts: jnp.stack(parts), *along)
+        results, in_range = jax.vmap(through)(stacked)
+        safe.append(in_range)
+        found += [Scaled(*(part[i] for part in results)) for i in range(len(along))]
+    return found, kinds, safe
+
+
+def _apply_carefully(
+    arithmetic: PathArithmetic,
+    upper: Upper,
+    application: Application,
+    w: jax.Array,
+    other: jax.Array,
+    *values: Scaled,
+) -> list[Scaled]:
+    """Do the same with weights scaled."""
+    layer, shape = application.layer, application.shape
+    return [
+        layer.propagate(arithmetic, value, edges, False, shape)
+        for edges, along in _lanes(arithmetic, upper, w, other, *values)
+        for value in along
+    ]
+
+
+def apply_both(
     arithmetic: PathArithmetic,
     upper: Upper,
     application: Application,
@@ -187,7 +258,7 @@ def contract_both(
     x: Scaled,
     d: Scaled | None,
 ) -> tuple[Scaled, Scaled, jax.Array]:
-    """Return the path values of two networks behind a dense layer.
+    """Return the path values of two networks behind a layer.
 
     Args:
       arithmetic: Arithmetic of path values.
@@ -200,124 +271,36 @@ def contract_both(
     Returns:
       The two behind the layer, and how the weights differ, as in `Comparison.kinds`.
     """
-    w, other = (numbers.cast(weight, x) for weight in weights)
-    found: list[jax.Array] = []
-
-    def contraction(*values, axes):
-        values = tuple(map(numbers.common, values))
-        operands = (w, other, *(value.root for value in values))
-        if w.size < SMALL:
-            roots = _carefully(arithmetic, upper, axes, *operands)
-            kinds = pairs.kinds_of(w, other)
-        elif isinstance(arithmetic.p, jax.Array):
-            roots, kinds = _in_one_pass(None, upper, axes, operands, arithmetic.p)
-        else:
-            roots, kinds = _in_one_pass(arithmetic.p, upper, axes, operands)
-        found.append(kinds)
-        of = (values[0], *values)
-        return [
-            numbers.normalize(Scaled(root, value.exponent))
-            for root, value in zip(roots, of, strict=False)
-        ]
-
-    values = (x,) if d is None else (x, d)
-    below, *more = application.multiply(contraction, *values)
-    return below, functools.reduce(arithmetic.add, more), found[0]
-
-
-def _survey(
-    arithmetic: PathArithmetic, w: jax.Array, other: jax.Array, *edges: jax.Array
-) -> tuple[jax.Array, list[jax.Array]]:
-    """Return how weights differ, and of which edges none is tiny but not 0."""
-    tests, first = pairs.tests_of(w, other, arithmetic.p), 1 << 10
-    for i, e in enumerate(edges):
-        tests[first << i] = (arithmetic.power(e) <= TINY) & (e != 0)
-    found = pairs.any_of(tests)
-    tiny = [found.pop(first << i) for i in range(len(edges))]
-    return pairs.pack(found), [~some for some in tiny]
-
-
-def apply_both(
-    arithmetic: PathArithmetic,
-    upper: Upper,
-    application: Application,
-    weights: tuple[jax.Array, jax.Array],
-    x: Scaled,
-    d: Scaled | None,
-) -> tuple[Scaled, Scaled, jax.Array]:
-    r"""Return the path values of two networks behind a layer of many positions.
-
-    $$\sum_i u_{ij}^p\, d_i + g_{ij}^p\, x_i =
-      \sum_i m_{ij}^p\, d_i + g_{ij}^p\, (x_i + d_i)$$
-
-    So the layer is applied with meets to $x$ and $d$, and with gaps to their sum.
-
-    Args:
-      arithmetic: Arithmetic of path values.
-      upper: Takes weights of both networks to the upper ones.
-      application: The layer.
-      weights: Those of both networks.
-      x: Sums over the paths with the smaller weights.
-      d: The differences from them; None if there are none so far.
-
-    Returns:
-      As `contract_both`.
-    """
-    layer, shape = application.layer, application.shape
+    ways = (_contract, _contract_carefully), (_apply, _apply_carefully)
+    directly, carefully = ways[0 if application.at_one_position else 1]
+    # Derivatives may be taken by a traced power, so it is an operand.
     traced_p = (arithmetic.p,) if isinstance(arithmetic.p, jax.Array) else ()
     p = None if traced_p else arithmetic.p
 
-    def lanes(operands, traced_p):
-        w, other, x, *d = operands
-        arithmetic = arithmetic_of(p, traced_p)
-        below, between, _ = _edges(arithmetic.p, upper, w, other)
-        whole = functools.reduce(arithmetic.add, (x, *d))
-        return arithmetic, (below, (x, *d)), (between, (whole,))
-
-    def carefully(operands, *traced_p):
-        arithmetic, *both = lanes(operands, traced_p)
-        return [
-            layer.propagate(arithmetic, value, edges, False, shape)
-            for edges, values in both
-            for value in values
-        ]
+    def careful(operands, *traced_p):
+        return carefully(arithmetic_of(p, traced_p), upper, application, *operands)
 
     @jax.custom_jvp
     def once(operands, *traced_p):
-        arithmetic, *both = lanes(operands, traced_p)
-        edges = (edges for edges, _ in both)
-        kinds, none_tiny = _survey(arithmetic, *operands[:2], *edges)
-        results, safe = [], []
-        for (edges, values), fine in zip(both, none_tiny, strict=True):
-            powers = edges if arithmetic.plain else arithmetic.power(edges)
-            stacked = jax.tree.map(lambda *parts: jnp.stack(parts), *values)
-            through = functools.partial(
-                layer.directly, arithmetic, powers=powers, none_tiny=fine, shape=shape
-            )
-            found, in_range = jax.vmap(through)(stacked)
-            safe.append(in_range)
-            results += [
-                jax.tree.map(lambda parts, i=i: parts[i], found)
-                for i in range(len(values))
-            ]
-        results = unless_safe(safe, results, carefully, operands, *traced_p)
-        return list(map(numbers.normalize, results)), kinds
+        arithmetic = arithmetic_of(p, traced_p)
+        found, kinds, safe = directly(arithmetic, upper, application, *operands)
+        return unless_safe(safe, found, careful, operands, *traced_p), kinds
 
     def derivative(primals, tangents):
-        # Exponents of the two ways may differ, so both come from the careful one.
+        # What leaves the range has no derivative. Exponents of the two ways may differ,
+        # so values come from the careful one as well.
         kinds = pairs.kinds_of(*primals[0][:2])
         none = np.zeros(kinds.shape, jax.dtypes.float0)
-        results, tangents = jax.jvp(carefully, primals, tangents)
-        return (results, kinds), (tangents, none)
+        found, tangents = jax.jvp(careful, primals, tangents)
+        return (found, kinds), (tangents, none)
 
     once.defjvp(derivative)
     w, other = (numbers.cast(weight, x) for weight in weights)
     values = [numbers.common(value) for value in (x, d) if value is not None]
     operands = (w, other, *values)
     if w.size < SMALL:
-        results = carefully(operands, *traced_p)
-        kinds = pairs.kinds_of(w, other)
+        found, kinds = careful(operands, *traced_p), pairs.kinds_of(w, other)
     else:
-        results, kinds = once(operands, *traced_p)
-    below, *more = results
+        found, kinds = once(operands, *traced_p)
+    below, *more = map(numbers.normalize, found)
     return below, functools.reduce(arithmetic.add, more), kinds

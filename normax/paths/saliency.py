@@ -16,9 +16,10 @@ from normax._core.norms import at_least_float32, nonzero
 from normax._core.powers_of_two import exp2, exponent_of, halves
 from normax._core.programs import is_float, with_closure
 from normax._core.scheduling import unless_safe
+from normax.paths.arithmetic import PathArithmetic
 from normax.paths.network import check_order
 from normax.paths.norm import scale_factors, with_automatic_sharding
-from normax.paths.numbers import DEAD, where_live
+from normax.paths.numbers import DEAD, Scaled, where_live
 from normax.paths.one_example import Forward
 from normax.paths.values import Factors
 
@@ -38,10 +39,7 @@ class Saliency(NamedTuple):
 
     def log(self) -> jax.Array:
         r"""Return their logarithms, $-\infty$ for 0."""
-        live, dtype = self.root != 0, self.root.dtype
-        exponent = jnp.where(live, self.exponent, 0).astype(dtype)
-        logarithm = jnp.log(nonzero(self.root)) + exponent * jnp.log(2.0).astype(dtype)
-        return jnp.where(live, self.power * logarithm, -jnp.inf)
+        return PathArithmetic(self.power / 2).log(Scaled(self.root, self.exponent))
 
     def value(self) -> jax.Array:
         """Return them as plain numbers."""

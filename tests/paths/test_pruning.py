@@ -21,18 +21,6 @@ def draw(*shape):
     return RNG.normal(size=shape).astype(np.float32)
 
 
-def forward(params, x):
-    """A network whose kernel `square` is on two edges of each path."""
-    h = relu(x @ params["first"] + params["b"])
-    h = relu(relu(h @ params["square"]) @ params["square"])
-    return h @ params["last"]
-
-
-def network():
-    shapes = {"b": (4,), "first": (3, 4), "last": (4, 2), "square": (4, 4)}
-    return {name: draw(*shape) for name, shape in shapes.items()}
-
-
 X = np.ones(3, np.float32)
 
 
@@ -204,11 +192,11 @@ def test_zeros_are_pruned_before_weights_on_no_path():
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_what_is_not_finite_is_not_hidden(value):
-    params = network()
+    params = wide()
     params["first"][0, 0] = value
     message = r"params\['first'\] holds 1 that are NaN or infinite; mend them"
     with pytest.raises(ValueError, match=message):
-        paths.path_prune(forward, params, X, 0.5)
-    pruned = jax.jit(lambda params: paths.path_prune(forward, params, X, 0.5))(params)
+        paths.path_prune(plain, params, X, 0.5)
+    pruned = jax.jit(lambda params: paths.path_prune(plain, params, X, 0.5))(params)
     np.testing.assert_array_equal(pruned["first"], params["first"])
     np.testing.assert_array_equal(pruned["last"], params["last"])

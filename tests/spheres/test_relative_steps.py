@@ -268,7 +268,10 @@ def test_in_bfloat16_the_norm_stays(shape):
     assert np.max(np.abs(lengths / start - 1)) < 7e-4
     radius = optax.tree.get(state, "radius")
     assert radius.dtype == jnp.float32
+    # With JAX 0.8.1 a sum of 4,096 squares is off by 1e-6. The radius stays as it was.
     np.testing.assert_allclose(radius, start, rtol=2e-6)
+    first = optax.tree.get(jax.jit(tx.init)(w), "radius")
+    np.testing.assert_allclose(radius, first, rtol=3e-7)
 
 
 @pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
