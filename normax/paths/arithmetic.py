@@ -73,12 +73,13 @@ class PathArithmetic:
 
     def add(self, x: Scaled, y: Scaled) -> Scaled:
         """Return $x + y$."""
+        x, y = numbers.normalize(x), numbers.normalize(y)
         top = jnp.maximum(x.exponent, y.exponent)
         return Scaled(self._hypot(numbers.align(x, top), numbers.align(y, top)), top)
 
     def add_weight(self, x: Scaled, weight: jax.typing.ArrayLike) -> Scaled:
         """Return $x + |w|^p$, with all derivatives by w where x is not 0."""
-        weight = numbers.cast(weight, x)
+        x, weight = numbers.normalize(x), numbers.cast(weight, x)
         y = numbers.normalize(self.of_weight(weight))
         top, dtype = jnp.maximum(x.exponent, y.exponent), x.root.dtype
         root = numbers.align(x, top)

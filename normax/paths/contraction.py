@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from normax._core.norms import nonzero
-from normax._core.scheduling import in_one_pass
+from normax._core.scheduling import in_one_pass, on_cuda
 from normax.paths import numbers
 from normax.paths.arithmetic import PathArithmetic
 from normax.paths.numbers import Scaled
@@ -96,12 +96,33 @@ def _directly(
     return sums, sums_in_range(sums)
 
 
+def fits_float64(arithmetic: PathArithmetic, dtype: Any) -> bool:
+    """Return whether float64 holds all powers of products of weights and values."""
+    p = arithmetic.p
+    return dtype == jnp.float32 and isinstance(p, int) and p in (1, 2)
+
+
+def _widely(
+    arithmetic: PathArithmetic,
+    axes: tuple[int, ...],
+    weight: jax.Array,
+    root: jax.Array,
+    unit: jax.Array,
+) -> jax.Array:
+    """Return roots of the sums, which are taken in float64."""
+    with jax.enable_x64(True):
+        wide = weight.astype(jnp.float64), root.astype(jnp.float64)
+        sums = _sums(arithmetic, wide[0] * (wide[1] * wide[1]), axes)
+        return (arithmetic.root(sums) * unit.astype(jnp.float64)).astype(weight.dtype)
+
+
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
-def _in_one_pass(
+def _roots(
     p: Any,
     axes: tuple[int, ...],
     weight: jax.Array,
     root: jax.Array,
+    unit: jax.Array,
     *traced_p: jax.Array,
 ) -> jax.Array:
     """Return roots of the sums, in a second pass only if one did not do."""
@@ -111,17 +132,23 @@ def _in_one_pass(
         sums, safe = _directly(arithmetic, axes, weight, root)
         return lambda: arithmetic.root(sums), safe
 
-    carefully = functools.partial(in_two_passes, arithmetic, axes)
-    return in_one_pass(directly, carefully)(weight, root)
+    once = carefully = functools.partial(in_two_passes, arithmetic, axes)
+    if weight.size >= LARGE:
+        once = in_one_pass(directly, carefully)
+    elsewhere = lambda weight, root, unit: once(weight, root * unit)  # noqa: E731
+    if fits_float64(arithmetic, weight.dtype):
+        widely = functools.partial(_widely, arithmetic, axes)
+        return on_cuda(widely, elsewhere)(weight, root, unit)
+    return elsewhere(weight, root, unit)
 
 
-@_in_one_pass.defjvp
+@_roots.defjvp
 def _derivative(p, axes, primals, tangents):
     # The first pass may overflow, and has no derivative then. So both passes give it.
-    def carefully(weight, root, *traced_p):
-        return in_two_passes(arithmetic_of(p, traced_p), axes, weight, root)
+    def carefully(weight, root, unit, *traced_p):
+        return in_two_passes(arithmetic_of(p, traced_p), axes, weight, root * unit)
 
-    return _in_one_pass(p, axes, *primals), jax.jvp(carefully, primals, tangents)[1]
+    return _roots(p, axes, *primals), jax.jvp(carefully, primals, tangents)[1]
 
 
 def contract(
@@ -149,11 +176,11 @@ def contract(
         # it, whose sums of any usual size stay in the range.
         if next(arithmetic.contractions) % 8:
             return Scaled(root, x.exponent)
-    elif weight.size < LARGE:
-        root = in_two_passes(arithmetic, axes, weight, x.root)
-    elif isinstance(arithmetic.p, jax.Array):
-        # Derivatives may be taken by a traced power, so it is an operand.
-        root = _in_one_pass(None, axes, weight, x.root, arithmetic.p)
-    else:
-        root = _in_one_pass(arithmetic.p, axes, weight, x.root)
-    return numbers.normalize(Scaled(root, x.exponent))
+        return numbers.normalize(Scaled(root, x.exponent))
+    unit, exponent = numbers.unit_of(x)
+    # Derivatives may be taken by a traced power, so it is an operand.
+    traced_p = (arithmetic.p,) if isinstance(arithmetic.p, jax.Array) else ()
+    p = None if traced_p else arithmetic.p
+    root = _roots(p, axes, weight, x.root, unit, *traced_p)
+    # What is infinite has no quotient, so it is NaN.
+    return Scaled(root + 0 * lax.stop_gradient(root), exponent)

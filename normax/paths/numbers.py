@@ -84,8 +84,12 @@ def scale(x: jax.Array) -> jax.Array:
     return nonzero(lax.stop_gradient(x))
 
 
-def normalize(x: Scaled) -> Scaled:
-    """Bring the largest root of each exponent into $[1, 2)$."""
+def unit_of(x: Scaled) -> tuple[jax.Array, jax.Array]:
+    """Return the factor that brings the largest root of each exponent into $[1, 2)$.
+
+    Returns:
+      The factor, a power of two, and the exponent that goes with it.
+    """
     axes = tuple(i for i, n in enumerate(x.exponent.shape) if n == 1)
     bounds = range_of(x.root, axes)
     low, high = (jnp.reshape(bound, x.exponent.shape) for bound in bounds)
@@ -93,8 +97,14 @@ def normalize(x: Scaled) -> Scaled:
     # the power of two is a single factor.
     shift = jnp.where(high == 0, 0, exponent_of(high))
     # The last term is 0, or NaN where roots are not finite.
-    root = x.root * (exp2(-shift, high.dtype) + 0 * (high - low))
-    return Scaled(root, jnp.where(high == 0, DEAD, x.exponent + shift))
+    factor = exp2(-shift, high.dtype) + 0 * (high - low)
+    return factor, jnp.where(high == 0, DEAD, x.exponent + shift)
+
+
+def normalize(x: Scaled) -> Scaled:
+    """Bring the largest root of each exponent into $[1, 2)$."""
+    factor, exponent = unit_of(x)
+    return Scaled(x.root * factor, exponent)
 
 
 def align(x: Scaled, exponent: jax.Array) -> jax.Array:
@@ -111,6 +121,7 @@ def common(x: Scaled, axes: tuple[int, ...] | None = None) -> Scaled:
     axes = tuple(range(x.root.ndim)) if axes is None else axes
     if all(x.exponent.shape[axis] == 1 for axis in axes):
         return x
+    x = normalize(x)
     top = jnp.max(x.exponent, axis=axes, keepdims=True)
     return Scaled(align(x, top), top)
 
@@ -123,9 +134,10 @@ def where(condition: jax.Array, x: Scaled) -> Scaled:
 def together(values: Sequence[Scaled]) -> tuple[list[jax.Array], jax.Array]:
     """Return the roots of several arrays at one exponent, and that, a scalar."""
     values = [common(value) for value in values]
-    top = functools.reduce(jnp.maximum, (of_rank(x.exponent, 0) for x in values))
     if len(values) == 1:
-        return [values[0].root], top
+        return [values[0].root], of_rank(values[0].exponent, 0)
+    values = [normalize(value) for value in values]
+    top = functools.reduce(jnp.maximum, (of_rank(x.exponent, 0) for x in values))
     return [align(x, of_rank(top, x.root.ndim)) for x in values], top
 
 

@@ -302,5 +302,5 @@ def apply_both(
         found, kinds = careful(operands, *traced_p), pairs.kinds_of(w, other)
     else:
         found, kinds = once(operands, *traced_p)
-    below, *more = map(numbers.normalize, found)
-    return below, functools.reduce(arithmetic.add, more), kinds
+    below, difference = found[0], functools.reduce(arithmetic.add, found[1:])
+    return numbers.normalize(below), numbers.normalize(difference), kinds

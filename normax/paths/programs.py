@@ -22,9 +22,9 @@ from jax.flatten_util import ravel_pytree
 from normax._core.axes import PyTree
 from normax._core.norms import at_least_float32
 from normax._core.programs import is_float, is_key, kept_with
-from normax._core.scheduling import event_of, unless, unless_safe
+from normax._core.scheduling import event_of, on_cuda, unless, unless_safe
 from normax.paths.arithmetic import PathArithmetic
-from normax.paths.contraction import LARGE
+from normax.paths.contraction import LARGE, fits_float64
 from normax.paths.feed_forward import dense_stack
 from normax.paths.norm import scale_factors, with_automatic_sharding
 from normax.paths.one_example import Forward
@@ -80,9 +80,9 @@ class PathProgram(NamedTuple):
         """Return the factors, or what stands for them if more arguments are needed."""
         if not self.takes_more:
             return self.roots(params, ())[0]
-        (dtype,) = {x.dtype for x in at_least_float32(jnp.float32(0), *_floats(params))}
         zeros = jax.tree.map(
-            lambda w: jnp.zeros(jnp.shape(w), dtype) if is_float(w) else None, params
+            lambda w: jnp.zeros(jnp.shape(w), _dtype(params)) if is_float(w) else None,
+            params,
         )
         return zeros, zeros
 
@@ -112,6 +112,11 @@ def _takes_more(network: Any) -> bool:
 
 def _floats(params: PyTree) -> list[jax.Array]:
     return [jnp.asarray(w) for w in jax.tree.leaves(params) if is_float(w)]
+
+
+def _dtype(params: PyTree) -> Any:
+    """Return the dtype of path values."""
+    return at_least_float32(jnp.float32(0), *_floats(params))[0].dtype
 
 
 def _inverse_roots(params: PyTree, factors: PyTree, p: jax.typing.ArrayLike) -> Roots:
@@ -168,11 +173,18 @@ def _compile(
         exponents = (x for x in jax.tree.leaves(factors) if x.dtype == jnp.int32)
         return _inverse_roots(params, factors, q), event_of(exponents)
 
-    @jax.custom_jvp
-    def evaluate_once(arguments):
+    def guarded(arguments):
         once, restore = ravel_pytree(evaluate(arguments, direct=True))
         careful = lambda arguments: ravel_pytree(evaluate(arguments))[0]  # noqa: E731
         return restore(unless_safe(~jnp.isnan(once), once, careful, arguments))
+
+    @jax.custom_jvp
+    def evaluate_once(arguments):
+        params, power, _ = arguments
+        (q,) = power or (p,)
+        if fits_float64(PathArithmetic(q), _dtype(params)):
+            return on_cuda(evaluate, guarded)(arguments)
+        return guarded(arguments)
 
     # What is NaN has no derivative, so two passes give it.
     evaluate_once.defjvp(functools.partial(jax.jvp, evaluate))
@@ -192,7 +204,9 @@ def _compile(
             roots, event = compute(arguments)
             return jax.tree.map(like, roots, kept), event
 
-        return unless(due, (kept, jnp.zeros_like(due, jnp.float32)), anew, arguments)
+        # A constant in place of `due` would count as something that is computed.
+        event = jnp.asarray(due, jnp.float32)
+        return unless(due, (kept, event), anew, arguments)
 
     return compute, compute_if
 

@@ -46,10 +46,7 @@ class Tape:
         if node.cotangent is None:
             node.cotangent = factors
         else:
-            both = (
-                numbers.normalize(numbers.broadcast(product, node.shape))
-                for product in (node.cotangent, factors)
-            )
+            both = (numbers.broadcast(x, node.shape) for x in (node.cotangent, factors))
             node.cotangent = (self.arithmetic.add(*both),)
 
     def run_backward(self) -> None:

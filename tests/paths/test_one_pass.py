@@ -1,4 +1,8 @@
-"""Path scales of large dense networks: one pass over the weights, two where it must."""
+"""Path scales of large dense networks: one pass over the weights, two where it must.
+
+On an NVIDIA GPU sums are taken in float64, which needs no second pass. These tests take
+both ways on a CPU.
+"""
 
 import itertools
 
@@ -9,9 +13,11 @@ import pytest
 
 import normax
 from normax._core.programs import called_programs
-from normax.paths import programs
+from normax.paths import contraction, programs
+from normax.paths.arithmetic import PathArithmetic
 from normax.paths.feed_forward import dense_stack
 from normax.paths.norm import scale_factors
+from normax.paths.numbers import Scaled
 
 pytestmark = pytest.mark.few_rows(1)
 
@@ -60,9 +66,19 @@ def forward(params, x):
     return x @ params[-1]
 
 
+def as_on(device, monkeypatch):
+    """Have the CPU, which has float64, too, compute as another device does."""
+    if device == "cuda":
+        take = lambda fn, otherwise: fn  # noqa: E731
+        monkeypatch.setattr(programs, "on_cuda", take)
+        monkeypatch.setattr(contraction, "on_cuda", take)
+
+
 @pytest.mark.slow
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
 @UNITS
-def test_updates_are_divided_by_the_path_scales(factor, does):
+def test_updates_are_divided_by_the_path_scales(factor, does, device, monkeypatch):
+    as_on(device, monkeypatch)
     params, tx = network(factor), transformation()
     assert one_pass_does(params) == does
     scales = numpy_scales(params)
@@ -75,16 +91,23 @@ def test_updates_are_divided_by_the_path_scales(factor, does):
         np.testing.assert_allclose(a, b, rtol=3e-6)
 
 
-def test_what_is_not_finite_is_not_hidden():
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_what_is_not_finite_is_not_hidden(value, device, monkeypatch):
+    as_on(device, monkeypatch)
     params, tx = network(), transformation()
-    params[1] = params[1].at[2, 3].set(jnp.nan)
-    updates, _ = tx.update(params, tx.init(params), params)
-    assert jnp.all(jnp.isnan(updates[0]))
+    params[1] = params[1].at[2, 3].set(value)
+    updates, _ = tx.update([jnp.ones_like(w) for w in params], tx.init(params), params)
+    for update, scale in zip(updates, numpy_scales(params), strict=True):
+        assert np.all(np.isnan(update[~np.isfinite(scale)]))
+        assert np.any(np.isnan(update)) == np.any(~np.isfinite(scale))
 
 
 @UNITS
 @pytest.mark.slow
-def test_derivatives_are_those_of_two_passes(factor, does, monkeypatch):
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_derivatives_are_those_of_two_passes(factor, does, device, monkeypatch):
+    as_on(device, monkeypatch)
     params = network(factor)
 
     def derivative():
@@ -127,20 +150,56 @@ def test_one_pass_does_for_deep_networks(scale):
     assert one_pass_does(params)
 
 
-def conditionals(jaxpr):
+def conditionals(jaxpr, device="cpu"):
+    """Return the sizes of the branches of each conditional in a device's program."""
     for eqn in jaxpr.eqns:
+        inner = list(called_programs(eqn))
         if eqn.primitive.name == "cond":
-            yield [len(branch.eqns) for branch in called_programs(eqn)]
-        for inner in called_programs(eqn):
-            yield from conditionals(inner)
+            platforms = eqn.params.get("branches_platforms")
+            if platforms:
+                named = [device in (names or ()) for names in platforms]
+                inner = [inner[named.index(True) if any(named) else -1]]
+            else:
+                yield [len(branch.eqns) for branch in inner]
+        for program in inner:
+            yield from conditionals(program, device)
 
 
 @pytest.mark.parametrize("update_every", [1, 10])
-def test_conditionals_stay_on_a_gpu(update_every):
+@pytest.mark.parametrize(("p", "device"), [(2, "cpu"), (2, "cuda"), (3, "cuda")])
+def test_conditionals_stay_on_a_gpu(update_every, p, device):
     """One branch of each computes nothing, or else XLA for GPUs computes both."""
     params = network(widths=(9, 8, 7))
-    tx = normax.scale_by_path_sgd(update_every=update_every)
+    tx = normax.scale_by_path_sgd(p=p, update_every=update_every)
     program = jax.make_jaxpr(tx.update)(params, tx.init(params), params)
-    sizes = list(conditionals(program.jaxpr))
-    assert sum(max(pair) > 50 for pair in sizes) == 1
+    sizes = list(conditionals(program.jaxpr, device))
     assert all(min(pair) == 0 for pair in sizes)
+    in_float64 = (p, device) == (2, "cuda")
+    assert sum(max(pair) > 50 for pair in sizes) == (not in_float64)
+    assert len(sizes) == (not in_float64) + (update_every > 1)
+
+
+# Weights and path values of sizes up to the ends of the range of float32.
+EXTREME = [1.0, 1e37, 1e-36]
+
+
+@pytest.mark.parametrize("p", [1, 2])
+@pytest.mark.parametrize("of_weights", EXTREME)
+@pytest.mark.parametrize("spread", [0, 30, 60])
+def test_float64_holds_all_sums(p, of_weights, spread, monkeypatch):
+    as_on("cuda", monkeypatch)
+    rng = np.random.default_rng(spread)
+    w = rng.choice([-1, 1], (50, 7)) * of_weights
+    # Units differ by a factor of up to 10 ** spread, and weights by half as much.
+    w *= 10.0 ** -rng.uniform(0, 1 if of_weights < 1 else spread / 2, size=w.shape)
+    w = w.astype(np.float32)
+    root = 10.0 ** -rng.uniform(0, spread / 2, size=(50, 1)).astype(np.float32)
+    arithmetic = PathArithmetic(p)
+    x = Scaled(jnp.asarray(root), jnp.full((1, 1), 1000, jnp.int32))
+    got = contraction.contract(arithmetic, jnp.asarray(w), x, (0,))
+    assert got.root.dtype == jnp.float32
+    terms = np.log2(np.abs(w.astype(np.longdouble))) * p
+    terms += 2 * p * np.log2(root.astype(np.longdouble))
+    expected = np.log2(np.sum(np.exp2(terms), axis=0)) + 2 * p * 1000
+    logarithm = np.log2(np.longdouble(got.root)) + np.longdouble(got.exponent)
+    np.testing.assert_allclose(2 * p * logarithm[0], expected, atol=2e-6, rtol=0)
