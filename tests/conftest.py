@@ -97,10 +97,12 @@ def as_on_a_gpu(monkeypatch):
     import jax
 
     from normax._core import norms, scheduling
+    from normax.paths import contraction, pair_contraction, programs
 
-    for module in (norms, scheduling):
+    for module in (norms, scheduling, pair_contraction):
         monkeypatch.setattr(module, "on_cpu", lambda fn, otherwise: otherwise)
-    monkeypatch.setattr(scheduling, "on_cuda", lambda fn, otherwise: fn)
+    for module in (scheduling, contraction, pair_contraction, programs):
+        monkeypatch.setattr(module, "on_cuda", lambda fn, otherwise: fn)
     jax.clear_caches()
     yield
     jax.clear_caches()

@@ -98,57 +98,90 @@ def _directly(
 
 def fits_float64(arithmetic: PathArithmetic, dtype: Any) -> bool:
     """Return whether float64 holds all powers of products of weights and values."""
-    p = arithmetic.p
-    return dtype == jnp.float32 and isinstance(p, int) and p in (1, 2)
+    return dtype == jnp.float32 and isinstance(arithmetic.p, int) and arithmetic.p < 3
 
 
-def _widely(
+def _in_float64(
     arithmetic: PathArithmetic,
     axes: tuple[int, ...],
     weight: jax.Array,
     root: jax.Array,
     unit: jax.Array,
 ) -> jax.Array:
-    """Return roots of the sums, which are taken in float64."""
     with jax.enable_x64(True):
-        wide = weight.astype(jnp.float64), root.astype(jnp.float64)
-        sums = _sums(arithmetic, wide[0] * (wide[1] * wide[1]), axes)
-        return (arithmetic.root(sums) * unit.astype(jnp.float64)).astype(weight.dtype)
+        wide, root, unit = (x.astype(jnp.float64) for x in (weight, root, unit))
+        size = jnp.abs(wide) * (root * root)
+        powers = size if arithmetic.plain else size * size
+        sums = jnp.sum(powers, axis=axes, keepdims=True)
+        return (arithmetic.root(sums) * unit).astype(weight.dtype)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2))
 def _roots(
     p: Any,
     axes: tuple[int, ...],
+    once: bool,
     weight: jax.Array,
     root: jax.Array,
     unit: jax.Array,
     *traced_p: jax.Array,
 ) -> jax.Array:
-    """Return roots of the sums, in a second pass only if one did not do."""
+    """Return roots of the sums, of which `once` takes a second pass only if it must."""
     arithmetic = arithmetic_of(p, traced_p)
 
     def directly(weight, root):
         sums, safe = _directly(arithmetic, axes, weight, root)
         return lambda: arithmetic.root(sums), safe
 
-    once = carefully = functools.partial(in_two_passes, arithmetic, axes)
-    if weight.size >= LARGE:
-        once = in_one_pass(directly, carefully)
-    elsewhere = lambda weight, root, unit: once(weight, root * unit)  # noqa: E731
+    carefully = functools.partial(in_two_passes, arithmetic, axes)
+    take = in_one_pass(directly, carefully) if once else carefully
+    elsewhere = lambda weight, root, unit: take(weight, root * unit)  # noqa: E731
     if fits_float64(arithmetic, weight.dtype):
-        widely = functools.partial(_widely, arithmetic, axes)
-        return on_cuda(widely, elsewhere)(weight, root, unit)
+        in_float64 = functools.partial(_in_float64, arithmetic, axes)
+        return on_cuda(in_float64, elsewhere)(weight, root, unit)
     return elsewhere(weight, root, unit)
 
 
 @_roots.defjvp
-def _derivative(p, axes, primals, tangents):
-    # The first pass may overflow, and has no derivative then. So both passes give it.
+def _derivative(p, axes, once, primals, tangents):
+    # One pass may overflow, and has no derivative then. So two passes give it.
     def carefully(weight, root, unit, *traced_p):
         return in_two_passes(arithmetic_of(p, traced_p), axes, weight, root * unit)
 
-    return _roots(p, axes, *primals), jax.jvp(carefully, primals, tangents)[1]
+    tangent = jax.jvp(carefully, primals, tangents)[1]
+    return _roots(p, axes, once, *primals), tangent
+
+
+def roots_of_sums(
+    arithmetic: PathArithmetic,
+    axes: tuple[int, ...],
+    weight: jax.Array,
+    root: jax.Array,
+    unit: jax.typing.ArrayLike = 1.0,
+    once: bool = False,
+) -> jax.Array:
+    r"""Return the roots of $\sum_i |w_{ij}|^p x_i$, times a power of two.
+
+    An NVIDIA GPU sums in float64, if that holds all terms. So it needs neither a second
+    pass nor a conditional, for which its host would wait.
+
+    Args:
+      arithmetic: Arithmetic of path values.
+      axes: The axes of $i$.
+      weight: Array of weights.
+      root: The roots of the $x_i$, broadcastable against the weights.
+      unit: The power of two.
+      once: Whether other devices take one pass, and a second one only if one does not
+        do. Otherwise the first finds what to divide by.
+
+    Returns:
+      The roots, with length one on `axes`.
+    """
+    # Derivatives may be taken by a traced power, so it is an operand.
+    traced_p = (arithmetic.p,) if isinstance(arithmetic.p, jax.Array) else ()
+    p = None if traced_p else arithmetic.p
+    unit = jnp.asarray(unit, root.dtype)
+    return _roots(p, axes, once, weight, root, unit, *traced_p)
 
 
 def contract(
@@ -178,9 +211,7 @@ def contract(
             return Scaled(root, x.exponent)
         return numbers.normalize(Scaled(root, x.exponent))
     unit, exponent = numbers.unit_of(x)
-    # Derivatives may be taken by a traced power, so it is an operand.
-    traced_p = (arithmetic.p,) if isinstance(arithmetic.p, jax.Array) else ()
-    p = None if traced_p else arithmetic.p
-    root = _roots(p, axes, weight, x.root, unit, *traced_p)
+    once = weight.size >= LARGE
+    root = roots_of_sums(arithmetic, axes, weight, x.root, unit, once)
     # What is infinite has no quotient, so it is NaN.
     return Scaled(root + 0 * lax.stop_gradient(root), exponent)

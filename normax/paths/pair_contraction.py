@@ -21,13 +21,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from normax._core.scheduling import on_cpu, sums, unless_safe
+from normax._core.scheduling import on_cpu, on_cuda, sums, unless_safe
 from normax.paths import numbers, pairs
 from normax.paths.arithmetic import PathArithmetic
 from normax.paths.contraction import (
     arithmetic_of,
-    in_two_passes,
+    fits_float64,
     moderate,
+    roots_of_sums,
     sums_in_range,
 )
 from normax.paths.layers import TINY, Application
@@ -162,13 +163,13 @@ def _contract_carefully(
     other: jax.Array,
     *values: Scaled,
 ) -> list[Scaled]:
-    """Do the same, each sum in two passes."""
+    """Do the same, each sum in two passes, or on an NVIDIA GPU in one."""
     edges = _edges(arithmetic.p, upper, w, other)
 
     def contraction(*values, axes):
         of = (values[0], *values)
         return [
-            Scaled(in_two_passes(arithmetic, axes, e, x.root), x.exponent)
+            Scaled(roots_of_sums(arithmetic, axes, e, x.root), x.exponent)
             for e, x in zip(edges, of, strict=False)
         ]
 
@@ -280,11 +281,19 @@ def apply_both(
     def careful(operands, *traced_p):
         return carefully(arithmetic_of(p, traced_p), upper, application, *operands)
 
-    @jax.custom_jvp
-    def once(operands, *traced_p):
+    def each(operands, *traced_p):
+        return careful(operands, *traced_p), pairs.kinds_of(*operands[:2])
+
+    def together(operands, *traced_p):
         arithmetic = arithmetic_of(p, traced_p)
         found, kinds, safe = directly(arithmetic, upper, application, *operands)
         return unless_safe(safe, found, careful, operands, *traced_p), kinds
+
+    @jax.custom_jvp
+    def once(operands, *traced_p):
+        if application.at_one_position and fits_float64(arithmetic, w.dtype):
+            return on_cuda(each, together)(operands)
+        return together(operands, *traced_p)
 
     def derivative(primals, tangents):
         # What leaves the range has no derivative. Exponents of the two ways may differ,
@@ -298,9 +307,6 @@ def apply_both(
     w, other = (numbers.cast(weight, x) for weight in weights)
     values = [numbers.common(value) for value in (x, d) if value is not None]
     operands = (w, other, *values)
-    if w.size < SMALL:
-        found, kinds = careful(operands, *traced_p), pairs.kinds_of(w, other)
-    else:
-        found, kinds = once(operands, *traced_p)
+    found, kinds = (each if w.size < SMALL else once)(operands, *traced_p)
     below, difference = found[0], functools.reduce(arithmetic.add, found[1:])
     return numbers.normalize(below), numbers.normalize(difference), kinds

@@ -66,19 +66,9 @@ def forward(params, x):
     return x @ params[-1]
 
 
-def as_on(device, monkeypatch):
-    """Have the CPU, which has float64, too, compute as another device does."""
-    if device == "cuda":
-        take = lambda fn, otherwise: fn  # noqa: E731
-        monkeypatch.setattr(programs, "on_cuda", take)
-        monkeypatch.setattr(contraction, "on_cuda", take)
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("device", ["cpu", "cuda"])
 @UNITS
-def test_updates_are_divided_by_the_path_scales(factor, does, device, monkeypatch):
-    as_on(device, monkeypatch)
+def test_updates_are_divided_by_the_path_scales(factor, does, every_form):
     params, tx = network(factor), transformation()
     assert one_pass_does(params) == does
     scales = numpy_scales(params)
@@ -91,10 +81,8 @@ def test_updates_are_divided_by_the_path_scales(factor, does, device, monkeypatc
         np.testing.assert_allclose(a, b, rtol=3e-6)
 
 
-@pytest.mark.parametrize("device", ["cpu", "cuda"])
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_what_is_not_finite_is_not_hidden(value, device, monkeypatch):
-    as_on(device, monkeypatch)
+def test_what_is_not_finite_is_not_hidden(value, every_form):
     params, tx = network(), transformation()
     params[1] = params[1].at[2, 3].set(value)
     updates, _ = tx.update([jnp.ones_like(w) for w in params], tx.init(params), params)
@@ -105,9 +93,7 @@ def test_what_is_not_finite_is_not_hidden(value, device, monkeypatch):
 
 @UNITS
 @pytest.mark.slow
-@pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_derivatives_are_those_of_two_passes(factor, does, device, monkeypatch):
-    as_on(device, monkeypatch)
+def test_derivatives_are_those_of_two_passes(factor, does, every_form, monkeypatch):
     params = network(factor)
 
     def derivative():
@@ -186,8 +172,7 @@ EXTREME = [1.0, 1e37, 1e-36]
 @pytest.mark.parametrize("p", [1, 2])
 @pytest.mark.parametrize("of_weights", EXTREME)
 @pytest.mark.parametrize("spread", [0, 30, 60])
-def test_float64_holds_all_sums(p, of_weights, spread, monkeypatch):
-    as_on("cuda", monkeypatch)
+def test_sums_of_any_size(p, of_weights, spread, every_form):
     rng = np.random.default_rng(spread)
     w = rng.choice([-1, 1], (50, 7)) * of_weights
     # Units differ by a factor of up to 10 ** spread, and weights by half as much.

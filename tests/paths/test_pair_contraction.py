@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from normax import paths
-from normax.paths import layers, pair_contraction
+from normax.paths import contraction, layers, pair_contraction
 
 pytestmark = [pytest.mark.usefixtures("quick_compilation"), pytest.mark.few_rows(2)]
 
@@ -114,7 +114,7 @@ def expected_metric(kind, larger, smaller, p):
 
 
 @pytest.fixture
-def all_layers_are_large(monkeypatch):
+def all_layers_are_large(every_form, monkeypatch):
     monkeypatch.setattr(pair_contraction, "SMALL", 0)
     monkeypatch.setattr(pair_contraction, "_WIDE", 1)
 
@@ -122,7 +122,7 @@ def all_layers_are_large(monkeypatch):
 @pytest.fixture
 def one_pass_must_do(all_layers_are_large, monkeypatch):
     """Return NaN wherever more than one pass is taken."""
-    sums, layer = pair_contraction.in_two_passes, layers.Layer.propagate
+    sums, layer = contraction.in_two_passes, layers.Layer.propagate
 
     def two_passes(*args):
         return jnp.nan * sums(*args)
@@ -131,7 +131,7 @@ def one_pass_must_do(all_layers_are_large, monkeypatch):
         found = layer(*args)
         return found._replace(root=jnp.nan * found.root)
 
-    monkeypatch.setattr(pair_contraction, "in_two_passes", two_passes)
+    monkeypatch.setattr(contraction, "in_two_passes", two_passes)
     monkeypatch.setattr(layers.Layer, "propagate", propagate)
 
 
