@@ -97,11 +97,11 @@ def as_on_a_gpu(monkeypatch):
     import jax
 
     from normax._core import norms, scheduling
-    from normax.paths import contraction, pair_contraction, programs
+    from normax.paths import contraction, pair_contraction, programs, saliency
 
     for module in (norms, scheduling, pair_contraction):
         monkeypatch.setattr(module, "on_cpu", lambda fn, otherwise: otherwise)
-    for module in (scheduling, contraction, pair_contraction, programs):
+    for module in (scheduling, contraction, pair_contraction, programs, saliency):
         monkeypatch.setattr(module, "on_cuda", lambda fn, otherwise: fn)
     jax.clear_caches()
     yield
@@ -113,3 +113,4 @@ def every_form(request):
     """Run a test with the forms of a CPU, and with those of a GPU."""
     if request.param == "gpu":
         request.getfixturevalue("as_on_a_gpu")
+    return request.param

@@ -291,7 +291,7 @@ def apply_both(
 
     @jax.custom_jvp
     def once(operands, *traced_p):
-        if application.at_one_position and fits_float64(arithmetic, w.dtype):
+        if fits_float64(arithmetic, w.dtype):
             return on_cuda(each, together)(operands)
         return together(operands, *traced_p)
 

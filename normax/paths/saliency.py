@@ -15,7 +15,7 @@ from normax._core.modules import refuse_modules
 from normax._core.norms import at_least_float32, nonzero
 from normax._core.powers_of_two import exp2, exponent_of, halves
 from normax._core.programs import is_float, with_closure
-from normax._core.scheduling import unless_safe
+from normax._core.scheduling import on_cuda, unless_safe
 from normax.paths.arithmetic import PathArithmetic
 from normax.paths.network import check_order
 from normax.paths.norm import scale_factors, with_automatic_sharding
@@ -122,7 +122,9 @@ def saliencies(
 
     # What is NaN has no derivative.
     once.defjvp(lambda primals, tangents: jax.jvp(careful, primals[1:], tangents[1:]))
-    return once(of_direct, of_careful, params)
+    # A GPU waits for a conditional, and it has the roots while it waits for memory.
+    always = lambda of_direct, *operands: careful(*operands)  # noqa: E731
+    return on_cuda(always, once)(of_direct, of_careful, params)
 
 
 def path_saliency(

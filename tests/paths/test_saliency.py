@@ -33,7 +33,7 @@ def network():
 X = np.ones(3, np.float32)
 
 
-def test_saliency_is_the_weight_times_its_share_of_all_paths():
+def test_saliency_is_the_weight_times_its_share_of_all_paths(every_form):
     params = network()
     w = {name: np.abs(w.astype(np.float64)) for name, w in params.items()}
     h = w["first"].sum(0) + w["b"]
@@ -95,7 +95,7 @@ def test_saliencies_of_units_of_any_scale(factor, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("factor", [1e20, 1e-20])
-def test_logarithms_of_saliencies_out_of_the_range_of_floats(factor):
+def test_logarithms_of_saliencies_out_of_the_range_of_floats(factor, every_form):
     def network(params, x):
         h = relu(relu(x @ params["first"]) @ params["middle"])
         return h @ params["last"]
@@ -111,7 +111,7 @@ def test_logarithms_of_saliencies_out_of_the_range_of_floats(factor):
 
 
 @pytest.mark.slow
-def test_an_edge_on_no_path_hides_no_other_of_its_weight():
+def test_an_edge_on_no_path_hides_no_other_of_its_weight(every_form):
     # Of one branch, only the first position reaches the kernel, and only the last one
     # the output. The path values before it are 1e120 times those of the other branch.
     first, last = np.zeros((2, 1, 4, 1), np.float32)
@@ -139,7 +139,7 @@ def deep(kernels, x):
     return jax.lax.scan(layer, x, kernels)[0]
 
 
-def test_saliencies_of_a_deep_network_neither_overflow_nor_vanish():
+def test_saliencies_of_a_deep_network_neither_overflow_nor_vanish(every_form):
     # They are 1e-50, and float32 ends at 1e-45.
     kernels, x = 0.01 * draw(30, 4, 4), np.ones(4, np.float32)
     got = jax.jit(lambda w: paths.path_saliency(deep, w, x, log=True))(kernels)
@@ -153,7 +153,7 @@ def test_saliencies_of_a_deep_network_neither_overflow_nor_vanish():
 
 
 @pytest.mark.slow
-def test_derivatives_of_saliencies_beside_a_dead_unit():
+def test_derivatives_of_saliencies_beside_a_dead_unit(every_form):
     def network(params, x):
         return params["gain"] * relu(x @ params["first"]) @ params["last"]
 
