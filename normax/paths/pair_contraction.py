@@ -32,7 +32,7 @@ from normax.paths.contraction import (
     sums_in_range,
 )
 from normax.paths.layers import TINY, Application
-from normax.paths.numbers import Scaled
+from normax.paths.numbers import Scaled, of_rank
 from normax.paths.pairs import Tests, Upper
 
 SMALL = 2**14  # weights for which a pass for each sum takes no longer
@@ -112,7 +112,7 @@ def _reduce(
 
 # Each way takes the weights of both networks, the sums x over paths with the smaller
 # weights and, if there are any, the differences d from them. It returns x behind the
-# layer, and one or two terms of d.
+# layer, and d or one or two terms of it.
 
 
 def _contract(
@@ -126,30 +126,30 @@ def _contract(
     """Apply a dense layer at one position, in one pass."""
     notes: list[Any] = []
 
-    def terms(w, other, *sizes):
-        edges = _edges(arithmetic.p, upper, w, other)
-        of = (sizes[0], *sizes)  # the meets and the gaps with x, the upper with d
-        products = (e * size for e, size in zip(edges, of, strict=False))
-        # No product is negative.
-        values = (x if arithmetic.plain else arithmetic.power(x) for x in products)
-        return tuple(values), pairs.tests_of(w, other, arithmetic.p)
+    def power(product):  # none is negative
+        return product if arithmetic.plain else arithmetic.power(product)
+
+    def terms(w, other, x, *aligned):
+        below, *others = _edges(arithmetic.p, upper, w, other)
+        parts = (power(e * size) for e, size in zip(others, aligned, strict=False))
+        found = power(below * x), functools.reduce(jnp.add, parts)
+        return found, pairs.tests_of(w, other, arithmetic.p)
 
     def contraction(*values, axes):
-        sizes = [moderate(value.root) for value in values]
+        aligned, exponent = numbers.together(values)
+        sizes = [moderate(root) for root in (values[0].root, *aligned)]
         totals, tests = _reduce(terms, axes, w, other, *sizes)
         # A sum is safely 0 if all its terms are.
         met, differ = tests[pairs.MET], pairs.pack(tests) & upper.gaps != 0
-        terms_are = met, differ, (met | differ) & jnp.any(sizes[-1] != 0)
+        apart = jnp.any(sizes[-1] != 0) if len(values) > 1 else False
         safe = [
             sums_in_range(total) | ((total == 0) & ~some)
-            for total, some in zip(totals, terms_are, strict=False)
+            for total, some in zip(totals, (met, differ | met & apart), strict=True)
         ]
         notes.append((pairs.pack(pairs.any_of(tests)), safe))
-        of = (values[0], *values)
-        return [
-            Scaled(arithmetic.root(total), value.exponent)
-            for total, value in zip(totals, of, strict=False)
-        ]
+        exponents = values[0].exponent, of_rank(exponent, w.ndim)
+        roots = map(arithmetic.root, totals)
+        return list(map(Scaled, roots, exponents))
 
     found = application.multiply(contraction, *values)
     return found, *notes[0]
@@ -178,14 +178,14 @@ def _contract_carefully(
 
 def _survey(
     arithmetic: PathArithmetic, w: jax.Array, other: jax.Array, *edges: jax.Array
-) -> tuple[jax.Array, list[jax.Array]]:
-    """Return how weights differ, and of each edges whether all but 0 exceed `TINY`."""
-    tests, first = pairs.tests_of(w, other, arithmetic.p), 1 << 10
-    for i, e in enumerate(edges):
-        tests[first << i] = (arithmetic.power(e) <= TINY) & (e != 0)
+) -> tuple[jax.Array, jax.Array]:
+    """Return how weights differ, and whether powers of edges exceed `TINY` or are 0."""
+    tests = pairs.tests_of(w, other, arithmetic.p)
+    tiny = ((arithmetic.power(e) <= TINY) & (e != 0) for e in edges)
+    # That some weights meet says nothing here, so its place is free.
+    tests[pairs.MET] = functools.reduce(jnp.logical_or, tiny)
     found = pairs.any_of(tests)
-    tiny = [found.pop(first << i) for i in range(len(edges))]
-    return pairs.pack(found), [~some for some in tiny]
+    return pairs.pack(found), ~found[pairs.MET]
 
 
 def _lanes(
@@ -219,12 +219,12 @@ def _apply(
     lanes = _lanes(arithmetic, upper, w, other, *values)
     kinds, none_tiny = _survey(arithmetic, w, other, *(edges for edges, _ in lanes))
     found, safe = [], []
-    for (edges, along), fine in zip(lanes, none_tiny, strict=True):
+    for edges, along in lanes:
         through = functools.partial(
             application.layer.directly,
             arithmetic,
             powers=edges if arithmetic.plain else arithmetic.power(edges),
-            none_tiny=fine,
+            none_tiny=none_tiny,
             shape=application.shape,
         )
         stacked = jax.tree.map(lambda *parts: jnp.stack(parts), *along)
@@ -278,8 +278,12 @@ def apply_both(
     traced_p = (arithmetic.p,) if isinstance(arithmetic.p, jax.Array) else ()
     p = None if traced_p else arithmetic.p
 
+    def add(first, *others):
+        return [first, functools.reduce(arithmetic.add, others)]
+
     def careful(operands, *traced_p):
-        return carefully(arithmetic_of(p, traced_p), upper, application, *operands)
+        arithmetic = arithmetic_of(p, traced_p)
+        return add(*carefully(arithmetic, upper, application, *operands))
 
     def each(operands, *traced_p):
         return careful(operands, *traced_p), pairs.kinds_of(*operands[:2])
@@ -287,7 +291,7 @@ def apply_both(
     def together(operands, *traced_p):
         arithmetic = arithmetic_of(p, traced_p)
         found, kinds, safe = directly(arithmetic, upper, application, *operands)
-        return unless_safe(safe, found, careful, operands, *traced_p), kinds
+        return unless_safe(safe, add(*found), careful, operands, *traced_p), kinds
 
     @jax.custom_jvp
     def once(operands, *traced_p):
@@ -308,5 +312,5 @@ def apply_both(
     values = [numbers.common(value) for value in (x, d) if value is not None]
     operands = (w, other, *values)
     found, kinds = (each if w.size < SMALL else once)(operands, *traced_p)
-    below, difference = found[0], functools.reduce(arithmetic.add, found[1:])
-    return numbers.normalize(below), numbers.normalize(difference), kinds
+    below, difference = map(numbers.normalize, found)
+    return below, difference, kinds
