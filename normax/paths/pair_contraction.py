@@ -278,12 +278,13 @@ def apply_both(
     traced_p = (arithmetic.p,) if isinstance(arithmetic.p, jax.Array) else ()
     p = None if traced_p else arithmetic.p
 
-    def add(first, *others):
-        return [first, functools.reduce(arithmetic.add, others)]
+    def joined(arithmetic, below, *parts):
+        return [below, functools.reduce(arithmetic.add, parts)]
 
     def careful(operands, *traced_p):
         arithmetic = arithmetic_of(p, traced_p)
-        return add(*carefully(arithmetic, upper, application, *operands))
+        found = carefully(arithmetic, upper, application, *operands)
+        return joined(arithmetic, *found)
 
     def each(operands, *traced_p):
         return careful(operands, *traced_p), pairs.kinds_of(*operands[:2])
@@ -291,7 +292,8 @@ def apply_both(
     def together(operands, *traced_p):
         arithmetic = arithmetic_of(p, traced_p)
         found, kinds, safe = directly(arithmetic, upper, application, *operands)
-        return unless_safe(safe, add(*found), careful, operands, *traced_p), kinds
+        found = joined(arithmetic, *found)
+        return unless_safe(safe, found, careful, operands, *traced_p), kinds
 
     @jax.custom_jvp
     def once(operands, *traced_p):

@@ -273,6 +273,34 @@ def test_derivatives_are_those_of_the_sums(kind, all_layers_are_large):
         check(got[which][name][entry], expected, rtol=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["columns", "positions"])
+@pytest.mark.parametrize("size", [1.0, 1e-20, 1e-37])
+def test_what_is_left_may_be_far_smaller_than_what_is_gone(
+    kind, size, all_layers_are_large
+):
+    params = {name: np.ones_like(w) for name, w in draw(kind).items()}
+    other = {name: w.copy() for name, w in params.items()}
+    other["first"][:, 0] = 0  # a large change, on no path
+    params["last"][0] = other["last"][0] = 0
+    for w in (params, other):
+        w["first"][:, 1:] *= np.float32(size)
+    other["last"][1] = 0  # a small change on paths
+    forward, _, _, shape = KINDS[kind]
+    got = paths.path_metric(forward, params, other, np.ones(shape, np.float32))
+    check(got, expected_metric(kind, params, other, 1), rtol=2e-6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_derivatives_by_the_power(kind, all_layers_are_large):
+    params = draw(kind)
+    other = jax.tree.map(pruned, params)
+    forward, _, _, shape = KINDS[kind]
+    x = np.ones(shape, np.float32)
+    measure = functools.partial(paths.path_metric, forward, params, other, x)
+    low, high = (expected_metric(kind, params, other, 2 + h) for h in (-1e-5, 1e-5))
+    check(jax.jit(jax.grad(measure))(2.0), (high - low) / 2e-5, rtol=2e-5)
+
+
 @pytest.mark.slow
 def test_one_unusual_pair_of_many(all_layers_are_large):
     forward, _, _, shape = KINDS["columns"]
