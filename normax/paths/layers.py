@@ -114,7 +114,7 @@ class Layer:
         if arithmetic.direct:
             powers = arithmetic.power(w)
             # Zeros count as tiny here: to leave them out takes another pass.
-            none_tiny = jnp.min(powers, initial=jnp.inf) > TINY
+            none_tiny = arithmetic.plain or jnp.min(powers, initial=jnp.inf) > TINY
             result, safe = self.directly(arithmetic, x, powers, none_tiny, shape, back)
             return numbers.normalize(numbers.where(safe, result))
         source, target = self.inputs, self.outputs
@@ -143,7 +143,7 @@ class Layer:
         arithmetic: PathArithmetic,
         x: Scaled,
         powers: jax.Array,
-        none_tiny: jax.Array,
+        none_tiny: jax.Array | bool,
         shape,
         back: bool = False,
     ) -> tuple[Scaled, jax.Array]:
@@ -154,6 +154,7 @@ class Layer:
           x: Path values or cotangents, with one exponent.
           powers: Powers of the weights, none negative.
           none_tiny: Whether they are larger than `TINY`, at least those that are not 0.
+            That does not matter if p is 1.
           shape: Shape of the result.
           back: Whether these are cotangents.
 
@@ -164,10 +165,15 @@ class Layer:
         values = arithmetic.value(x.root / largest)
         # What is much smaller than the largest may be lost, unless it is 0.
         values = jnp.where((values > 2.0**-40) | (x.root == 0), values, jnp.nan)
-        sums = self._apply(values, powers, back, shape)
-        # A sum is safely 0 if no product can be too small.
-        safe = sums_in_range(sums) | ((sums == 0) & none_tiny)
-        root = largest * arithmetic.root(sums)
+        # Powers of p = 1 are the weights. So no product with values from 2^20 to 2^60
+        # is too small.
+        unit = 60 if arithmetic.plain else 0
+        sums = self._apply(values * 2.0**unit, powers, back, shape)
+        if arithmetic.plain:
+            safe = sums < 2.0**120
+        else:  # A sum is safely 0 if no product can be too small.
+            safe = sums_in_range(sums) | ((sums == 0) & none_tiny)
+        root = largest * (arithmetic.root(sums) * 2.0 ** -(unit // 2))
         return Scaled(root, of_rank(x.exponent, len(shape))), safe
 
     def correlate(

@@ -178,14 +178,16 @@ def _contract_carefully(
 
 def _survey(
     arithmetic: PathArithmetic, w: jax.Array, other: jax.Array, *edges: jax.Array
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[jax.Array, jax.Array | bool]:
     """Return how weights differ, and whether powers of edges exceed `TINY` or are 0."""
     tests = pairs.tests_of(w, other, arithmetic.p)
-    tiny = ((arithmetic.power(e) <= TINY) & (e != 0) for e in edges)
-    # That some weights meet says nothing here, so its place is free.
-    tests[pairs.MET] = functools.reduce(jnp.logical_or, tiny)
+    del tests[pairs.MET]  # which says nothing here, so its place is free
+    if not arithmetic.plain:
+        tiny = ((arithmetic.power(e) <= TINY) & (e != 0) for e in edges)
+        tests[pairs.MET] = functools.reduce(jnp.logical_or, tiny)
     found = pairs.any_of(tests)
-    return pairs.pack(found), ~found[pairs.MET]
+    none_tiny = arithmetic.plain or ~found.pop(pairs.MET)
+    return pairs.pack(found), none_tiny
 
 
 def _lanes(

@@ -61,7 +61,7 @@ def convolutional(params, x):
 @pytest.mark.parametrize("factor", [1.0, 1e25, 1e-25])
 def test_saliencies_of_units_of_any_scale(factor, monkeypatch):
     params = {"first": draw(2, 3, 4), "last": draw(4, 2)}
-    if factor > 1:
+    if factor >= 1:
         params["first"][..., 2] = 0  # a unit on no path
     sizes = {name: np.abs(w.astype(np.float64)) for name, w in params.items()}
     # The kernel of 2 goes over 3 of 4 positions.
