@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from normax._core.norms import at_least_float32, nonzero
-from normax._core.powers_of_two import exp2, halves
+from normax._core.powers_of_two import exp2, exponent_of, halves
 from normax.paths import numbers
 from normax.paths.numbers import DEAD, Scaled, where_live
 
@@ -133,10 +133,13 @@ class PathArithmetic:
 
     def log(self, x: Scaled) -> jax.Array:
         r"""Return $\log x$, $-\infty$ for 0."""
-        live = x.root != 0
-        exponent = jnp.where(live, x.exponent, 0).astype(x.root.dtype)
-        log2 = jnp.log(2.0).astype(x.root.dtype)
-        logarithm = 2 * self.p * (jnp.log(nonzero(x.root)) + exponent * log2)
+        live, root = x.root != 0, nonzero(x.root)
+        # A large root and a small exponent would cancel.
+        shift = exponent_of(root)
+        exponent = jnp.where(live, x.exponent + shift, 0).astype(root.dtype)
+        log2 = jnp.log(2.0).astype(root.dtype)
+        mantissa = root * exp2(-shift, root.dtype)
+        logarithm = 2 * self.p * (jnp.log(mantissa) + exponent * log2)
         return jnp.where(live, logarithm, -jnp.inf)
 
     def pth_root(self, x: Scaled) -> jax.Array:

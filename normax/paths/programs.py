@@ -169,9 +169,16 @@ def _compile(
         if forward is dense_stack:
             forward, example = dense_stack(params)
         factors = scale_factors(forward, params, example, q, args, direct)
-        # Exponents are those of the largest sums, so they are known only after these.
-        exponents = (x for x in jax.tree.leaves(factors) if x.dtype == jnp.int32)
-        return _inverse_roots(params, factors, q), event_of(exponents)
+
+        def known(leaf, x):  # when all of x is; or when its largest is, the exponent
+            return jnp.max(x.root) if x.root.size < leaf.size else x.exponent
+
+        last = jax.tree.map(
+            lambda leaf, product: [known(leaf, x) for x in product or ()],
+            params,
+            factors,
+        )
+        return _inverse_roots(params, factors, q), event_of(jax.tree.leaves(last))
 
     def guarded(arguments):
         once, restore = ravel_pytree(evaluate(arguments, direct=True))
