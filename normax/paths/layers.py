@@ -110,7 +110,7 @@ class Layer:
         self, arithmetic: PathArithmetic, x: Scaled, w: jax.Array, back: bool, shape
     ) -> Scaled:
         """Take path values forward, or cotangents back, to a given shape."""
-        x = numbers.common(x)
+        x = numbers.normalize(numbers.common(x))
         if arithmetic.direct:
             powers = arithmetic.power(w)
             # Zeros count as tiny here: to leave them out takes another pass.
@@ -182,7 +182,7 @@ class Layer:
         """Return the cotangent of the weights, a sum over positions."""
         values, scales, exponent = [], [], jnp.zeros((), jnp.int32)
         for units, of in ((self.inputs, x), (self.outputs, cotangent)):
-            of = numbers.common(of)
+            of = numbers.normalize(numbers.common(of))
             scale = numbers.scale(units.of_activation(of.root))
             values.append(arithmetic.value(of.root / units.to_activation(scale)))
             scales.append(units.to_kernel(scale))

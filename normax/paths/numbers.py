@@ -29,6 +29,9 @@ DEAD = -(2**20)  # the exponent of zeros: never the largest of any sum
 class Scaled(NamedTuple):
     """Non-negative numbers.
 
+    Behind a dense layer roots may have any size, and zeros alone any exponent. So what
+    multiplies roots, or compares exponents, calls `normalize` before.
+
     Attributes:
       root: Float array, the roots $q$.
       exponent: Int32 array of the same rank that broadcasts against `root`, mostly
@@ -94,10 +97,12 @@ def unit_of(x: Scaled) -> tuple[jax.Array, jax.Array]:
     bounds = range_of(x.root, axes)
     low, high = (jnp.reshape(bound, x.exponent.shape) for bound in bounds)
     # XLA would combine several quotients, or factors, into one that is infinite. So
-    # the power of two is a single factor.
-    shift = jnp.where(high == 0, 0, exponent_of(high))
-    # The last term is 0, or NaN where roots are not finite.
-    factor = exp2(-shift, high.dtype) + 0 * (high - low)
+    # the power of two is a single factor, and a normal number.
+    top = jnp.finfo(high.dtype).maxexp - 2
+    shift = jnp.where(high == 0, 0, jnp.minimum(exponent_of(high), top))
+    # The last term is 0, or NaN where roots are not finite. If there are none, low is
+    # infinite.
+    factor = exp2(-shift, high.dtype) + 0 * (high - jnp.minimum(low, high))
     return factor, jnp.where(high == 0, DEAD, x.exponent + shift)
 
 
@@ -145,9 +150,8 @@ def multiply(*factors: Scaled) -> Scaled:
     """Return the product of factors that broadcast against each other."""
     product = factors[0]
     for factor in factors[1:]:
-        product = normalize(
-            Scaled(product.root * factor.root, product.exponent + factor.exponent)
-        )
+        x, y = normalize(product), normalize(factor)
+        product = normalize(Scaled(x.root * y.root, x.exponent + y.exponent))
     return product
 
 

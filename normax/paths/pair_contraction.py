@@ -141,7 +141,7 @@ def _contract(
         totals, tests = _reduce(terms, axes, w, other, *sizes)
         # A sum is safely 0 if all its terms are.
         met, differ = tests[pairs.MET], pairs.pack(tests) & upper.gaps != 0
-        apart = jnp.any(sizes[-1] != 0) if len(values) > 1 else False
+        apart = jnp.any(values[1].root != 0) if len(values) > 1 else False
         safe = [
             sums_in_range(total) | ((total == 0) & ~some)
             for total, some in zip(totals, (met, differ | met & apart), strict=True)
@@ -313,7 +313,11 @@ def apply_both(
 
     once.defjvp(derivative)
     w, other = (numbers.cast(weight, x) for weight in weights)
-    values = [numbers.common(value) for value in (x, d) if value is not None]
+    values = [
+        numbers.normalize(numbers.common(value))
+        for value in (x, d)
+        if value is not None
+    ]
     operands = (w, other, *values)
     found, kinds = (each if w.size < SMALL else once)(operands, *traced_p)
     below, difference = map(numbers.normalize, found)

@@ -79,12 +79,9 @@ def tests_of(
 
     If p is 1, the one that says nothing then is left out.
     """
-    integer = jnp.int32 if jnp.finfo(w.dtype).bits == 32 else jnp.int64
-    bits = functools.partial(lax.bitcast_convert_type, new_dtype=integer)
-    # Sizes are in the order of their bits, and a CPU compares integers faster.
-    sizes = bits(jnp.abs(w)), bits(jnp.abs(other))
+    sizes = jnp.abs(w), jnp.abs(other)
     larger, smaller = sizes[1] > sizes[0], sizes[1] < sizes[0]
-    neither_0, same = jnp.minimum(*sizes) > 0, (bits(w) ^ bits(other)) >= 0
+    neither_0, same = jnp.minimum(*sizes) > 0, (w > 0) == (other > 0)
     met = neither_0 & same
     tests = {LARGER: larger, SMALLER: smaller, OPPOSITE: neither_0 & ~same, MET: met}
     if not (isinstance(p, int) and p == 1):
