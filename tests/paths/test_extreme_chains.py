@@ -99,8 +99,8 @@ def test_a_change_far_smaller_than_what_stays(size, p, every_form, monkeypatch):
     monkeypatch.setattr(pair_contraction, "SMALL", 0)
     monkeypatch.setattr(pair_contraction, "_WIDE", 1)
     large, count = np.float32(1e30), 3
-    # One unit changes, and its path leads through small weights; the other one stays.
-    small = np.diag([1, size, 0]).astype(np.float32)
+    # What changes goes through small weights, and meets what stays.
+    small = np.array([[1, 1, 0], [0, size, 0], [0, 0, 0]], np.float32)
     back = np.diag([0, large, 0]).astype(np.float32)
     params = {"first": of(1, 2, 3), "small": small, "back": back, "last": of(1, 3, 1)}
     other = params | {"first": np.array([[1, 0, 1]] * 2, np.float32)}
