@@ -5,8 +5,8 @@ the gaps $g$ of two networks, $g^p = u^p - m^p$,
 
 $$\sum_i m_{ij}^p\, x_i, \qquad \sum_i u_{ij}^p\, d_i, \qquad \sum_i g_{ij}^p\, x_i ,$$
 
-and compares the weights. All are one pass over two matrices, if no meet is written to
-memory.
+and compares the weights. The last two are one sum, with one exponent. All are one pass
+over two matrices, if no meet is written to memory.
 """
 
 from __future__ import annotations
@@ -291,7 +291,7 @@ def apply_both(
     def each(operands, *traced_p):
         return careful(operands, *traced_p), pairs.kinds_of(*operands[:2])
 
-    def together(operands, *traced_p):
+    def in_one_pass(operands, *traced_p):
         arithmetic = arithmetic_of(p, traced_p)
         found, kinds, safe = directly(arithmetic, upper, application, *operands)
         found = joined(arithmetic, *found)
@@ -300,8 +300,8 @@ def apply_both(
     @jax.custom_jvp
     def once(operands, *traced_p):
         if fits_float64(arithmetic, w.dtype):
-            return on_cuda(each, together)(operands)
-        return together(operands, *traced_p)
+            return on_cuda(each, in_one_pass)(operands)
+        return in_one_pass(operands, *traced_p)
 
     def derivative(primals, tangents):
         # What leaves the range has no derivative. Exponents of the two ways may differ,
