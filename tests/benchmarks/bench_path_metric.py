@@ -47,7 +47,7 @@ WIDE = [(784, 2000), (2000, 2000), (2000, 10)]
 NARROW = [(64, 256), (256, 256), (256, 10)]
 KERNELS = [(3, 3, 3, 64), (3, 3, 64, 128), (3, 3, 128, 256), (256, 10)]
 NETWORKS = {
-    "wide": (dense, WIDE, (1, 784), {"metric": 2.5, "bound": 4.5, "saliency": 0.6}),
+    "wide": (dense, WIDE, (1, 784), {"metric": 2.8, "bound": 4.5, "saliency": 0.6}),
     "narrow": (dense, NARROW, (1, 64), {"metric": 2, "bound": 3, "saliency": 1.2}),
     "convolutional": (
         convolutional,
