@@ -74,6 +74,12 @@ def arithmetic_of(plain: Any, traced: tuple[jax.Array, ...]) -> PathArithmetic:
     return PathArithmetic(p)
 
 
+def power_of(arithmetic: PathArithmetic) -> tuple[Any, tuple[jax.Array, ...]]:
+    """Return what `arithmetic_of` takes; derivatives are taken by a traced operand."""
+    p = arithmetic.p
+    return (None, (p,)) if isinstance(p, jax.Array) else (p, ())
+
+
 def moderate(root: jax.Array) -> jax.Array:
     """Return squares; the smallest are NaN, which fails the test of the sums' range."""
     size = root * root
@@ -177,9 +183,7 @@ def roots_of_sums(
     Returns:
       The roots, with length one on `axes`.
     """
-    # Derivatives may be taken by a traced power, so it is an operand.
-    traced_p = (arithmetic.p,) if isinstance(arithmetic.p, jax.Array) else ()
-    p = None if traced_p else arithmetic.p
+    p, traced_p = power_of(arithmetic)
     unit = jnp.asarray(unit, root.dtype)
     return _roots(p, axes, once, weight, root, unit, *traced_p)
 

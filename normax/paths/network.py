@@ -69,6 +69,12 @@ def _shapes_only(inputs: PyTree) -> PyTree:
     )
 
 
+def dtype_of_paths(params: PyTree) -> Any:
+    """Return the dtype of path values, float32 or wider."""
+    floats = [jnp.asarray(w) for w in jax.tree.leaves(params) if is_float(w)]
+    return at_least_float32(jnp.float32(0), *floats)[0].dtype
+
+
 @full_precision()
 def lift(
     transform: PathTransform,
@@ -96,8 +102,7 @@ def lift(
         transform.parameter(name, leaf)
         for name, leaf in zip(parameter_names(params), leaves, strict=True)
     ]
-    floats = [jnp.asarray(leaf) for leaf in leaves if is_float(leaf)]
-    (dtype,) = {array.dtype for array in at_least_float32(jnp.float32(0), *floats)}
+    dtype = dtype_of_paths(params)
     activations = [
         transform.input(np.shape(leaf), dtype) if is_float(leaf) else Weight(leaf)
         for leaf in jax.tree.leaves(inputs)

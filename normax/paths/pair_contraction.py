@@ -28,6 +28,7 @@ from normax.paths.contraction import (
     arithmetic_of,
     fits_float64,
     moderate,
+    power_of,
     roots_of_sums,
     sums_in_range,
 )
@@ -276,9 +277,7 @@ def apply_both(
     """
     ways = (_contract, _contract_carefully), (_apply, _apply_carefully)
     directly, carefully = ways[0 if application.at_one_position else 1]
-    # Derivatives may be taken by a traced power, so it is an operand.
-    traced_p = (arithmetic.p,) if isinstance(arithmetic.p, jax.Array) else ()
-    p = None if traced_p else arithmetic.p
+    p, traced_p = power_of(arithmetic)
 
     def joined(arithmetic, below, *parts):
         return [below, functools.reduce(arithmetic.add, parts)]

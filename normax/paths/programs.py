@@ -20,12 +20,12 @@ from jax import stages
 from jax.flatten_util import ravel_pytree
 
 from normax._core.axes import PyTree
-from normax._core.norms import at_least_float32
 from normax._core.programs import is_float, is_key, kept_with
 from normax._core.scheduling import event_of, on_cuda, unless, unless_safe
 from normax.paths.arithmetic import PathArithmetic
 from normax.paths.contraction import LARGE, fits_float64
 from normax.paths.feed_forward import dense_stack
+from normax.paths.network import dtype_of_paths
 from normax.paths.norm import scale_factors, with_automatic_sharding
 from normax.paths.one_example import Forward
 
@@ -81,7 +81,9 @@ class PathProgram(NamedTuple):
         if not self.takes_more:
             return self.roots(params, ())[0]
         zeros = jax.tree.map(
-            lambda w: jnp.zeros(jnp.shape(w), _dtype(params)) if is_float(w) else None,
+            lambda w: (
+                jnp.zeros(jnp.shape(w), dtype_of_paths(params)) if is_float(w) else None
+            ),
             params,
         )
         return zeros, zeros
@@ -112,11 +114,6 @@ def _takes_more(network: Any) -> bool:
 
 def _floats(params: PyTree) -> list[jax.Array]:
     return [jnp.asarray(w) for w in jax.tree.leaves(params) if is_float(w)]
-
-
-def _dtype(params: PyTree) -> Any:
-    """Return the dtype of path values."""
-    return at_least_float32(jnp.float32(0), *_floats(params))[0].dtype
 
 
 def _inverse_roots(params: PyTree, factors: PyTree, p: jax.typing.ArrayLike) -> Roots:
@@ -169,16 +166,10 @@ def _compile(
         if forward is dense_stack:
             forward, example = dense_stack(params)
         factors = scale_factors(forward, params, example, q, args, direct)
-
-        def known(leaf, x):  # when all of x is; or when its largest is, the exponent
-            return jnp.max(x.root) if x.root.size < leaf.size else x.exponent
-
-        last = jax.tree.map(
-            lambda leaf, product: [known(leaf, x) for x in product or ()],
-            params,
-            factors,
-        )
-        return _inverse_roots(params, factors, q), event_of(jax.tree.leaves(last))
+        # These are known after the sums, and exponents before the last ones.
+        roots = (x for x in jax.tree.leaves(factors) if x.dtype != jnp.int32)
+        last = event_of(jnp.max(root, initial=0) for root in roots)
+        return _inverse_roots(params, factors, q), last
 
     def guarded(arguments):
         once, restore = ravel_pytree(evaluate(arguments, direct=True))
@@ -189,7 +180,7 @@ def _compile(
     def evaluate_once(arguments):
         params, power, _ = arguments
         (q,) = power or (p,)
-        if fits_float64(PathArithmetic(q), _dtype(params)):
+        if fits_float64(PathArithmetic(q), dtype_of_paths(params)):
             return on_cuda(evaluate, guarded)(arguments)
         return guarded(arguments)
 
