@@ -168,12 +168,12 @@ class DifferenceTransform(PathTransform):
 
     def _edges(self, w: Changed, lane: _Lane) -> jax.Array:
         value, other = at_least_float32(w.value, w.other)
-        below, above = pairs.meet(value, other), self._upper.of(value, other)
         if lane is _Lane.MEET:
-            return below
-        return (
-            above if lane is _Lane.UPPER else pairs.gap(above, below, self.arithmetic.p)
-        )
+            return pairs.meet(value, other)
+        above = self._upper.of(value, other)
+        if lane is _Lane.UPPER:
+            return above
+        return pairs.gap(above, value, other, self.arithmetic.p)
 
     def _compare(self, w: Changed, kinds: jax.Array | None = None) -> None:
         """Note how the weights of an array differ, unless that is done."""

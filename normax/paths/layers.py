@@ -58,6 +58,19 @@ class Units:
             x, tuple(i for i in range(len(self.kernel)) if i not in axes)
         )
 
+    def quotients(
+        self, arithmetic: PathArithmetic, x: Scaled
+    ) -> tuple[jax.Array, Scaled]:
+        """Divide path values, with one exponent, by the largest of their unit.
+
+        Returns:
+          The quotients, and the largest ones, laid out as in the weights.
+        """
+        largest = lax.stop_gradient(self.of_activation(x.root))
+        quotients = arithmetic.value(x.root / self.to_activation(nonzero(largest)))
+        exponent = of_rank(x.exponent, largest.ndim)
+        return quotients, numbers.normalize(Scaled(largest, exponent))
+
     def to_activation(self, units: jax.Array) -> jax.Array:
         """Lay units out as in the activations."""
         axes = [self.axes[i] for i in sorted(self.axes)]
@@ -110,26 +123,25 @@ class Layer:
         self, arithmetic: PathArithmetic, x: Scaled, w: jax.Array, back: bool, shape
     ) -> Scaled:
         """Take path values forward, or cotangents back, to a given shape."""
-        x = numbers.normalize(numbers.common(x))
+        x = numbers.common(x)
         if arithmetic.direct:
             powers = arithmetic.power(w)
             # Zeros count as tiny here: to leave them out takes another pass.
             none_tiny = arithmetic.plain or jnp.min(powers, initial=jnp.inf) > TINY
             result, safe = self.directly(arithmetic, x, powers, none_tiny, shape, back)
-            return numbers.normalize(numbers.where(safe, result))
+            return numbers.where(safe, result)
         source, target = self.inputs, self.outputs
         if back:
             source, target = target, source
-        largest = lax.stop_gradient(source.of_activation(x.root))
-        values = arithmetic.value(x.root / source.to_activation(nonzero(largest)))
+        values, largest = source.quotients(arithmetic, x)
         # Units of value 0 count as such, so that no weight behind them is the largest.
         scaled, scale = weigh(
-            w, source.to_kernel(largest), target.of_kernel, target.to_kernel
+            w, source.to_kernel(largest.root), target.of_kernel, target.to_kernel
         )
         # `weigh` has brought all products into range, so plain sums will do.
         result = self._apply(values, arithmetic.power(scaled), back, shape)
         root = target.to_activation(scale) * where_live(arithmetic.root, result)
-        return numbers.normalize(Scaled(root, of_rank(x.exponent, len(shape))))
+        return Scaled(root, of_rank(largest.exponent, len(shape)))
 
     def _apply(self, values: jax.Array, weights: jax.Array, back: bool, shape):
         layer = functools.partial(_flip(self.apply), weights)
@@ -161,8 +173,9 @@ class Layer:
         Returns:
           The result, and where nothing has left the range of floats.
         """
-        largest = numbers.scale(jnp.max(x.root, initial=0))
-        values = arithmetic.value(x.root / largest)
+        top = lax.stop_gradient(jnp.max(x.root, initial=0))
+        largest = numbers.normalize(Scaled(of_rank(top, x.root.ndim), x.exponent))
+        values = arithmetic.value(x.root / nonzero(top))
         # What is much smaller than the largest may be lost, unless it is 0.
         values = jnp.where((values > 2.0**-40) | (x.root == 0), values, jnp.nan)
         # Powers of p = 1 are the weights. So no product with values from 2^20 to 2^60
@@ -173,8 +186,9 @@ class Layer:
             safe = sums < 2.0**120
         else:  # A sum is safely 0 if no product can be too small.
             safe = sums_in_range(sums) | ((sums == 0) & none_tiny)
-        root = largest * (arithmetic.root(sums) * 2.0 ** -(unit // 2))
-        return Scaled(root, of_rank(x.exponent, len(shape))), safe
+        roots = arithmetic.root(sums) * 2.0 ** -(unit // 2)
+        root = of_rank(largest.root, len(shape)) * roots
+        return Scaled(root, of_rank(largest.exponent, len(shape))), safe
 
     def correlate(
         self, arithmetic: PathArithmetic, x: Scaled, cotangent: Scaled, shape
@@ -182,11 +196,10 @@ class Layer:
         """Return the cotangent of the weights, a sum over positions."""
         values, scales, exponent = [], [], jnp.zeros((), jnp.int32)
         for units, of in ((self.inputs, x), (self.outputs, cotangent)):
-            of = numbers.normalize(numbers.common(of))
-            scale = numbers.scale(units.of_activation(of.root))
-            values.append(arithmetic.value(of.root / units.to_activation(scale)))
-            scales.append(units.to_kernel(scale))
-            exponent = exponent + of_rank(of.exponent, len(shape))
+            quotients, largest = units.quotients(arithmetic, numbers.common(of))
+            values.append(quotients)
+            scales.append(units.to_kernel(largest.root))
+            exponent = exponent + of_rank(largest.exponent, len(shape))
         zeros = jax.ShapeDtypeStruct(shape, values[0].dtype)
         (result,) = jax.linear_transpose(
             functools.partial(self.apply, values[0]), zeros

@@ -38,7 +38,8 @@ from normax.paths.pairs import Tests, Upper
 
 SMALL = 2**14  # weights for which a pass for each sum takes no longer
 _WIDE = 128  # weights in a row for which a step of a loop takes longer than its start
-_BLOCK = 64  # terms that are summed one after the other
+_ROWS = 8  # rows that are added in a step: fewer or more take up to a third longer
+_BLOCK = 64  # steps whose sums are added one after the other
 
 Sums = tuple[jax.Array, ...]
 Found = tuple[list[Scaled], jax.Array, Any]  # values, kinds, where these are in range
@@ -49,7 +50,7 @@ def _edges(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Return meets, gaps and upper weights."""
     below, above = pairs.meet(w, other), upper.of(w, other)
-    return below, pairs.gap(above, below, p), above
+    return below, pairs.gap(above, w, other, p), above
 
 
 def _by_rows(
@@ -73,20 +74,26 @@ def _by_rows(
         totals = tuple(map(jnp.add, found[0], more[0]))
         return totals, lax.bitwise_or(found[1], more[1])
 
+    # Several rows share each load and store of the totals.
+    whole = len(rows[0]) // _ROWS * _ROWS
     none = jax.tree.map(jnp.zeros_like, jax.eval_shape(terms_of, 0))
+
+    def strip(start):
+        return functools.reduce(join, (terms_of(start + i) for i in range(_ROWS)))
 
     def from_row(start, size):
         part = size // _BLOCK
-        each = terms_of if part == 1 else functools.partial(from_row, size=part)
-        last = jnp.minimum(_BLOCK, (len(rows[0]) - 1 - start) // part + 1)
+        each = strip if part == _ROWS else functools.partial(from_row, size=part)
+        last = jnp.minimum(_BLOCK, (whole - 1 - start) // part + 1)
         step = lambda i, found: join(found, each(start + i * part))  # noqa: E731
         return lax.fori_loop(0, last, step, none)
 
     # Sums of sums lose less than one long sum.
-    size = _BLOCK
-    while size < len(rows[0]):
+    size = _ROWS * _BLOCK
+    while size < whole:
         size *= _BLOCK
-    totals, packed = from_row(0, size)
+    rest = map(terms_of, range(whole, len(rows[0])))
+    totals, packed = functools.reduce(join, rest, from_row(0, size))
     axes = tuple(range(count))
     tests = {bit: jnp.expand_dims(packed & bit != 0, axes) for bit in bits}
     return tuple(jnp.expand_dims(x, axes) for x in totals), tests
@@ -312,12 +319,9 @@ def apply_both(
 
     once.defjvp(derivative)
     w, other = (numbers.cast(weight, x) for weight in weights)
-    values = [
-        numbers.normalize(numbers.common(value))
-        for value in (x, d)
-        if value is not None
-    ]
+    values = [numbers.common(value) for value in (x, d) if value is not None]
+    if application.at_one_position:  # others divide by the largest themselves
+        values = [numbers.normalize(value) for value in values]
     operands = (w, other, *values)
-    found, kinds = (each if w.size < SMALL else once)(operands, *traced_p)
-    below, difference = map(numbers.normalize, found)
+    (below, difference), kinds = (each if w.size < SMALL else once)(operands, *traced_p)
     return below, difference, kinds

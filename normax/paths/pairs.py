@@ -41,10 +41,16 @@ JOIN = Upper(
 FIRST = Upper(lambda w, other: jnp.abs(w), SMALLER | OPPOSITE)
 
 
-def gap(u: jax.Array, m: jax.Array, p: jax.typing.ArrayLike) -> jax.Array:
-    r"""Return $g$ with $g^p = u^p - m^p$, of numbers $u \ge m \ge 0$."""
+def gap(
+    u: jax.Array, w: jax.Array, other: jax.Array, p: jax.typing.ArrayLike
+) -> jax.Array:
+    r"""Return $g$ with $g^p = u^p - m^p$, of upper weights $u$ and meets $m$."""
     if isinstance(p, int) and p == 1:
-        return u - m
+        # As u - m it would be one pass more on a CPU, which would write the meets
+        # before and read them here.
+        larger = jnp.maximum(u - jnp.abs(w), u - jnp.abs(other))
+        return jnp.where((w > 0) == (other > 0), larger, u)
+    m = meet(w, other)
     # log1p and expm1 lose no digits where the two are close.
     # The logarithm of 0 has no derivative, so that is left out.
     logarithm = jnp.log1p(jnp.where(m == 0, 0, -(u - m) / nonzero(u)))

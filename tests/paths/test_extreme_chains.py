@@ -1,9 +1,10 @@
 """Chains of layers whose weights are near the ends of the range of float32.
 
-Behind a dense layer path values have any size, so whatever reads them must scale them.
+Behind a layer path values have any size, so whatever reads them must scale them.
 """
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -24,11 +25,14 @@ def with_positions(w, x):
     return relu(x @ w["first"]).reshape(len(x), 2, 2) @ w["second"]
 
 
-def with_convolution(w, x):
-    h = relu(x @ w["first"]).reshape(len(x), 4, 1)
+def convolve(x, w):
     return jax.lax.conv_general_dilated(
-        h, w["kernel"], (1,), "VALID", dimension_numbers=("NWC", "WIO", "NWC")
+        x, w, (1,), "VALID", dimension_numbers=("NWC", "WIO", "NWC")
     )
+
+
+def with_convolution(w, x):
+    return convolve(relu(x @ w["first"]).reshape(len(x), 4, 1), w["kernel"])
 
 
 def of(size, *shape):
@@ -70,6 +74,38 @@ def test_what_follows_a_dense_layer(size, p, every_form):
         lambda w, x: relu(x @ first) @ w, kernel, pruned, x, p, True
     )
     np.testing.assert_allclose(got, log_of_sum(p, 60, size, size), rtol=1e-6)
+
+
+@pytest.mark.parametrize("p", [1, 2])
+@pytest.mark.parametrize("size", [1e38, 1e-37])
+def test_what_follows_a_convolution(size, p, every_form, monkeypatch):
+    monkeypatch.setattr(pair_contraction, "SMALL", 0)
+    first, x = of(size, 1, 2, 4), np.ones((1, 5, 2), np.float32)
+    # 5 positions, 2 channels before and 4 behind
+    follows = {
+        "gain": (lambda h, w: jnp.sum(relu(h * w)), of(size, 1, 1, 4), 40),
+        "kernel": (lambda h, w: convolve(relu(h), w), of(size, 1, 4, 3), 120),
+        "dense": (lambda h, w: relu(h).reshape(1, 20) @ w, of(size, 20, 3), 120),
+        "shared": (lambda h, w: relu(h) @ w, of(size, 4, 3), 120),
+    }
+    for second, w, count in follows.values():
+
+        def forward(params, x, second=second):
+            return second(convolve(x, params["first"]), params["second"])
+
+        params = {"first": first, "second": w}
+        total = log_of_sum(p, count, size, size)
+        got = normax.path_norm(forward, params, x, p, log=True)
+        np.testing.assert_allclose(got, total, rtol=1e-6)
+        if p == 1:
+            found = paths.path_saliency(forward, params, x, log=True)
+            for name, leaf in params.items():
+                np.testing.assert_allclose(
+                    found[name], total - np.log(leaf.size), rtol=1e-6
+                )
+        pruned = params | {"first": first * np.float32([[[1], [0]]])}
+        got = paths.path_metric(forward, params, pruned, x, p, log=True)
+        np.testing.assert_allclose(got, total - np.log(2) / p, rtol=1e-6)
 
 
 @pytest.mark.parametrize("p", [1, 2])

@@ -363,6 +363,24 @@ def test_long_sums_keep_their_digits():
     check(got, w.size * (float(w[0, 0]) - float(v)))
 
 
+@pytest.mark.few_rows(4)
+@pytest.mark.parametrize("count", [3, 8, 21, 515, 1100, 33000])
+def test_each_row_counts_once(count, monkeypatch):
+    # More rows than one step takes, than one sum of steps, and than a sum of these.
+    monkeypatch.setattr(pair_contraction, "SMALL", 0)
+    monkeypatch.setattr(pair_contraction, "_WIDE", 1)
+    w = RNG.uniform(0.5, 1, (count, 3)).astype(np.float32)
+    other, x = shrunk(w), np.ones(count, np.float32)
+    measure = jax.jit(
+        lambda w, other: paths.path_metric(lambda w, x: x @ w, w, other, x)
+    )
+    check(measure(w, other), np.sum(np.float64(w) - other))
+    for row in {0, count // 2, count - 1}:
+        larger = other.copy()
+        larger[row, 1] *= 3
+        assert np.isnan(measure(w, larger))
+
+
 @pytest.mark.devices(8)
 @pytest.mark.parametrize("kind", ["columns", "convolutional"])
 def test_weights_may_lie_on_several_devices(kind, all_layers_are_large):
