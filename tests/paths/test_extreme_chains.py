@@ -3,6 +3,8 @@
 Behind a layer path values have any size, so whatever reads them must scale them.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -106,6 +108,25 @@ def test_what_follows_a_convolution(size, p, every_form, monkeypatch):
         pruned = params | {"first": first * np.float32([[[1], [0]]])}
         got = paths.path_metric(forward, params, pruned, x, p, log=True)
         np.testing.assert_allclose(got, total - np.log(2) / p, rtol=1e-6)
+
+
+@pytest.mark.parametrize("size", [1e38, 1e-37])
+def test_depth_of_convolutions(size, every_form, monkeypatch):
+    monkeypatch.setattr(pair_contraction, "SMALL", 0)
+    depth, x = 8, np.ones((1, 5, 2), np.float32)
+
+    def forward(kernels, x):
+        return functools.reduce(lambda h, w: relu(convolve(h, w)), kernels, x)
+
+    kernels = [of(size, 1, 2, 2)] * depth
+    total = log_of_sum(1, 10 * 2**depth, *[size] * depth)
+    got = normax.path_norm(forward, kernels, x, 1, log=True)
+    np.testing.assert_allclose(got, total, rtol=1e-6)
+    for found in paths.path_saliency(forward, kernels, x, log=True):
+        np.testing.assert_allclose(found, total - np.log(4), rtol=1e-6)
+    pruned = [kernels[0] * np.float32([[[1], [0]]]), *kernels[1:]]
+    got = paths.path_metric(forward, kernels, pruned, x, log=True)
+    np.testing.assert_allclose(got, total - np.log(2), rtol=1e-6)
 
 
 @pytest.mark.parametrize("p", [1, 2])
