@@ -154,7 +154,8 @@ def least_log_max_norm(params, sources, p):
         jac=lambda z: np.eye(len(z))[-1], options={"maxiter": 500, "ftol": 1e-13},
         constraints={"type": "ineq", "fun": slack},
     )  # fmt: skip
-    assert found.success
+    # 8: its differences of the norms are too coarse for another step down.
+    assert found.status in (0, 8), found.message
     return found.fun
 
 
