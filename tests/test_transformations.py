@@ -157,7 +157,7 @@ ROWS = [
     Row(
         "monitor_optimizer",
         normax.spheres.monitor_optimizer,
-        dict(optimizer=optax.adam(0.1), every=2),
+        dict(optimizer=normax.remove_radial_component(), every=2),
     ),
     Row(
         "normalized_sgd_momentum",

@@ -38,11 +38,15 @@ def monitor_optimizer(
 ) -> optax.GradientTransformationExtraArgs:
     r"""Measure a whole optimizer at every n-th step, and leave the others alone.
 
-    The measures are those of `monitor_weight_dynamics` behind the optimizer, with the
-    same `every`. Only the cost differs. In a chain each update is written to memory,
-    since the monitor may want it. Here a step that is measured computes the updates a
-    second time, and all others cost what the optimizer costs. In a `jax.vmap` over
-    states, as in `normax.sweeps.grid_sweep`, that is every step: use the chain there.
+    $$\bar x_t = \sum_{k \le t / n} \beta^{\lfloor t / n\rfloor - k} x_{k n} \Big/
+      \sum_{k \le t / n} \beta^{\lfloor t / n\rfloor - k}$$
+
+    is the average of a measure $x$, as in `monitor_weight_dynamics` with the same
+    `every`, behind the optimizer in a chain. Only the cost differs. There each update
+    is written to memory, since the monitor may want it. Here a step that is measured
+    computes the updates a second time, and all others cost what the optimizer costs.
+    In a `jax.vmap` over states, as in `normax.sweeps.grid_sweep`, each step does both,
+    so use the chain there.
 
     Args:
       optimizer: What is measured, with its learning rate. Its updates must depend on
