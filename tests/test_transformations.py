@@ -155,6 +155,11 @@ ROWS = [
         {"every": 2},
     ),
     Row(
+        "monitor_optimizer",
+        normax.spheres.monitor_optimizer,
+        dict(optimizer=normax.remove_radial_component(), every=2),
+    ),
+    Row(
         "normalized_sgd_momentum",
         normax.normalized_sgd,
         dict(learning_rate=0.1, weight_decay=0.01, momentum=0.9),

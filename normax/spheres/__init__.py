@@ -15,6 +15,7 @@ from normax.spheres.projection import (
     projection_unit_norm,
     remove_radial_component,
 )
+from normax.spheres.rare_measures import MonitorOptimizerState, monitor_optimizer
 from normax.spheres.relative_steps import hyperball
 from normax.spheres.rotation import RotateByAngleState, rotate_by_angle
 from normax.spheres.rotational_rules import (
@@ -26,6 +27,7 @@ from normax.spheres.tangent import adamp, sgdp
 
 __all__ = [
     "GradientProfile",
+    "MonitorOptimizerState",
     "MonitorWeightDynamicsState",
     "ProjectUnitNormState",
     "RotateByAngleState",
@@ -33,6 +35,7 @@ __all__ = [
     "angular_update",
     "gradient_norm_profile",
     "hyperball",
+    "monitor_optimizer",
     "monitor_weight_dynamics",
     "normalized_sgd",
     "project_unit_norm",

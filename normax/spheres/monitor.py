@@ -98,6 +98,15 @@ def _measures(vector_axes, parts, care, w, u, *others):
     return *measures, _lost(w, u) if _is_rounded(w) else None
 
 
+def check_every(every: jax.typing.ArrayLike, low: int) -> None:
+    """Raise unless a number of steps is whole, and at least `low`."""
+    check_range("every", every, low=low)
+    if not isinstance(every, jax.core.Tracer) and np.any(np.asarray(every) % 1):
+        raise ValueError(
+            f"every must be a whole number of steps, got {every}; round it."
+        )
+
+
 def monitor_weight_dynamics(
     axes: Axes = "unit",
     decay: jax.typing.ArrayLike = 0.0,
@@ -147,12 +156,7 @@ def monitor_weight_dynamics(
     """
     check_axes(axes)
     check_range("decay", decay, low=0, below=1)
-    check_range("every", every, low=1)
-    if not isinstance(every, jax.core.Tracer) and np.any(np.asarray(every) % 1):
-        raise ValueError(
-            f"every must be a whole number of steps, got {every}; round it."
-        )
-
+    check_every(every, 1)
     blocks = check_blocks(gradient_blocks)
     latest, always = (
         not isinstance(number, jax.core.Tracer)

@@ -210,6 +210,7 @@ def _updates() -> list[Row]:
         return row(f"adam + {name}", optax.chain(adam, tx), floor, *aims)
 
     monitor, identity = normax.monitor_weight_dynamics, optax.identity()
+    rarely = normax.spheres.monitor_optimizer(adam, every=10)
     project, remove = normax.project_unit_norm(), normax.remove_radial_component()
     rotational = normax.rotational_adamw(1e-3, weight_decay=0.1)
     hyperball = normax.hyperball(optax.scale_by_adam(), 1e-3)
@@ -217,7 +218,8 @@ def _updates() -> list[Row]:
         Row("adam", base, base, all_reduces=0),
         after("project_unit_norm", project, _plain(_project), 1.70, 1, 1.6),
         after("monitor_weight_dynamics", monitor(), _monitor(), 1.75, 1, 1.9),
-        after("monitor, every=10", monitor(every=10), identity, 1.10, 1),
+        after("monitor, every=10", monitor(every=10), identity, None, 1),
+        row("monitor_optimizer(adam, every=10)", rarely, identity, 1.10, 1),
         after("remove_radial_component", remove, _plain(_remove_radial), 1.75, 1),
         row("adamp(axes='unit')", normax.adamp(1e-3, axes="unit"), None, None, 1),
         row("rotational_adamw", rotational, _rotate(), 2.2, 2),
