@@ -3,9 +3,10 @@
     python tests/benchmarks [--only project] [--rounds 15]
 
 It is Markdown. Without the compiler for a GPU or for TPUs its cells are empty, and
-`accelerators.py` says how to install it. A ratio is that to Adam's update, or to SGD's
-step; times of this CPU are medians of steps that alternate. `floor` is the ratio of a
-program written by hand, `aim` the largest that is good enough.
+`accelerators.py` says how to install it. A ratio is that to Adam's update, to SGD's
+step, or to a pass of `path_norm`; times of this CPU are medians of steps that
+alternate. `floor` is the ratio of a program written by hand, `aim` the largest that is
+good enough.
 """
 
 import argparse

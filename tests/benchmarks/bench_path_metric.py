@@ -60,30 +60,41 @@ NETWORKS = {
 UNITS = {"metric": "forward", "bound": "forward", "saliency": "both"}
 
 
-@pytest.mark.parametrize("network", NETWORKS)
-def test_time(network):
-    forward, shapes, shape, limits = NETWORKS[network]
+def draw_networks(network):
+    """Return the weights of a network, and what pruning leaves of them."""
+    shapes = NETWORKS[network][1]
     keys = jax.random.split(jax.random.key(0), len(shapes))
     params = [
         0.05 * jax.random.normal(*pair) for pair in zip(keys, shapes, strict=True)
     ]
-    other = [w * (jnp.abs(w) > 0.02) for w in params]
+    return params, [w * (jnp.abs(w) > 0.02) for w in params]
+
+
+def measures(network):
+    """Return what is timed, as functions of the weights of both."""
+    forward, _, shape, _ = NETWORKS[network]
     x = jnp.ones(shape)
 
     def norm(w, v):
         del v
         return normax.path_norm(forward, w, x, 1)
 
-    measured = {
+    return {
         "forward": norm,
         "both": jax.value_and_grad(norm),
         "metric": lambda w, v: paths.path_metric(forward, w, v, x),
         "bound": lambda w, v: paths.path_metric_bound(forward, w, v, x),
         "saliency": lambda w, v: paths.path_saliency(forward, w, x),
     }
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def test_time(network):
+    params, other = draw_networks(network)
+    limits = NETWORKS[network][3]
     compiled = {
         name: jax.jit(fn).lower(params, other).compile()
-        for name, fn in measured.items()
+        for name, fn in measures(network).items()
     }
     times = {name: [] for name in compiled}
     for _ in range(ROUNDS):

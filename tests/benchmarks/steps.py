@@ -2,8 +2,9 @@
 
 An update step has 33.6 million float32 parameters, in eight kernels of 1024 x 4096, and
 is compared with Adam's. A training step is that of the Path-SGD paper's network,
-784-4000-4000-10, and is compared with SGD's. A floor is what a program written by hand
-does in plain float32, without any care for its range.
+784-4000-4000-10, and is compared with SGD's. Path metrics and saliencies are compared
+with path norms. A floor is what a program written by hand does in plain float32,
+without any care for its range.
 """
 
 import functools
@@ -14,6 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from bench_path_metric import NETWORKS, draw_networks, measures
 
 import normax
 
@@ -218,7 +220,7 @@ def _updates() -> list[Row]:
         Row("adam", base, base, all_reduces=0),
         after("project_unit_norm", project, _plain(_project), 1.70, 1, 1.6),
         after("monitor_weight_dynamics", monitor(), _monitor(), 1.75, 1, 1.9),
-        after("monitor, every=10", monitor(every=10), identity, None, 1),
+        after("monitor, every=10", monitor(every=10), identity, 1.10, 1),
         row("monitor_optimizer(adam, every=10)", rarely, identity, 1.10, 1),
         after("remove_radial_component", remove, _plain(_remove_radial), 1.75, 1),
         row("adamp(axes='unit')", normax.adamp(1e-3, axes="unit"), None, None, 1),
@@ -246,6 +248,35 @@ def _trainings(batch: int, gpu: float, gpu_every: float) -> list[Row]:
     ]
 
 
+def _measure(kind: str, measure: Callable[..., Any]) -> Step:
+    """Return a step that measures two networks and leaves them as they are."""
+
+    def draw():
+        params, other = draw_networks(kind)
+        zeros = lambda x: jnp.zeros(x.shape, x.dtype)  # noqa: E731
+        return params, (
+            other,
+            jax.tree.map(zeros, jax.eval_shape(measure, params, other)),
+        )
+
+    def run(params, state):
+        return params, (state[0], measure(params, state[0]))
+
+    return Step(run, draw)
+
+
+def _paths(kind: str) -> list[Row]:
+    steps = {name: _measure(kind, fn) for name, fn in measures(kind).items()}
+    forward, both = steps["forward"], steps["both"]
+    return [
+        Row(f"path_norm, {kind}", forward, forward),
+        Row(f"path_metric, {kind}", steps["metric"], forward, cpu=2.5),
+        Row(f"value and gradient of path_norm, {kind}", both, both),
+        Row(f"path_saliency, {kind}", steps["saliency"], both, cpu=1.0),
+    ]
+
+
 def rows() -> list[Row]:
     """Return the table's lines."""
-    return [*_updates(), *_trainings(100, 1.65, 1.20), *_trainings(1000, 1.45, 1.15)]
+    trainings = _trainings(100, 1.65, 1.20), _trainings(1000, 1.45, 1.15)
+    return [*_updates(), *itertools.chain(*trainings, *map(_paths, NETWORKS))]
