@@ -25,35 +25,43 @@ from normax.paths.values import Factors
 
 
 class Saliency(NamedTuple):
-    r"""Saliencies $(r \cdot 2^e)^k$ of one array.
+    r"""Saliencies $s\,(r \cdot 2^e)^k$ of one array.
 
     Attributes:
+      size: The numbers $s$, the sizes of weights, or 1.
       root: The numbers $r$.
       exponent: Int32 array $e$ that broadcasts against them, mostly with one entry.
       power: The power $k$, 1, 2 or 4.
     """
 
+    size: jax.Array
     root: jax.Array
     exponent: jax.Array
     power: int
 
+    def _roots(self) -> Scaled:
+        root = self.size
+        for _ in range(self.power // 2):
+            root = where_live(jnp.sqrt, root)
+        return Scaled(root * self.root, self.exponent)
+
     def log(self) -> jax.Array:
         r"""Return their logarithms, $-\infty$ for 0."""
-        return PathArithmetic(self.power / 2).log(Scaled(self.root, self.exponent))
+        return PathArithmetic(self.power / 2).log(self._roots())
 
     def value(self) -> jax.Array:
         """Return them as plain numbers."""
         first, second = halves(self.exponent, self.root.dtype)
-        root = self.root * first * second
-        for _ in range(self.power // 2):
-            root = root * root
-        return root
+        # Products between the size and the saliency are in the range if both are.
+        root = jnp.where(self.size == 0, 0, self.root * first * second)
+        return functools.reduce(jnp.multiply, [root] * self.power, self.size)
 
     def keys(self) -> tuple[jax.Array, jax.Array]:
         """Return what they are ordered by: an exponent and a number in [1, 2)."""
-        live, shift = self.root != 0, exponent_of(nonzero(self.root))
-        exponent = self.power * (shift + self.exponent)
-        number = self.root * exp2(-shift, self.root.dtype)
+        root, exponent = self._roots()
+        live, shift = root != 0, exponent_of(nonzero(root))
+        exponent = self.power * (shift + exponent)
+        number = root * exp2(-shift, root.dtype)
         for _ in range(self.power // 2):
             number = number * number
         carry = exponent_of(nonzero(number))
@@ -68,25 +76,25 @@ def _directly(leaf: jax.Array, factors: Factors) -> tuple[Saliency, Any]:
     """Return the saliency of an array, and where no product has left the range."""
     (size,) = at_least_float32(jnp.abs(leaf))
     exponent = functools.reduce(jnp.add, (x.exponent for x in factors))
-    if len(factors) == 1:  # a product of two roots keeps the range of one number
-        return Saliency(jnp.sqrt(size) * factors[0].root, exponent, 2), []
+    if len(factors) == 1:
+        return Saliency(size, factors[0].root, exponent, 2), []
     values = [size, *(x.root * x.root for x in factors)]
     product = functools.reduce(jnp.multiply, values)
     zeros = [size == 0, *(x.root == 0 for x in factors)]
     in_range = (product > 2.0**-100) & (product < 2.0**100)
     safe = functools.reduce(jnp.logical_or, zeros, in_range)
-    return Saliency(product, 2 * exponent, 1), safe
+    return Saliency(jnp.ones((), product.dtype), product, 2 * exponent, 1), safe
 
 
 def _carefully(leaf: jax.Array, factors: Factors) -> Saliency:
     """Return the saliency of an array by fourth roots, whose product has no range."""
     (size,) = at_least_float32(jnp.abs(leaf))
-    roots = where_live(jnp.sqrt, size), *(x.root for x in factors)
-    parts = (where_live(jnp.sqrt, x) for x in roots)
+    parts = (where_live(jnp.sqrt, x.root) for x in factors)
     root = functools.reduce(jnp.multiply, parts)
     exponent = functools.reduce(jnp.add, (x.exponent for x in factors))
     odd = jnp.where(exponent & 1 == 1, 2.0**0.5, 1).astype(root.dtype)
-    return Saliency(root * odd, lax.shift_right_arithmetic(exponent, jnp.int32(1)), 4)
+    exponent = lax.shift_right_arithmetic(exponent, jnp.int32(1))
+    return Saliency(size, root * odd, exponent, 4)
 
 
 def saliencies(

@@ -129,6 +129,21 @@ def test_depth_of_convolutions(size, every_form, monkeypatch):
     np.testing.assert_allclose(got, total - np.log(2), rtol=1e-6)
 
 
+@pytest.mark.parametrize("apply", [convolve, jnp.matmul])
+def test_no_weight_has_no_share_of_what_is_infinite(apply, every_form):
+    def forward(kernels, x):
+        return functools.reduce(lambda h, w: relu(apply(h, w)), kernels, x)
+
+    kernels = [of(1e30, 1, 2, 2)[(0,) * (apply is jnp.matmul)]] * 12
+    first = kernels[0].copy()
+    first[..., 1, 0] = 0
+    x = np.ones((1, 5, 2), np.float32)
+    found, *others = paths.path_saliency(forward, [first, *kernels[1:]], x)
+    np.testing.assert_array_equal(found, np.where(first == 0, 0, np.inf))
+    for other in others:
+        np.testing.assert_array_equal(other, np.inf)
+
+
 @pytest.mark.parametrize("p", [1, 2])
 def test_units_of_different_scales_before_small_layers(p, every_form):
     scales = 10.0 ** -np.array([0, 10, 20, 30])
