@@ -49,12 +49,12 @@ NARROW = [(64, 256), (256, 256), (256, 10)]
 KERNELS = [(3, 3, 3, 64), (3, 3, 64, 128), (3, 3, 128, 256), (256, 10)]
 NETWORKS = {
     "wide": (dense, WIDE, (1, 784), {"metric": 2.5, "bound": 4.5, "saliency": 0.6}),
-    "narrow": (dense, NARROW, (1, 64), {"metric": 2, "bound": 3, "saliency": 1.2}),
+    "narrow": (dense, NARROW, (1, 64), {"metric": 2, "bound": 3.5, "saliency": 1.1}),
     "convolutional": (
         convolutional,
         KERNELS,
         (1, 32, 32, 3),
-        {"metric": 2.7, "bound": 5, "saliency": 1.2},
+        {"metric": 2.7, "bound": 5, "saliency": 1.1},
     ),
 }
 UNITS = {"metric": "forward", "bound": "forward", "saliency": "both"}
