@@ -49,7 +49,7 @@ METHODS = {
     "random": "tab:grey",
 }
 ROUNDINGS = ("bfloat16", "bfloat16 to zero", "int8", "int8 to zero")
-SCALES = ("trained", "rescaled", "balanced")
+SCALES = ("trained", "rescaled", "balanced", "tightest")
 BATCH = 100
 
 
@@ -202,11 +202,51 @@ def rounded(w: jax.Array, kind: str) -> jax.Array:
     return w.astype(jnp.bfloat16).astype(jnp.float32)
 
 
+def tightest(network: Network, x: jax.Array, params: Params) -> Params:
+    r"""Rescale hidden units so that rounding to int8 changes paths least.
+
+    Rounding moves each weight by a share of the largest of its array. So the paths of
+    all weights change, to first order, in proportion to
+
+    $$\sum_{\text{arrays}} \max |w| \sum |\partial \|\Phi\|_1 / \partial w| ,$$
+
+    which is convex in the logarithms of the factors. Adam finds its minimum.
+    """
+    slopes = jax.grad(lambda w: normax.path_norm(network.forward, w, x, 1.0))(params)
+    ones = jax.tree.map(jnp.ones_like, params)
+
+    def rescaled(ones: Params, logs: list[jax.Array]) -> Params:
+        return normax.rescaling.rescale_units(
+            ones, list(map(jnp.exp, logs)), forward=network.forward, inputs=x
+        )
+
+    def change(logs: list[jax.Array]) -> jax.Array:
+        factors = rescaled(ones, logs)
+        parts = jax.tree.map(
+            lambda w, g, f: jnp.max(jnp.abs(w * f)) * jnp.sum(jnp.abs(g / f)),
+            *(params, slopes, factors),
+        )
+        return jnp.log(sum(jax.tree.leaves(parts)))
+
+    steps = 1000
+    optimizer = optax.adam(optax.cosine_decay_schedule(0.03, steps))
+
+    def step(carry: Any, _: Any) -> Any:
+        logs, state = carry
+        updates, state = optimizer.update(jax.grad(change)(logs), state)
+        return (optax.apply_updates(logs, updates), state), None
+
+    logs = [jnp.zeros(shape[-1]) for shape in network.kernels[:-1]]
+    (logs, _), _ = jax.lax.scan(step, (logs, optimizer.init(logs)), length=steps)
+    return rescaled(params, logs)
+
+
 class Programs(NamedTuple):
     """What is done to one network, compiled once for all seeds."""
 
     train: Callable[..., Params]
     masks: Callable[..., dict[str, list[Any]]]
+    tightest: Callable[[Params], Params]
     certificate: Callable[[Params, Params], jax.Array]
     measure: Callable[[Params, Params], tuple[jax.Array, jax.Array]]
 
@@ -226,6 +266,7 @@ def make_programs(network: Network, data: Any, fractions: Sequence[float]) -> Pr
     return Programs(
         make_train(network, x, y),
         jax.jit(lambda params, key: all_masks(network, params, x, fractions, key)),
+        jax.jit(functools.partial(tightest, network, x[:1])),
         # An argument, since XLA takes a minute to find the largest entry of a constant.
         lambda params, other: bound(params, other, x_test),
         jax.jit(measure),
@@ -272,6 +313,7 @@ def run_seed(
         "trained": params,
         "rescaled": normax.rescaling.random_rescaling(keys[2], params, **options),
         "balanced": normax.rescaling.balance(params, 1.0, **options),
+        "tightest": programs.tightest(params),
     }
 
     def row(kind: str, scale: str, fraction: float, other: Params, tuned: Any) -> Any:

@@ -1,13 +1,18 @@
 """The comparison of pruning before and after rescaling, run small."""
 
+import functools
 import importlib
 import sys
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
+import normax
+from normax import paths
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 path_pruning: Any = importlib.import_module("path_pruning")
@@ -29,9 +34,34 @@ def test_rounding_is_to_the_nearest_or_towards_zero():
 
 
 @pytest.mark.slow
+def test_no_scale_has_tighter_certificates_of_int8():
+    network = path_pruning.make_networks((4, 4, 3), 8)["mlp"]
+    x = jnp.ones((1, 4, 4, 3))
+    params = jax.tree.map(lambda w: w + 0.1, network.start(jax.random.key(0)))
+    options = {"forward": network.forward, "inputs": x}
+    tightest = jax.jit(functools.partial(path_pruning.tightest, network, x))
+
+    @jax.jit
+    def certificate(params):
+        other = jax.tree.map(lambda w: path_pruning.rounded(w, "int8"), params)
+        return paths.path_metric_bound(network.forward, params, other, x)
+
+    keys = jax.random.split(jax.random.key(1), 8)
+    drawn = [
+        normax.rescaling.random_rescaling(key, params, 1.0, 0.0, 0.1, **options)
+        for key in keys
+    ]
+    drawn += [params, normax.rescaling.balance(params, 1.0, **options)]
+    best = certificate(tightest(params))
+    assert best < min(map(certificate, drawn))
+    # A convex problem has one minimum, from wherever it is sought.
+    np.testing.assert_allclose(certificate(tightest(drawn[0])), best, rtol=0.03)
+
+
+@pytest.mark.slow
 def test_both_networks_are_pruned_and_rounded(tmp_path):
     results = path_pruning.main([*SMALL.split(), "--out", str(tmp_path)])
-    count = 2 * (2 * 4 + 4 * 3)
+    count = 2 * (2 * 4 + 4 * 4)
     assert {len(column) for column in results.values()} == {count}
     assert np.all(results["change"] <= results["certificate"] * 1.001)
     chosen = {
