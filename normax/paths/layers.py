@@ -64,7 +64,8 @@ class Units:
         """Divide path values, with one exponent, by the largest of their unit.
 
         Returns:
-          The quotients, and the largest ones, laid out as in the weights.
+          The quotients as plain numbers, and the largest ones, laid out as in the
+          weights.
         """
         largest = lax.stop_gradient(self.of_activation(x.root))
         quotients = arithmetic.value(x.root / self.to_activation(nonzero(largest)))

@@ -29,7 +29,7 @@ DEAD = -(2**20)  # the exponent of zeros: never the largest of any sum
 class Scaled(NamedTuple):
     """Non-negative numbers.
 
-    Behind a dense layer roots may have any size, and zeros alone any exponent. So what
+    Behind a layer roots may have any size, and zeros alone any exponent. So what
     multiplies roots, or compares exponents, calls `normalize` before.
 
     Attributes:

@@ -56,7 +56,7 @@ def _edges(
 def _by_rows(
     terms: Callable[..., tuple[Sums, Tests]], count: int, *operands: jax.Array
 ) -> tuple[Sums, Tests]:
-    """Reduce terms over the first axes, row by row.
+    """Reduce terms over the first axes, some rows at a time.
 
     Without it XLA:CPU takes several sums over columns one column at a time, or writes
     all terms to memory. The ratio is 6 to 10 for a matrix of 2000 x 2000.

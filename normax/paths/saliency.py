@@ -53,7 +53,9 @@ class Saliency(NamedTuple):
         """Return them as plain numbers."""
         first, second = halves(self.exponent, self.root.dtype)
         # Products between the size and the saliency are in the range if both are.
-        root = jnp.where(self.size == 0, 0, self.root * first * second)
+        root = self.root * first * second
+        # It may be infinite, but a weight of 0 has no share; a NaN stays.
+        root = jnp.where(self.size == 0, 0 * self.root, root)
         return functools.reduce(jnp.multiply, [root] * self.power, self.size)
 
     def keys(self) -> tuple[jax.Array, jax.Array]:

@@ -1,4 +1,4 @@
-"""Measures of an optimizer that are taken rarely, and cost nothing in between."""
+"""Measures of an optimizer that are taken rarely, and cost little in between."""
 
 from __future__ import annotations
 
@@ -44,13 +44,13 @@ def monitor_optimizer(
     is the average of a measure $x$, as in `monitor_weight_dynamics` with the same
     `every`, behind the optimizer in a chain. Only the cost differs. There each update
     is written to memory, since the monitor may want it. Here a step that is measured
-    computes the updates a second time, and all others cost what the optimizer costs.
+    computes the updates a second time, and the others only ask whether they are due.
     In a `jax.vmap` over states, as in `normax.sweeps.grid_sweep`, each step does both,
-    so use the chain there.
+    so use the chain there. It keeps no profile of gradients, which wants every step.
 
     Args:
-      optimizer: What is measured, with its learning rate. Its updates must depend on
-        gradients, state and parameters alone.
+      optimizer: What is measured, with its learning rate. It must be pure: from the
+        same arguments it computes the same updates.
       every: Number $n$ of steps from one measurement to the next, at least 2. The first
         step is measured.
       axes: Which entries form one weight vector, as in `weight_norm`.

@@ -144,6 +144,18 @@ def test_no_weight_has_no_share_of_what_is_infinite(apply, every_form):
         np.testing.assert_array_equal(other, np.inf)
 
 
+@pytest.mark.parametrize("log", [False, True])
+def test_a_nan_is_not_hidden_by_a_weight_of_0(log, every_form):
+    first, second = of(1, 1, 2, 2), of(1, 1, 2, 2)
+    first[0, 0, 0], second[0, 0, 0] = 0, np.nan
+
+    def forward(w, x):
+        return convolve(relu(convolve(x, w["first"])), w["second"])
+
+    params, x = {"first": first, "second": second}, np.ones((1, 3, 2), np.float32)
+    assert np.isnan(paths.path_saliency(forward, params, x, log)["first"][0, 0, 0])
+
+
 @pytest.mark.parametrize("p", [1, 2])
 def test_units_of_different_scales_before_small_layers(p, every_form):
     scales = 10.0 ** -np.array([0, 10, 20, 30])
