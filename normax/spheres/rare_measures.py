@@ -46,7 +46,7 @@ def monitor_optimizer(
     is written to memory, since the monitor may want it. Here a step that is measured
     computes the updates a second time, and the others only ask whether they are due.
     In a `jax.vmap` over states, as in `normax.sweeps.grid_sweep`, each step does both,
-    so use the chain there. It keeps no profile of gradients, which wants every step.
+    so use the chain there, and for a profile of gradient norms.
 
     Args:
       optimizer: What is measured, with its learning rate. It must be pure: from the

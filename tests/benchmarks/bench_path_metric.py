@@ -54,7 +54,7 @@ NETWORKS = {
         convolutional,
         KERNELS,
         (1, 32, 32, 3),
-        {"metric": 2.7, "bound": 5, "saliency": 1.1},
+        {"metric": 2.5, "bound": 5, "saliency": 1.1},
     ),
 }
 UNITS = {"metric": "forward", "bound": "forward", "saliency": "both"}

@@ -363,8 +363,7 @@ def test_long_sums_keep_their_digits():
     check(got, w.size * (float(w[0, 0]) - float(v)))
 
 
-@pytest.mark.few_rows(4)
-@pytest.mark.parametrize("count", [3, 8, 21, 515, 1100, 33000])
+@pytest.mark.parametrize("count", [515, 33000, 3, 8, 21, 1100])
 def test_each_row_counts_once(count, monkeypatch):
     # More rows than one step takes, than one sum of steps, and than a sum of these.
     monkeypatch.setattr(pair_contraction, "SMALL", 0)
